@@ -1,0 +1,89 @@
+"""The seam: what a frozen backbone must offer so that prompts can be put into it.
+
+Shapes: images [B 3 H W], tokens [B P+N D] (P prefix tokens, N patches), prompt [n D] or [B n D],
+feature [B D'].
+"""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+
+from lpt.preprocess import Preprocess
+
+
+class KeyValue(NamedTuple):
+    """What a prompt is to a block: keys and values [1|B heads n D/heads]. Its queries are never needed."""
+
+    key: Tensor
+    value: Tensor
+
+
+Prompt = Tensor | KeyValue
+
+
+class Backbone(nn.Module, ABC):
+    """A frozen transformer in three steps: `embed`, `block` by `block`, `pool`.
+
+    Frozen means no gradient, and eval mode whatever `train()` is called with: no dropout, no drop path.
+    """
+
+    name: str
+    depth: int
+    width: int
+    feature_width: int
+    prefix: int
+    preprocess: Preprocess
+    fingerprint: str
+    reads: int | None
+    """How many leading tokens `pool` reads: 1 where it reads CLS alone, None where it reads all."""
+
+    @abstractmethod
+    def embed(self, images: Tensor) -> Tensor:
+        """Patches, prefix tokens and positions. [B 3 H W] → [B P+N D]."""
+
+    @abstractmethod
+    def block(
+        self, i: int, tokens: Tensor, prompt: Prompt | Sequence[Prompt] = (), *, keep: int | None = None
+    ) -> Tensor:
+        """Block `i` over `tokens`, which also attend to `prompt`; [B P+N D] → [B P+N D].
+
+        A prompt's own output is never computed: VPT-deep drops it after every block, so a prompt is only
+        keys and values there. Several prompts may be given at once; their order makes no difference.
+        `keep` computes (and returns) the first `keep` tokens only; the others still serve as keys and values.
+        """
+
+    @abstractmethod
+    def keys_values(self, i: int, prompt: Tensor) -> KeyValue:
+        """What `block` makes of a prompt [n D] or [B n D]; a constant that may be kept while the prompt is."""
+
+    @abstractmethod
+    def pool(self, tokens: Tensor) -> Tensor:
+        """Final norm and pooling. [B P+N D] (or only its first `reads` tokens) → feature [B D'] in fp32."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    def train(self, mode: bool = True) -> Self:
+        """Stays in eval mode: frozen is frozen."""
+        return super().train(False)
+
+    def freeze(self) -> Self:
+        return self.requires_grad_(False).train()
+
+
+def fingerprint_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 over names, shapes and fp32 values in order of name; 16 hex digits.
+
+    The same weights give the same fingerprint whatever file, precision of storage ≤ fp32 or device they
+    came from.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors):
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,270 @@
+"""Plain ViTs of timm behind the seam: ViT, DeiT, DeiT-3, DINOv2, CLIP and SigLIP image towers.
+
+Shapes: tokens [B P+N D], prompt [n D] or [B n D], keys and values [B heads n D/heads].
+"""
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lpt.backbones.base import Backbone, KeyValue, Prompt, fingerprint_of
+from lpt.errors import BackboneError, did_you_mean
+from lpt.preprocess import Preprocess
+
+SUPPORTED = (
+    "plain timm VisionTransformer models: vit_*, deit_*, deit3_*, vit_*_dinov2, vit_*_reg4_dinov2, "
+    "vit_*_clip_*, vit_*_siglip_*"
+)
+
+
+class TimmViT(Backbone):
+    """A frozen `timm.models.VisionTransformer`, final. Without prompts it is timm's own forward, bit for bit."""
+
+    def __init__(self, vit: nn.Module, *, name: str, preprocess: Preprocess, fingerprint: str):
+        super().__init__()
+        self.vit: Any = vit
+        self.name, self.preprocess, self.fingerprint = name, preprocess, fingerprint
+        self.depth, self.width, self.prefix = len(vit.blocks), vit.embed_dim, vit.num_prefix_tokens
+        self.feature_width = vit.num_features
+        self.reads = 1 if vit.global_pool == "token" else None
+        self.freeze()
+
+    def embed(self, images: Tensor) -> Tensor:
+        vit = self.vit
+        tokens = vit._pos_embed(vit.patch_embed(images.to(self.dtype)))
+        return vit.norm_pre(vit.patch_drop(tokens))
+
+    def pool(self, tokens: Tensor) -> Tensor:
+        vit = self.vit
+        return vit.forward_head(vit.norm(tokens), pre_logits=True).float()
+
+    def keys_values(self, i: int, prompt: Tensor) -> KeyValue:
+        block = self.vit.blocks[i]
+        prompt = block.norm1(prompt.to(self.dtype))
+        prompt = prompt if prompt.dim() == 3 else prompt[None]
+        weight, bias = _rows(block.attn.qkv, 1, 3)
+        key, value = _heads(F.linear(prompt, weight, bias), 2, block.attn)
+        return KeyValue(block.attn.k_norm(key), value)
+
+    def block(
+        self, i: int, tokens: Tensor, prompt: Prompt | Sequence[Prompt] = (), *, keep: int | None = None
+    ) -> Tensor:
+        block = self.vit.blocks[i]
+        prompts = [prompt] if isinstance(prompt, Tensor | KeyValue) else list(prompt)
+        if not prompts and keep is None:
+            return block(tokens)
+        attn = block.attn
+
+        # Every token is a key and a value; only the kept ones ask.
+        normed = block.norm1(tokens)
+        if keep is None or keep >= tokens.shape[1]:
+            query, key, value = _heads(attn.qkv(normed), 3, attn)
+        else:
+            tokens = tokens[:, :keep]
+            (query,) = _heads(F.linear(normed[:, :keep], *_rows(attn.qkv, 0, 1)), 1, attn)
+            key, value = _heads(F.linear(normed, *_rows(attn.qkv, 1, 3)), 2, attn)
+        query, key = attn.q_norm(query), attn.k_norm(key)
+
+        # A prompt only answers: its own queries, projection and MLP would be thrown away.
+        if prompts:
+            more = [p if isinstance(p, KeyValue) else self.keys_values(i, p) for p in prompts]
+            batch = len(tokens)
+            key = torch.cat([key, *(p.key.expand(batch, -1, -1, -1) for p in more)], dim=2)
+            value = torch.cat([value, *(p.value.expand(batch, -1, -1, -1) for p in more)], dim=2)
+
+        mixed = attend(query, key, value).transpose(1, 2).reshape(*tokens.shape[:2], attn.attn_dim)
+        tokens = tokens + block.ls1(attn.proj(attn.norm(mixed)))
+        return tokens + block.ls2(block.mlp(block.norm2(tokens)))
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """softmax(QKᵀ/√d)V, by whichever exact form is faster where the tensors live.
+
+    On CPUs torch's fused kernel loses to two matrix products in bf16 (6× at 60 tokens, 2× at 217, forward and
+    backward) and in fp32 at few tokens; the matrix it avoids is small there. Elsewhere it is the fused one.
+    """
+    few = query.shape[2] * key.shape[2] <= 100 * 100
+    if query.device.type == "cpu" and (query.dtype == torch.bfloat16 or few):
+        scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
+        return torch.softmax(scores, dim=-1) @ value
+    return F.scaled_dot_product_attention(query, key, value)
+
+
+def _rows(qkv: nn.Linear, first: int, last: int) -> tuple[Tensor, Tensor | None]:
+    """The rows of a packed qkv projection for parts `first`..`last`-1 of (q, k, v)."""
+    d = qkv.out_features // 3
+    return qkv.weight[first * d : last * d], None if qkv.bias is None else qkv.bias[first * d : last * d]
+
+
+def _heads(packed: Tensor, parts: int, attn: Any) -> tuple[Tensor, ...]:
+    """[B n parts·D] → `parts` tensors [B heads n D/heads]."""
+    batch, n = packed.shape[:2]
+    return packed.reshape(batch, n, parts, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def load(name: str, *, weights: Path | None = None, image_size: int | None = None) -> TimmViT:
+    """The timm model `name`, its weights from a local safetensors file or from timm's hub by full tagged name.
+
+    Raises BackboneError for unknown names, for families that the seam cannot serve, for a bare name that would be downloaded, and
+    for weights of another architecture (every missing, unexpected and misshapen key named).
+    """
+    import timm
+
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        raise BackboneError(
+            f"backbone timm:{name} is not a model of timm {timm.__version__}"
+            + did_you_mean(architecture, timm.list_models("*vit*") + timm.list_models("deit*"))
+        )
+    if weights is None:
+        tags = [
+            full for full in timm.list_pretrained(f"{architecture}.*") if full.startswith(architecture + ".")
+        ]
+        if not tag:
+            raise BackboneError(
+                f"backbone timm:{name} is a bare name, whose weights change between timm versions: "
+                f"give backbone.weights a local file, or a full tag ({', '.join(tags[:6]) or 'none published'})"
+            )
+        if name not in tags:
+            raise BackboneError(f"backbone timm:{name} has no published weights{did_you_mean(name, tags)}")
+    _refuse_unserved(name, architecture)
+    with _quiet(), _download_errors(name, weights):
+        vit = timm.create_model(
+            name if weights is None else architecture, pretrained=weights is None, num_classes=0
+        )
+    _refuse_unserved_module(name, vit)
+    if weights is not None:
+        _load_weights(vit, weights, architecture)
+    return _wrap(vit, f"timm:{name}", image_size)
+
+
+def untrained(architecture: str, *, image_size: int | None = None, seed: int = 0, **changes: Any) -> TimmViT:
+    """Random weights from `seed`, for tests and smoke runs; `changes` go to timm's constructor."""
+    import timm
+
+    if not timm.is_model(architecture):
+        raise BackboneError(
+            f"backbone untrained:{architecture} is not a model of timm {timm.__version__}"
+            + did_you_mean(architecture, timm.list_models("*vit*") + timm.list_models("deit*"))
+        )
+    _refuse_unserved(architecture, architecture)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        vit = timm.create_model(architecture, pretrained=False, num_classes=0, **changes)
+    _refuse_unserved_module(architecture, vit)
+    return _wrap(vit, f"untrained:{architecture}", image_size)
+
+
+def _wrap(vit: Any, name: str, image_size: int | None) -> TimmViT:
+    from timm.data import resolve_model_data_config
+
+    config = resolve_model_data_config(vit)
+    size = image_size or config["input_size"][-1]
+    patch = vit.patch_embed.patch_size[0]
+    if size < patch or size % patch:
+        near = max(patch, round(size / patch) * patch)
+        raise BackboneError(
+            f"backbone.image_size {size} is not a multiple of the patch size {patch} of {name}: use {near}"
+        )
+    fingerprint = fingerprint_of(vit.named_parameters())  # before positions are resampled to another size
+    native = config["input_size"][-1]
+    if vit.patch_embed.img_size != (size, size):
+        vit.set_input_size((size, size))
+    preprocess = Preprocess(
+        size=size,
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+        interpolation="bicubic" if config["interpolation"] == "bicubic" else "bilinear",
+        crop_ratio=config["crop_pct"] if size == native else 1.0,
+    )
+    return TimmViT(vit, name=name, preprocess=preprocess, fingerprint=fingerprint)
+
+
+def _refuse_unserved(name: str, architecture: str) -> None:
+    """Before any download: is this one of timm's plain ViTs at all?"""
+    from timm.models import model_entrypoint
+
+    module = model_entrypoint(architecture).__module__.rpartition(".")[2]
+    if module not in ("vision_transformer", "deit"):
+        raise BackboneError(
+            f"backbone timm:{name} (timm's {module}) has no prompt seam; supported: {SUPPORTED}"
+        )
+
+
+def _refuse_unserved_module(name: str, vit: Any) -> None:
+    from timm.layers import Attention
+    from timm.models.vision_transformer import Block, VisionTransformer
+
+    plain = type(vit) is VisionTransformer and all(
+        type(b) is Block and type(b.attn) is Attention and b.attn.gate is None for b in vit.blocks
+    )
+    if not plain:
+        kind = type(vit).__name__ if type(vit) is not VisionTransformer else type(vit.blocks[0]).__name__
+        raise BackboneError(f"backbone timm:{name} ({kind}) has no prompt seam; supported: {SUPPORTED}")
+
+
+def _load_weights(vit: nn.Module, path: Path, architecture: str) -> None:
+    found = read_weights(path)
+    # The head of another label set is no part of a backbone; every other key must fit exactly.
+    found = {k: v.float() for k, v in found.items() if not k.startswith(("head.", "head_dist."))}
+    wanted = {k: tuple(v.shape) for k, v in vit.state_dict().items()}
+    complaints = {
+        "missing": sorted(wanted.keys() - found.keys()),
+        "unexpected": sorted(found.keys() - wanted.keys()),
+        "of another shape": [
+            f"{k} (file {tuple(found[k].shape)}, model {wanted[k]})"
+            for k in sorted(wanted.keys() & found.keys())
+            if tuple(found[k].shape) != wanted[k]
+        ],
+    }
+    if any(complaints.values()):
+        said = "; ".join(f"{what}: {', '.join(keys)}" for what, keys in complaints.items() if keys)
+        raise BackboneError(f"backbone.weights {path} does not fit {architecture}: {said}")
+    vit.load_state_dict(found)
+
+
+def read_weights(path: Path) -> Mapping[str, Tensor]:
+    """All tensors of a safetensors file; pickled checkpoints are refused by name."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise BackboneError(f"backbone.weights {path} does not exist: give a local .safetensors file")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise BackboneError(
+            f"backbone.weights {path} is not a safetensors file ({error}): convert it first"
+        ) from None
+
+
+@contextlib.contextmanager
+def _download_errors(name: str, weights: Path | None) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if weights is not None:
+            raise
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise BackboneError(
+            f"backbone timm:{name} could not be downloaded ({reason}): "
+            "give backbone.weights a local safetensors file with timm's key names"
+        ) from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """timm and the hub log at info level while they load; a run's first lines are ours."""
+    logger = logging.getLogger("timm")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

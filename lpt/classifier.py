@@ -1,0 +1,140 @@
+"""The whole model: a frozen backbone, prompts put into its blocks, and a head.
+
+Shapes: images [B 3 H W], tokens [B P+N D], query and feature [B D'], logits [B C], ids [B k].
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lpt.backbones.base import Backbone, KeyValue, Prompt
+from lpt.heads import CosineHead
+from lpt.matching import match
+from lpt.prompts import DeepPrompt, PromptPool
+
+
+class Output(NamedTuple):
+    """`similarity` and `ids` [B k] say which group prompts an image got; None without a pool."""
+
+    logits: Tensor
+    feature: Tensor
+    similarity: Tensor | None = None
+    ids: Tensor | None = None
+
+
+class PromptedClassifier(nn.Module):
+    """`classes` names the rows of the head. Only prompts, keys and head ever train."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        head: CosineHead,
+        *,
+        classes: tuple[str, ...],
+        shared: DeepPrompt | None = None,
+        pool: PromptPool | None = None,
+    ) -> None:
+        super().__init__()
+        self.backbone, self.head, self.shared, self.pool, self.classes = backbone, head, shared, pool, classes
+        self._constant: tuple[tuple[object, ...], list[KeyValue]] | None = None
+
+    # One forward, in three parts. LPT's query pass and prompted pass are the same up to the first block with
+    # group prompts, so that prefix runs once; the two tails start from its tokens.
+
+    def forward(self, images: Tensor, *, feature_mask: Tensor | None = None) -> Output:
+        """`feature_mask` [B D'] multiplies the feature before the head: dropout with its mask as an argument."""
+        return self.tail(self.prefix(images), feature_mask=feature_mask)
+
+    def prefix(self, images: Tensor) -> Tensor:
+        """Embedding and the blocks that see the shared prompt only."""
+        tokens = self.backbone.embed(images)
+        for i in range(self._split):
+            tokens = self.backbone.block(i, tokens, self._shared(i), keep=self._keep(i))
+        return tokens
+
+    @torch.no_grad()
+    def query(self, tokens: Tensor) -> Tensor:
+        """The feature under the shared prompt alone, from the prefix's tokens; never with a gradient."""
+        return self._finish(tokens, None)
+
+    def tail(
+        self, tokens: Tensor, *, query: Tensor | None = None, feature_mask: Tensor | None = None
+    ) -> Output:
+        """The rest of the blocks, with each image's own group prompts where there is a pool."""
+        similarity = ids = group = None
+        if self.pool is not None:
+            query = self.query(tokens) if query is None else query
+            similarity, ids = match(query - self.pool.centre, self.pool.keys, self.pool.topk)
+            group = self.pool.ensemble(ids)
+        feature = self._finish(tokens, group)
+        masked = feature if feature_mask is None else feature * feature_mask
+        return Output(self.head(masked), feature, similarity, ids)
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """softmax(scale · cosine) [B C], the scale being the head's."""
+        return (self.head.scale * logits).softmax(dim=1)
+
+    def _finish(self, tokens: Tensor, group: Tensor | None) -> Tensor:
+        for i in range(self._split, self.backbone.depth):
+            prompts = self._shared(i)
+            if group is not None:
+                prompts = [*prompts, group[:, i - self._split]]
+            tokens = self.backbone.block(i, tokens, prompts, keep=self._keep(i))
+        return self.backbone.pool(tokens)
+
+    @property
+    def _split(self) -> int:
+        return 0 if self.pool is None else self.pool.first
+
+    def _keep(self, i: int) -> int | None:
+        """In the last block only the tokens that pooling reads are worth computing."""
+        return self.backbone.reads if i == self.backbone.depth - 1 else None
+
+    def _shared(self, i: int) -> list[Prompt]:
+        """The shared prompt of block `i`; as constant keys and values where it does not train."""
+        if self.shared is None:
+            return []
+        tokens = self.shared.tokens
+        if tokens.requires_grad and torch.is_grad_enabled():
+            return [tokens[i]]
+        # Any write to the tensor raises its version, so a stale constant cannot be used.
+        key = (tokens._version, tokens.data_ptr(), tokens.device, self.backbone.dtype)
+        if self._constant is None or self._constant[0] != key:
+            with torch.no_grad():
+                self._constant = (key, [self.backbone.keys_values(j, tokens[j]) for j in range(len(tokens))])
+        return [self._constant[1][i]]
+
+    # What trains, and what is stored.
+
+    def only_train(self, *names: str) -> "PromptedClassifier":
+        """Exactly the parameters whose name starts with one of `names` train; everything else is frozen."""
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name.startswith(names) and not name.startswith("backbone."))
+        unmatched = [n for n in names if not any(p.startswith(n) for p, _ in self.named_parameters())]
+        assert not unmatched, f"no parameter is called {unmatched}"
+        return self
+
+    def adapted(self) -> dict[str, Tensor]:
+        """Everything but the backbone, by name: what a checkpoint and a prompt file hold."""
+        return {k: v for k, v in self.state_dict().items() if not k.startswith("backbone.")}
+
+    @torch.no_grad()
+    def load_adapted(self, tensors: dict[str, Tensor]) -> None:
+        """Copies in place, so that optimisers keep their parameters."""
+        mine = self.adapted()
+        assert mine.keys() == tensors.keys(), sorted(mine.keys() ^ tensors.keys())
+        for name, value in tensors.items():
+            mine[name].copy_(value)
+
+    @torch.no_grad()
+    def round_to(self, dtype: torch.dtype) -> None:
+        """Rounds what is stored to `dtype`'s values, so that a file in `dtype` reloads to the same bits."""
+        for value in self.adapted().values():
+            value.copy_(value.to(dtype))
+
+    @property
+    def trainable_parameters(self) -> int:
+        """Number of parameters that any phase trained: everything but the backbone and the query centre."""
+        return sum(math.prod(v.shape) for k, v in self.adapted().items() if k != "pool.centre")

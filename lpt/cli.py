@@ -1,0 +1,237 @@
+"""The mouth: `lpt train | evaluate | predict | inspect | list`. Mistakes are one sentence and exit code 2."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lpt.errors import ConfigError, LptError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", help="for example train.seed=1")
+]
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="a YAML config, for example configs/digits_lt/lpt.yaml")],
+    settings: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="the run's folder; default runs/<data>_<method>")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with the run in --out")] = False,
+) -> None:
+    """Run a method and fill a folder with its prompt file, report and history."""
+    from lpt import run
+    from lpt.config import load_config
+    from lpt.report import table
+
+    resolved = load_config(config, settings or [])
+    out = out or Path("runs") / f"{resolved.data['name'].replace('-', '_')}_{resolved.method['name']}"
+    with _Progress() as progress:
+        report = run.train(resolved, out, resume=resume, say=progress.say, show=progress.show)
+    print(table([(report["method"], report)]))
+    sizes = ", ".join(f"{k} {v}" for k, v in report["group_sizes"].items())
+    print(f"groups by training count ({report['group_rule']}): {sizes} classes; per cent on the test set")
+    if "prompt_bytes" in report:
+        print(f"prompt file  {out / 'prompt.safetensors'}  {report['prompt_bytes']:,} bytes")
+        print(f"report       {out / 'report.md'}  {report['seconds']:.0f} s")
+
+
+@app.command()
+def evaluate(
+    prompt: Annotated[Path, typer.Argument(help="a prompt file")],
+    settings: Overrides = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="write the metrics there")
+    ] = None,
+) -> None:
+    """Metrics of a prompt file on a task (by default the one it was trained on)."""
+    from lpt import run
+    from lpt.engine.checkpoint import write_whole
+    from lpt.report import table
+
+    metrics = run.evaluate_prompt(prompt, _sections(settings or []), say=print)
+    print(table([(metrics["method"], metrics)]))
+    if json_file:
+        write_whole(json_file, json.dumps(metrics, indent=1).encode())
+
+
+@app.command()
+def predict(
+    prompt: Annotated[Path, typer.Argument(help="a prompt file")],
+    images: Annotated[
+        list[Path], typer.Argument(help="image files or folders; backbone.weights=FILE as in train")
+    ],
+    topk: Annotated[int, typer.Option(min=1, help="classes to print for each image")] = 5,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="write the answers there")
+    ] = None,
+) -> None:
+    """Class names and probabilities; an image that cannot be decoded is named and the others go on (exit 1)."""
+    from lpt import run
+    from lpt.engine.checkpoint import write_whole
+
+    texts = [str(path) for path in images]
+    settings = _sections([t for t in texts if _is_setting(t)])
+    files = run.image_files([Path(t) for t in texts if not _is_setting(t)])
+    backbone, train = settings.get("backbone", {}), settings.get("train", {})
+    model, _ = run.open_prompt(
+        prompt,
+        weights=backbone.get("weights"),
+        name=backbone.get("name"),
+        precision=train.get("precision"),
+        device=train.get("device", "auto"),
+    )
+    answers: list[dict[str, Any]] = []
+    for answer in run.predict_files(model, files, topk=topk):
+        answers.append(answer)
+        if "error" in answer:
+            print(f"error: {answer['error']}", file=sys.stderr)
+        else:
+            pairs = zip(answer["classes"], answer["probabilities"], strict=True)
+            print(f"{answer['image']}  " + "  ".join(f"{name} {p:.3f}" for name, p in pairs))
+    if json_file:
+        write_whole(json_file, json.dumps(answers, indent=1).encode())
+    if any("error" in answer for answer in answers):
+        raise typer.Exit(1)
+
+
+@app.command()
+def inspect(prompt: Annotated[Path, typer.Argument(help="a prompt file")]) -> None:
+    """What is in a prompt file: method, backbone, classes, sizes, numbers."""
+    from lpt.prompt_file import read_prompt
+    from lpt.report import percent
+
+    header, tensors = read_prompt(prompt)
+    print(f"{prompt}  format {header.format}, {prompt.stat().st_size:,} bytes")
+    print(f"method    {header.method}  {json.dumps(header.settings)}")
+    print(
+        f"backbone  {header.backbone.name}, weights {header.backbone.fingerprint}, {header.backbone.image_size} px"
+    )
+    shown = ", ".join(header.classes[:6]) + (", ..." if len(header.classes) > 6 else "")
+    print(
+        f"classes   {len(header.classes)}: {shown}; {max(header.counts)} to {min(header.counts)} training images"
+    )
+    print(f"data      {header.data.get('name')}, split {header.data.get('split_sha256')}")
+    for name, tensor in tensors.items():
+        print(f"tensor    {name} {list(tensor.shape)}")
+    for name, value in header.metrics.items():
+        print(f"measured  {name} " + (f"{value:.4f}" if name == "nll" else percent(value)))
+    print("versions  " + ", ".join(f"{k} {v}" for k, v in header.versions.items()))
+
+
+@app.command("list")
+def list_(
+    what: Annotated[str | None, typer.Argument(help="methods, backbones, data, losses or configs")] = None,
+) -> None:
+    """What there is."""
+    from lpt.backbones import FAMILIES
+    from lpt.data import DATA
+    from lpt.errors import did_you_mean
+    from lpt.losses import LOSSES
+    from lpt.methods import METHODS
+
+    def first_line(text: str | None) -> str:
+        return (text or "").strip().splitlines()[0]
+
+    shelves: dict[str, dict[str, str]] = {
+        "methods": {k: first_line(sys.modules[f.__module__].__doc__) for k, f in METHODS.items()},
+        "backbones": FAMILIES,
+        "data": {k: first_line(f.__doc__) for k, f in DATA.items()},
+        "losses": LOSSES,
+        "configs": {
+            str(p): first_line(p.read_text()).lstrip("# ") for p in sorted(Path("configs").rglob("*.yaml"))
+        },
+    }
+    if what is not None and what not in shelves:
+        raise LptError(f"there is no list of {what!r}: {', '.join(shelves)}{did_you_mean(what, shelves)}")
+    for shelf in [what] if what else shelves:
+        if what is None:
+            print(f"{shelf}:")
+        for name, text in shelves[shelf].items():
+            print(f"  {name}  {text}")
+
+
+def _is_setting(text: str) -> bool:
+    return text.partition(".")[0] in ("backbone", "train", "data") and "=" in text and not Path(text).exists()
+
+
+def _sections(overrides: list[str]) -> dict[str, dict[str, Any]]:
+    """`section.key=value` pairs of evaluate and predict, as nested dicts."""
+    from lpt.config import nested
+
+    return nested(overrides)
+
+
+class _Progress:
+    """A bar with rates and time left on a terminal; plain lines elsewhere."""
+
+    def __init__(self) -> None:
+        self.bar: Any = None
+        self.task: Any = None
+        self.phase = ""
+
+    def __enter__(self) -> "_Progress":
+        if sys.stdout.isatty():
+            from rich.progress import BarColumn, Progress, TextColumn
+
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.completed}/{task.total}"),
+            )
+            self.bar = Progress(*columns, TextColumn("{task.fields[rates]}"), transient=True)
+            self.bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.bar:
+            self.bar.stop()
+
+    def say(self, text: str) -> None:
+        if self.bar:
+            self.bar.console.print(text, markup=False, highlight=False)
+        else:
+            print(text, flush=True)
+
+    def show(self, phase: str, step: int, steps: int, rates: str) -> None:
+        if not self.bar:
+            return
+        if phase != self.phase:
+            if self.task is not None:
+                self.bar.remove_task(self.task)
+            self.task, self.phase = self.bar.add_task(phase, total=steps, rates=""), phase
+        self.bar.update(self.task, completed=step, rates=rates)
+
+
+def main() -> None:
+    """Entry point. People's mistakes end with code 2 and no traceback; an interrupt with 130."""
+    try:
+        app(standalone_mode=False)
+    except ConfigError as error:
+        many = len(error.mistakes) > 1
+        _fail(f"{len(error.mistakes)} mistakes:\n  " + "\n  ".join(error.mistakes) if many else str(error))
+    except LptError as error:
+        _fail(str(error))
+    except typer.Exit as leave:
+        sys.exit(leave.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        import click
+
+        if isinstance(error, click.exceptions.Abort):
+            sys.exit(130)
+        if isinstance(error, click.ClickException):
+            error.show()
+            sys.exit(2)
+        raise
+
+
+def _fail(text: str) -> None:
+    print(f"error: {text}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,207 @@
+"""Configs: YAML that says only what differs; the schema of `method:` and `data:` is a function's signature.
+
+All mistakes are found at once, each with its path and a suggestion.
+"""
+
+import hashlib
+import inspect
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+
+from lpt.data import DATA
+from lpt.errors import ConfigError, did_you_mean
+from lpt.methods import METHODS
+
+
+class BackboneSettings(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    weights: str | None = None
+    image_size: int | None = Field(default=None, ge=1, le=4096)
+    min_area: float = Field(default=0.7, gt=0, le=1)
+    """Smallest area of the random crop of a training view, as a share of the image."""
+
+
+class TrainSettings(BaseModel):
+    """`batch_size` counts the images of one stream over all processes; LPT has two streams."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    batch_size: int = Field(default=256, ge=1)
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    seed: int = Field(default=0, ge=0)
+    device: str = "auto"
+    storage: Literal["fp16", "fp32"] = "fp16"
+
+
+class Config(BaseModel):
+    """A run's four parts, resolved. `method` and `data` hold `name` and that function's own settings."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    backbone: BackboneSettings
+    data: dict[str, Any]
+    method: dict[str, Any]
+    train: TrainSettings = TrainSettings()
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(), sort_keys=False)
+
+    def run_hash(self, split_sha256: str, fingerprint: str) -> str:
+        """What a checkpoint must agree with: every setting that moves a number, the split and the weights.
+
+        Neither the places of files nor the device are part of it.
+        """
+        parts = self.model_dump()
+        for part, key in (
+            ("backbone", "weights"),
+            ("data", "root"),
+            ("data", "download"),
+            ("train", "device"),
+        ):
+            parts[part].pop(key, None)
+        text = json.dumps([parts, split_sha256, fingerprint], sort_keys=True, default=list)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The config at `path` with `key=value` overrides. Raises ConfigError with every mistake at once."""
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(
+            [f"config {path} does not exist; `lpt list configs` shows those that come with lpt"]
+        )
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError([f"config {path} is not YAML: {' '.join(str(error).split())}"]) from None
+    if not isinstance(raw, dict):
+        raise ConfigError(
+            [f"config {path} holds {type(raw).__name__}, not the sections backbone, data, method, train"]
+        )
+    return resolve(raw, overrides)
+
+
+def resolve(raw: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
+    """Checks a config given as nested dicts, fills in every default, and returns it."""
+    tree = {key: dict(value) if isinstance(value, Mapping) else value for key, value in raw.items()}
+    mistakes = [m for text in overrides if (m := _override(tree, text))]
+    resolved: dict[str, Any] = {}
+    for section, table in (("data", DATA), ("method", METHODS)):
+        settings, wrong = _named(section, tree.get(section), table)
+        resolved[section] = settings
+        mistakes += wrong
+    for section, model in (("backbone", BackboneSettings), ("train", TrainSettings)):
+        settings, wrong = _validated(section, model, tree.get(section, {}))
+        resolved[section] = settings
+        mistakes += wrong
+    sections = list(Config.model_fields)
+    mistakes += [
+        f"{key}: there is no such section{did_you_mean(str(key), sections) or '; sections are ' + ', '.join(sections)}"
+        for key in tree
+        if key not in sections
+    ]
+    if mistakes:
+        raise ConfigError(mistakes)
+    return Config.model_validate({key: resolved[key] for key in sections})
+
+
+def check_data(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The `data` section alone, checked and filled in. Raises ConfigError."""
+    settings, mistakes = _named("data", dict(given), DATA)
+    if mistakes:
+        raise ConfigError(mistakes)
+    return settings
+
+
+def nested(overrides: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """`section.key=value` texts as nested dicts. Raises ConfigError.
+
+    >>> nested(["train.seed=1", "backbone.weights=w.safetensors"])
+    {'train': {'seed': 1}, 'backbone': {'weights': 'w.safetensors'}}
+    """
+    tree: dict[str, Any] = {}
+    if mistakes := [m for text in overrides if (m := _override(tree, text))]:
+        raise ConfigError(mistakes)
+    return tree
+
+
+def settings_of(function: Callable[..., Any]) -> type[BaseModel]:
+    """The keyword arguments of a `tune` or of a dataset function, as a schema; the signature is the one truth."""
+    hints = get_type_hints(function)
+    fields: dict[str, Any] = {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY or name == "root":
+            default = ... if parameter.default is inspect.Parameter.empty else parameter.default
+            fields[name] = (hints[name], default)
+    return create_model(
+        function.__name__, __config__=ConfigDict(extra="forbid", allow_inf_nan=False), **fields
+    )
+
+
+def _named(
+    section: str, given: Any, table: Mapping[str, Callable[..., Any]]
+) -> tuple[dict[str, Any], list[str]]:
+    if not isinstance(given, dict) or "name" not in given:
+        return {}, [f"{section}.name is missing: one of {', '.join(table)}"]
+    name = given["name"]
+    if name not in table:
+        return {}, [
+            f"{section}.name: {name!r} is unknown ({', '.join(table)}){did_you_mean(str(name), table)}"
+        ]
+    rest = {key: value for key, value in given.items() if key != "name"}
+    settings, mistakes = _validated(section, settings_of(table[name]), rest)
+    return {"name": name, **(settings if isinstance(settings, dict) else {})}, mistakes
+
+
+def _validated(section: str, model: type[BaseModel], given: Any) -> tuple[dict[str, Any], list[str]]:
+    if not isinstance(given, dict):
+        return {}, [f"{section}: expected settings, got {given!r}"]
+    try:
+        return model.model_validate(given).model_dump(mode="json"), []
+    except ValidationError as error:
+        return {}, [_mistake(section, model, one) for one in error.errors()]
+
+
+def _mistake(section: str, model: type[BaseModel], error: Any) -> str:
+    where = ".".join([section, *(str(part) for part in error["loc"])])
+    if error["type"] == "extra_forbidden":
+        known = ["name", *model.model_fields]
+        key = str(error["loc"][-1])
+        return f"{where}: there is no such setting{did_you_mean(key, known) or '; there are ' + ', '.join(known)}"
+    if error["type"] == "missing":
+        return f"{where} is missing"
+    return f"{where}: got {error['input']!r}; {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def _override(tree: dict[str, Any], text: str) -> str | None:
+    """Puts `section.key=value` into `tree`; a mistake comes back as its sentence."""
+    path, equals, value = text.partition("=")
+    section, dot, key = path.partition(".")
+    if not equals or not dot or not key:
+        return f"{text!r} is not of the form section.key=value, for example train.seed=1"
+    try:
+        parsed = yaml.safe_load(value) if value else None
+    except yaml.YAMLError:
+        return f"{path}: the value {value!r} is not YAML"
+    part = tree.setdefault(section, {})
+    if not isinstance(part, dict):
+        return f"{section}: expected settings, got {part!r}"
+    part[key] = _number(parsed)
+    return None
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 5e-3 (without a dot) as text; people mean a number."""
+    if isinstance(value, list):
+        return [_number(v) for v in value]
+    try:
+        return float(value) if isinstance(value, str) and value[:1] in "+-.0123456789" else value
+    except ValueError:
+        return value

@@ -1,0 +1,25 @@
+"""Datasets by name; each entry is a function whose keyword arguments are the settings of `data:`."""
+
+from collections.abc import Callable
+from typing import Any
+
+from lpt.data.cifar import cifar10_lt, cifar100_lt
+from lpt.data.digits import digits_lt
+from lpt.data.task import Images, Task
+from lpt.errors import DataError, did_you_mean
+
+DATA: dict[str, Callable[..., Task]] = {
+    "cifar100-lt": cifar100_lt,
+    "cifar10-lt": cifar10_lt,
+    "digits-lt": digits_lt,
+}
+
+
+def load_task(name: str, **settings: Any) -> Task:
+    """The task `name`, for example `load_task("cifar100-lt", root="data/cifar100")`. Raises DataError."""
+    if name not in DATA:
+        raise DataError(f"data.name {name!r} is not known ({', '.join(DATA)}){did_you_mean(name, DATA)}")
+    return DATA[name](**settings)
+
+
+__all__ = ["DATA", "Images", "Task", "load_task"]

@@ -1,0 +1,185 @@
+"""CIFAR-10-LT and CIFAR-100-LT, from the Hub's parquet layout or torchvision's own files.
+
+Which images make the tail (`protocols.md` §3): the legacy NumPy generator seeded with `seed`, classes in
+ascending label, indices in file order shuffled, the first n_k taken. With the official binary files and seed 0
+these are the images of LDAM-DRW and LIFT (`cao`), with seed 42 LPT's (`lpt42`). A parquet folder may hold the
+images in another order; the same seed then gives other images, and the variant says `-reordered`.
+"""
+
+import io
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lpt.data.task import Images, Task, hold_out
+from lpt.errors import DataError
+from lpt.longtail import exponential_counts
+
+
+def cifar100_lt(
+    root: str | None = None,
+    *,
+    imbalance_factor: float = 100,
+    seed: int = 0,
+    val_per_class: int = 0,
+    download: bool = False,
+) -> Task:
+    """CIFAR-100-LT: 500 images of the largest class, 500/IF of the smallest; the test set stays balanced."""
+    return _cifar_lt("cifar100-lt", 100, root, imbalance_factor, seed, val_per_class, download)
+
+
+def cifar10_lt(
+    root: str | None = None,
+    *,
+    imbalance_factor: float = 100,
+    seed: int = 0,
+    val_per_class: int = 0,
+    download: bool = False,
+) -> Task:
+    """CIFAR-10-LT: 5000 images of the largest class; groups by rank thirds, since no class has below 20."""
+    return _cifar_lt("cifar10-lt", 10, root, imbalance_factor, seed, val_per_class, download)
+
+
+def _cifar_lt(
+    name: str,
+    num_classes: int,
+    root: str | None,
+    factor: float,
+    seed: int,
+    val_per_class: int,
+    download: bool,
+) -> Task:
+    wanted = exponential_counts(num_classes, 50_000 // num_classes, factor)
+    source = _open(name, num_classes, root, download)
+    labels = source["train_labels"]
+    rng = np.random.RandomState(seed)
+    chosen: list[int] = []
+    for k, n in enumerate(wanted):
+        indices = np.where(labels == k)[0]
+        if len(indices) < n:
+            raise DataError(
+                f"{name}: class {source['classes'][k]!r} has {len(indices)} images, {n} are needed"
+            )
+        rng.shuffle(indices)
+        chosen += indices[:n].tolist()
+    train, held = np.array(sorted(chosen)), np.array([], dtype=int)
+    if val_per_class:
+        train, held = hold_out(np.arange(len(labels)), train, labels, val_per_class, seed)
+    variant = {0: "cao", 42: "lpt42"}.get(seed, f"seed{seed}") + (
+        "" if source["official_order"] else "-reordered"
+    )
+
+    def part(which: str, rows: np.ndarray) -> Images:
+        of = source[f"{which}_labels"]
+        return Images(
+            source[which](rows),
+            torch.from_numpy(of[rows]),
+            tuple(f"{which}/{row:05d}" for row in rows.tolist()),
+        )
+
+    return Task(
+        name=name,
+        classes=tuple(source["classes"]),
+        train=part("train", train),
+        val=part("train", held) if len(held) else None,
+        test=part("test", np.arange(len(source["test_labels"]))),
+        group_rule="lt20" if num_classes == 100 else "thirds",
+        facts={"variant": variant, "profile": "exponential", "seed": seed, "val_per_class": val_per_class},
+    )
+
+
+def _open(name: str, num_classes: int, root: str | None, download: bool) -> dict[str, Any]:
+    if root is None:
+        raise DataError(
+            f"data.root is missing: {name} needs a folder with train.parquet and test.parquet, or with "
+            "torchvision's CIFAR files (data.download=true fetches them)"
+        )
+    folder = Path(root)
+    if (folder / "train.parquet").is_file() and (folder / "test.parquet").is_file():
+        return _open_parquet(name, num_classes, folder)
+    return _open_torchvision(name, num_classes, folder, download)
+
+
+def _open_parquet(name: str, num_classes: int, folder: Path) -> dict[str, Any]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    source: dict[str, Any] = {"official_order": False, "classes": None}
+    for which in ("train", "test"):
+        path = folder / f"{which}.parquet"
+        try:
+            table = pq.read_table(path)
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"{path} cannot be read as parquet ({str(error).splitlines()[0]})") from None
+        label = next((c for c in ("fine_label", "label") if c in table.column_names), None)
+        image = next((c for c in ("img", "image") if c in table.column_names), None)
+        if label is None or image is None:
+            raise DataError(
+                f"{path} has columns {table.column_names}: an image column (img) and a label column "
+                "(fine_label or label) are needed"
+            )
+        labels = table.column(label).to_numpy()
+        found = len(np.unique(labels))
+        if found != num_classes:
+            raise DataError(
+                f"{path} holds {found} classes, {name} has {num_classes}: is data.root the right folder?"
+            )
+        cells = table.column(image).combine_chunks()
+        source[f"{which}_labels"] = labels
+        source[which] = lambda rows, cells=cells, path=path: _decode(cells, rows, path)
+        source["classes"] = source["classes"] or _hub_names(table.schema.metadata, label)
+    source["classes"] = source["classes"] or [str(k) for k in range(num_classes)]
+    return source
+
+
+def _hub_names(metadata: dict[bytes, bytes] | None, label: str) -> list[str] | None:
+    """Class names as the Hub's `datasets` writes them beside the columns."""
+    try:
+        info = json.loads((metadata or {})[b"huggingface"])
+        return list(info["info"]["features"][label]["names"])
+    except (KeyError, ValueError, TypeError):
+        return None
+
+
+def _decode(cells: Any, rows: np.ndarray, path: Path) -> Tensor:
+    from PIL import Image
+
+    def one(row: int) -> np.ndarray:
+        try:
+            with Image.open(io.BytesIO(cells[row].as_py()["bytes"])) as image:
+                return np.asarray(image.convert("RGB"))
+        except (OSError, ValueError, TypeError) as error:
+            raise DataError(f"{path}, row {row}: the image cannot be decoded ({error})") from None
+
+    with ThreadPoolExecutor() as pool:
+        pixels = np.stack(list(pool.map(one, rows.tolist())))
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+
+
+def _open_torchvision(name: str, num_classes: int, folder: Path, download: bool) -> dict[str, Any]:
+    from torchvision.datasets import CIFAR10, CIFAR100
+
+    dataset = CIFAR100 if num_classes == 100 else CIFAR10
+    try:
+        parts = {
+            which: dataset(str(folder), train=which == "train", download=download)
+            for which in ("train", "test")
+        }
+    except RuntimeError:
+        raise DataError(
+            f"data.root {folder} holds neither train.parquet and test.parquet nor torchvision's "
+            f"{dataset.base_folder}: check the path, or let data.download=true fetch them there"
+        ) from None
+    except OSError as error:
+        raise DataError(f"{name} could not be downloaded to {folder} ({error})") from None
+    source: dict[str, Any] = {"official_order": True, "classes": parts["train"].classes}
+    for which, part in parts.items():
+        pixels = torch.from_numpy(part.data).permute(0, 3, 1, 2)
+        source[f"{which}_labels"] = np.array(part.targets)
+        source[which] = lambda rows, pixels=pixels: pixels[torch.from_numpy(rows)].contiguous()
+    return source

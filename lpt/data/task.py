@@ -1,0 +1,118 @@
+"""A task: training, held-out and test images of one label set, frozen and hashed.
+
+Shapes: pixels [N 3 h w] uint8, labels [N], counts [C].
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lpt.errors import DataError
+
+
+@dataclass(frozen=True)
+class Images:
+    """Labelled images that fit in memory as uint8; views are drawn from them batch by batch."""
+
+    pixels: Tensor
+    labels: Tensor
+    ids: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        assert len(self.pixels) == len(self.labels) == len(self.ids)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, indices: Tensor) -> Tensor:
+        """[B] → uint8 [B 3 h w]."""
+        return self.pixels[indices]
+
+    def subset(self, indices: Iterable[int]) -> "Images":
+        chosen = torch.as_tensor(list(indices), dtype=torch.long)
+        return Images(self.pixels[chosen], self.labels[chosen], tuple(self.ids[i] for i in chosen.tolist()))
+
+
+@dataclass(frozen=True)
+class Task:
+    """One dataset with its label set. `counts` always come from the training part, never from labels present."""
+
+    name: str
+    classes: tuple[str, ...]
+    train: Images
+    test: Images
+    val: Images | None = None
+    group_rule: str = "lt20"
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if len(self.classes) < 2:
+            raise DataError(f"{self.name} has {len(self.classes)} class: a task needs at least 2")
+
+    @cached_property
+    def counts(self) -> Tensor:
+        """Training images of each class [C]; 0 for a class without any."""
+        return torch.bincount(self.train.labels, minlength=len(self.classes))
+
+    @property
+    def imbalance_factor(self) -> float:
+        """n_max / n_min over the classes that have training images."""
+        present = self.counts[self.counts > 0]
+        return round((present.max() / present.min()).item(), 4)
+
+    def manifest(self) -> dict[str, Any]:
+        """What exactly is in the split: facts, counts, ids and a SHA-256 over ids, roles, labels and pixels.
+
+        The hash depends on neither file-system order nor working directory: rows are sorted by role and id.
+        """
+        digest = hashlib.sha256()
+        parts: dict[str, Any] = {}
+        for role, images in (("train", self.train), ("val", self.val), ("test", self.test)):
+            if images is None:
+                continue
+            order = np.argsort(np.array(images.ids))
+            for i in order.tolist():
+                digest.update(f"{role}\t{images.ids[i]}\t{self.classes[int(images.labels[i])]}\n".encode())
+            digest.update(images.pixels[torch.from_numpy(order)].numpy().tobytes())
+            parts[role] = {"images": len(images), "ids": [images.ids[i] for i in order.tolist()]}
+        return {
+            "name": self.name,
+            **self.facts,
+            "imbalance_factor": self.imbalance_factor,
+            "classes": list(self.classes),
+            "counts": self.counts.tolist(),
+            "sha256": digest.hexdigest(),
+            "parts": parts,
+        }
+
+    def absent_classes(self) -> list[str]:
+        """Classes without a single training image; they stay in the label set and are reported."""
+        return [name for name, n in zip(self.classes, self.counts.tolist(), strict=True) if n == 0]
+
+
+def hold_out(
+    candidates: np.ndarray, chosen: np.ndarray, labels: np.ndarray, per_class: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """A balanced held-out part of a training set: → (chosen without it, held out), as sorted indices.
+
+    As ImageNet-LT does it: `per_class` images of each class from `candidates`, the official training images
+    that the long tail leaves out, topped up from the class's own chosen images where too few are left.
+    """
+    rng = np.random.default_rng((seed, 7))
+    held: list[int] = []
+    kept = set(chosen.tolist())
+    spare = np.setdiff1d(candidates, chosen)
+    for k in np.unique(labels[candidates]):
+        free = rng.permutation(spare[labels[spare] == k])[:per_class]
+        own = np.array(sorted(i for i in kept if labels[i] == k))
+        missing = min(per_class - len(free), max(len(own) - 1, 0))
+        taken = rng.permutation(own)[:missing] if missing > 0 else own[:0]
+        held += [*free.tolist(), *taken.tolist()]
+        kept -= set(taken.tolist())
+    return np.array(sorted(kept)), np.array(sorted(held))

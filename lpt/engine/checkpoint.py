@@ -1,0 +1,92 @@
+"""Checkpoints for resuming: one safetensors file a phase, written whole or not at all, never pickled."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+
+from lpt.errors import TrainingError
+
+
+class Checkpoint(NamedTuple):
+    """`tensors` are the model's adapted ones, `moments` the optimiser's by "<parameter>/<name>"; `seconds` were
+    spent on the phase so far."""
+
+    step: int
+    finished: bool
+    seconds: float
+    tensors: dict[str, Tensor]
+    moments: dict[str, Tensor]
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write under a temporary name, flush to the disk, rename: a kill leaves the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with fresh.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        fresh.replace(path)
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+def save_checkpoint(path: Path, checkpoint: Checkpoint, *, run_hash: str) -> None:
+    header = {"run": run_hash, **{k: getattr(checkpoint, k) for k in ("step", "finished", "seconds")}}
+    tensors = {f"model/{k}": v.detach().cpu().contiguous() for k, v in checkpoint.tensors.items()}
+    tensors |= {f"moment/{k}": v.detach().cpu().contiguous() for k, v in checkpoint.moments.items()}
+    write_whole(path, to_bytes(tensors, metadata={"lpt_checkpoint": json.dumps(header)}))
+
+
+def load_checkpoint(path: Path, *, run_hash: str) -> Checkpoint | None:
+    """The checkpoint at `path`, or None where there is none. Raises TrainingError for one of another run."""
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {})["lpt_checkpoint"])
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, KeyError, ValueError, OSError) as error:
+        raise TrainingError(
+            f"checkpoint {path} cannot be read ({error}): delete it to start its phase again"
+        ) from None
+    if header["run"] != run_hash:
+        raise TrainingError(
+            f"checkpoint {path} was made with other settings or data: use another --out, or the settings in "
+            f"{path.parent.parent / 'config.yaml'}"
+        )
+    return Checkpoint(
+        step=header["step"],
+        finished=header["finished"],
+        seconds=header["seconds"],
+        tensors={k.removeprefix("model/"): v for k, v in found.items() if k.startswith("model/")},
+        moments={k.removeprefix("moment/"): v for k, v in found.items() if k.startswith("moment/")},
+    )
+
+
+def optimizer_moments(optimizer: torch.optim.Optimizer, names: Mapping[Any, str]) -> dict[str, Tensor]:
+    """The optimiser's state by name. Both optimisers keep tensors only (steps included)."""
+    return {
+        f"{names[parameter]}/{kind}": torch.as_tensor(value)
+        for parameter, state in optimizer.state.items()
+        for kind, value in state.items()
+        if value is not None
+    }
+
+
+def restore_moments(
+    optimizer: torch.optim.Optimizer, moments: Mapping[str, Tensor], parameters: Mapping[str, Any]
+) -> None:
+    for key, value in moments.items():
+        name, _, kind = key.rpartition("/")
+        parameter = parameters[name]
+        place = "cpu" if kind == "step" else parameter.device
+        optimizer.state[parameter][kind] = value.to(place)

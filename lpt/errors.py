@@ -1,0 +1,44 @@
+"""Words: the exceptions that people see, each one sentence with the thing, the value and the way out."""
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+class LptError(ValueError):
+    """Anything a user can put right; the command line prints it on one line and exits with code 2."""
+
+
+class ConfigError(LptError):
+    """Every mistake of a config at once, one per line, each with its path and a suggestion."""
+
+    def __init__(self, mistakes: Sequence[str]):
+        self.mistakes = list(mistakes)
+        super().__init__("\n".join(self.mistakes))
+
+
+class BackboneError(LptError):
+    """A backbone that cannot be served, or weights that do not fit it."""
+
+
+class DataError(LptError):
+    """A dataset that is missing, empty, or not what its name promises."""
+
+
+class PromptFileError(LptError):
+    """A prompt file that is damaged, foreign, newer than this version, or for another backbone."""
+
+
+class TrainingError(LptError):
+    """A run that went wrong by its numbers, for example a loss that is not finite."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A suggestion to append to a message, or nothing.
+
+    >>> did_you_mean("epocs", ["epochs", "seed"])
+    '; did you mean epochs?'
+    >>> did_you_mean("zzz", ["epochs"])
+    ''
+    """
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""

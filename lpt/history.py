@@ -1,0 +1,36 @@
+"""Measurements as JSON lines, one object a line, each with the phase and step it belongs to."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+class History:
+    """Append-only `history.jsonl`. With no path it only keeps the lines in memory."""
+
+    def __init__(self, path: Path | None = None):
+        self.path = path
+        self.lines: list[dict[str, Any]] = []
+        if path is not None and path.exists():
+            for text in path.read_text().splitlines():
+                try:
+                    self.lines.append(json.loads(text))
+                except json.JSONDecodeError:
+                    break  # a line cut by a kill is the last one; it is written again on resume
+
+    def write(self, **values: Any) -> None:
+        self.lines.append(values)
+        if self.path is not None:
+            with self.path.open("a") as file:
+                file.write(json.dumps(values) + "\n")
+
+    def rewind(self, phase: str, step: int) -> None:
+        """Drop what a killed run wrote about `phase` after `step`, so that a resumed run tells it once."""
+        keep = [line for line in self.lines if line.get("phase") != phase or line.get("step", 0) <= step]
+        if len(keep) == len(self.lines) and (self.path is None or not self.path.exists()):
+            return
+        self.lines = keep
+        if self.path is not None:
+            fresh = self.path.with_suffix(".tmp")
+            fresh.write_text("".join(json.dumps(line) + "\n" for line in keep))
+            fresh.replace(self.path)

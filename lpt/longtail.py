@@ -1,0 +1,57 @@
+"""Facts about a long tail: how many images each class has, and what follows from that alone."""
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lpt.errors import DataError
+
+GROUPS = ("many", "medium", "few")
+
+
+def exponential_counts(num_classes: int, largest: int, imbalance_factor: float) -> list[int]:
+    """n_k = int(n_max · μ^(k/(C-1))) with μ = 1/IF, in label order (Cui 2019; Cao 2019, LDAM-DRW).
+
+    >>> counts = exponential_counts(100, 500, 100)
+    >>> sum(counts), counts[0], counts[-1]
+    (10847, 500, 5)
+    """
+    if imbalance_factor < 1:
+        raise DataError(
+            f"imbalance_factor {imbalance_factor} is below 1: it is n_max / n_min; "
+            f"if you meant n_min / n_max, use {1 / imbalance_factor if imbalance_factor > 0 else 100:g}"
+        )
+    mu = 1 / imbalance_factor
+    return [int(largest * mu ** (k / max(num_classes - 1, 1))) for k in range(num_classes)]
+
+
+def shot_groups(counts: Sequence[int] | Tensor, rule: str = "lt20") -> dict[str, Tensor]:
+    """Class ids of the many-, medium- and few-shot groups, by *training* counts [C].
+
+    `lt20` (OLTR, LIFT): many n > 100, medium 20 ≤ n ≤ 100, few n < 20. `le20` (LPT's code): few n ≤ 20.
+    `thirds` (DARP family): first and last int(C/3) classes by rank; ties keep label order.
+    """
+    n = torch.as_tensor(counts)
+    if rule == "thirds":
+        rank = torch.argsort(n, descending=True, stable=True)
+        third = len(n) // 3
+        parts = (rank[:third], rank[third : len(n) - third], rank[len(n) - third :])
+        return {name: part.sort().values for name, part in zip(GROUPS, parts, strict=True)}
+    if rule not in ("lt20", "le20"):
+        raise DataError(f"unknown group rule {rule!r}: use lt20, le20 or thirds")
+    few = n < 20 if rule == "lt20" else n <= 20
+    many = n > 100
+    masks = (many, ~many & ~few, few)
+    return {name: mask.nonzero().flatten() for name, mask in zip(GROUPS, masks, strict=True)}
+
+
+def count_fingerprint(counts: Sequence[int]) -> str:
+    """First 16 hex digits of SHA-256 over the counts, sorted descending and joined by commas.
+
+    >>> count_fingerprint(exponential_counts(100, 500, 100))
+    'a86899e02756da51'
+    """
+    text = ",".join(str(int(n)) for n in sorted(counts, reverse=True))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,134 @@
+"""Losses for long tails, in one call shape: `loss(logits [B C], labels [B]) -> scalar`.
+
+Constants of a loss (class counts, scale, gammas) are fields of a small frozen object; randomness is an
+argument. Everything is computed in fp32 whatever the logits' precision.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lpt.errors import LptError
+
+
+def log_prior(counts: Tensor) -> Tensor:
+    """log π_j = log(n_j / N) [C]; an absent class counts as one image, so that its prior is finite."""
+    n = counts.float().clamp(min=1)
+    return (n / n.sum()).log()
+
+
+def tail_margins(counts: Tensor) -> Tensor:
+    """M̂_j = (log n_max - log n_j) / max_c(log n_max - log n_c), in [0, 1] [C]; all zero for balanced counts.
+
+    0 for the largest class and 1 for the rarest (Li 2022, GCL). An absent class counts as one image.
+    """
+    log_n = counts.float().clamp(min=1).log()
+    gap = log_n.max() - log_n
+    return gap / gap.max() if gap.max() > 0 else torch.zeros_like(gap)
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """CE(scale · z, y), with label smoothing."""
+
+    scale: float = 1.0
+    label_smoothing: float = 0.0
+
+    def __call__(self, logits: Tensor, labels: Tensor, noise: Tensor | None = None) -> Tensor:
+        return F.cross_entropy(self.scale * logits.float(), labels, label_smoothing=self.label_smoothing)
+
+
+@dataclass(frozen=True)
+class LogitAdjusted:
+    """CE(scale · z + τ log π, y); predict with z (Menon 2021, eq. 10). τ = 1 is Balanced Softmax (Ren 2020)."""
+
+    counts: Tensor
+    tau: float = 1.0
+    scale: float = 1.0
+    label_smoothing: float = 0.0
+
+    def __call__(self, logits: Tensor, labels: Tensor, noise: Tensor | None = None) -> Tensor:
+        shifted = self.scale * logits.float() + self.tau * log_prior(self.counts).to(logits.device)
+        return F.cross_entropy(shifted, labels, label_smoothing=self.label_smoothing)
+
+
+@dataclass(frozen=True)
+class GCL:
+    """Asymmetric Gaussian-clouded logit loss (Dong 2023, LPT; GCL: Li 2022).
+
+    Clouded logits: l_j = s (z_j - a |e_j| M̂_j - m [j = y]), with e ~ clamp(N(0, 1/3²), -1, 1) in `noise`
+    [B C]. Then with p = softmax(l), weights w_y = (1 - p_y)^γ+ and w_j = p_j^γ- for j ≠ y:
+
+    - form `code` (LPT's code, default): -Σ_j t_j w_j log p_j with smoothed targets t;
+    - form `paper`: -w_y log p_y - Σ_{j≠y} w_j log(1 - p_j), no smoothing.
+
+    γ+ = γ- = 0 with `asymmetric=False` is GCL itself: cross-entropy on the clouded logits. Without noise it
+    gives the margin alone; with m = 0 too it is plain cross-entropy. Balanced counts give M̂ = 0.
+    """
+
+    counts: Tensor
+    scale: float = 20.0
+    margin: float = 0.1
+    cloud: float = 0.5
+    gamma_pos: float = 0.0
+    gamma_neg: float = 4.0
+    label_smoothing: float = 0.1
+    form: Literal["code", "paper"] = "code"
+    asymmetric: bool = True
+
+    def __post_init__(self) -> None:
+        if len(self.counts) < 2:
+            raise LptError(
+                "a task with one class has nothing to tell apart: a GCL loss needs at least 2 classes"
+            )
+
+    def __call__(self, logits: Tensor, labels: Tensor, noise: Tensor | None = None) -> Tensor:
+        num_classes = logits.shape[1]
+        target = F.one_hot(labels, num_classes).bool()
+        clouded = logits if logits.dtype == torch.float64 else logits.float()
+        if noise is not None and self.cloud:
+            push = self.cloud * tail_margins(self.counts).to(clouded)
+            clouded = clouded - push * noise.to(clouded).clamp(-1, 1).abs()
+        clouded = self.scale * (clouded - self.margin * target)
+        log_p = clouded.log_softmax(dim=1)
+        smoothing = self.label_smoothing if self.form == "code" else 0.0
+        targets = target * (1 - smoothing) + smoothing / num_classes
+        if not self.asymmetric:
+            return -(targets * log_p).sum(1).mean()
+
+        # log(1 - p_y) without a difference of almost equal numbers: where p_y rounds to 1, the naive power
+        # of γ+ = 0.5 has derivative 0.5 · 0^-0.5, NaN in every gradient.
+        others = clouded.masked_fill(target, -torch.inf)
+        log_rest = others.logsumexp(1) - clouded.logsumexp(1)
+        weight_pos = (self.gamma_pos * log_rest).exp() if self.gamma_pos else torch.ones_like(log_rest)
+        weight_neg = (self.gamma_neg * log_p).exp()
+        if self.form == "code":
+            weight = torch.where(target, weight_pos[:, None], weight_neg)
+            return -(targets * weight * log_p).sum(1).mean()
+        positive = weight_pos * log_p.masked_fill(~target, 0).sum(1)
+        negative = (weight_neg * _log_not(log_p)).masked_fill(target, 0).sum(1)
+        return -(positive + negative).mean()
+
+
+def _log_not(log_p: Tensor) -> Tensor:
+    """log(1 - p) from log p, stable at both ends (Mächler 2012); finite where p rounds to 1."""
+    log_p = log_p.clamp(max=-torch.finfo(log_p.dtype).eps)
+    far = log_p < -0.6931
+    near_value = (-torch.expm1(torch.where(far, -1.0, log_p))).log()
+    return torch.where(far, torch.log1p(-torch.where(far, log_p, -1.0).exp()), near_value)
+
+
+def cloud_noise(chance: Tensor) -> Tensor:
+    """Standard normal numbers [B C] → e ~ clamp(N(0, (1/3)²), -1, 1)."""
+    return (chance / 3).clamp(-1, 1)
+
+
+LOSSES = {
+    "ce": "cross-entropy",
+    "la": "logit-adjusted cross-entropy (Menon 2021); at τ = 1 Balanced Softmax (Ren 2020)",
+    "gcl": "Gaussian-clouded logits (Li 2022)",
+    "agcl": "asymmetric GCL (Dong 2023, LPT)",
+}

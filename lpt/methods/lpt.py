@@ -1,0 +1,198 @@
+"""LPT: a shared prompt, then group prompts retrieved per image (Dong 2023, ICLR, arXiv 2210.01033).
+
+Phase 1 learns one deep prompt and a cosine head. Phase 2 freezes that prompt and learns a pool of group prompts
+with keys: an image's query, its feature under the shared prompt, picks the `topk` prompts whose keys are
+nearest, and their mean is added to the shared prompt from block `prefix_blocks` on. Both phases sample
+twice, class-balanced and instance-balanced, and sum an asymmetric Gaussian-clouded loss over the two streams.
+
+Shapes: views [B 3 H W], logits [B C], queries [N D'].
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lpt.backbones.base import Backbone
+from lpt.classifier import PromptedClassifier
+from lpt.data.task import Task
+from lpt.engine.loop import Batch, Fit, Progress
+from lpt.engine.optim import Optimizer, Warmup, scaled_lr
+from lpt.errors import LptError
+from lpt.evaluate import queries
+from lpt.heads import CosineHead, class_means
+from lpt.losses import GCL, CrossEntropy, LogitAdjusted, cloud_noise
+from lpt.matching import key_usage, kmeans_keys
+from lpt.prompts import DeepPrompt, PromptPool
+from lpt.samplers import ClassBalanced, InstanceBalanced, InstancePerStep, instance_weight
+
+COLLAPSED = 3.0
+"""A key perplexity below this is reported as a collapse: almost all images share the same prompts."""
+
+
+def tune(
+    task: Task,
+    backbone: Backbone,
+    fit: Fit,
+    *,
+    prompt_length: int = 10,
+    prefix_blocks: int = 6,
+    pool_size: int = 20,
+    topk: int = 2,
+    epochs: tuple[int, int] = (40, 40),
+    optimizer: Optimizer = "sgd",
+    lr: tuple[float, float] = (0.02, 0.02),
+    weight_decay: float = 0.01,
+    warmup: Warmup = "linear",
+    loss: Literal["agcl", "gcl", "la", "ce"] = "agcl",
+    agcl_form: Literal["code", "paper"] = "code",
+    gammas_bal: tuple[float, float] = (0.0, 4.0),
+    gammas_ins: tuple[float, float] = (0.5, 8.0),
+    scale: float = 20.0,
+    margin: float = 0.1,
+    noise: float = 0.5,
+    label_smoothing: float = 0.1,
+    head_dropout: float = 0.1,
+    head_init: Literal["random", "class_mean"] = "random",
+    beta: float = 0.5,
+    eta0: float = 0.5,
+    query_centering: Literal["off", "mean"] = "off",
+    key_init: Literal["tn", "kmeans"] = "tn",
+    instance_stream: Literal["epoch", "per_step"] = "epoch",
+    steps_per_epoch: Literal["floor", "floor_plus_1"] = "floor",
+) -> PromptedClassifier:
+    """Defaults are the authors' code's where it is known (`lpt_official` differs in five fields, see the docs).
+
+    `epochs` are (phase 1, phase 2); (E, 0) is phase 1 alone, without a pool. An epoch is N/B steps of *two*
+    batches of B images. `lr` is per phase; SGD's is per 256 images. `gammas_*` are (γ+, γ-) of a stream.
+    `eta0` weighs the instance-balanced stream at the start, falling to 0. Raises LptError for shapes that the
+    backbone cannot serve.
+    """
+    if min(epochs) < 0 or epochs[0] + epochs[1] == 0:
+        raise LptError(
+            f"method.epochs {list(epochs)} trains nothing: give (phase 1, phase 2), for example [40, 40]"
+        )
+    device = next(backbone.parameters()).device
+    generator = torch.Generator().manual_seed(fit.seed)
+    head = CosineHead(
+        num_classes=len(task.classes), width=backbone.feature_width, scale=scale, generator=generator
+    )
+    shared = DeepPrompt(
+        layers=backbone.depth, length=prompt_length, width=backbone.width, generator=generator
+    )
+    pool = PromptPool(  # made before phase 1, so that a pool that cannot be served fails at once
+        size=pool_size,
+        topk=topk,
+        first=prefix_blocks,
+        depth=backbone.depth,
+        length=prompt_length,
+        width=backbone.width,
+        key_width=backbone.feature_width,
+        generator=generator,
+    )
+    model = PromptedClassifier(backbone, head, classes=task.classes, shared=shared).to(device)
+
+    # The two streams and their losses.
+    counts, labels, B = task.counts.to(device), task.train.labels, fit.batch_size
+    instance = InstanceBalanced if instance_stream == "epoch" else InstancePerStep
+    streams = {
+        "balanced": ClassBalanced(labels, num_classes=len(task.classes), batch_size=B, seed=fit.seed),
+        "instance": instance(labels, batch_size=B, seed=fit.seed),
+    }
+
+    def loss_of(gammas: tuple[float, float], prior: bool) -> Any:
+        if loss == "ce":
+            return CrossEntropy(scale, label_smoothing)
+        if (
+            loss == "la"
+        ):  # class-balanced batches have a uniform prior already: adjusting twice would overshoot
+            return LogitAdjusted(counts, float(prior), scale, label_smoothing)
+        return GCL(
+            counts, scale, margin, noise, *gammas, label_smoothing, agcl_form, asymmetric=loss == "agcl"
+        )
+
+    losses = {"balanced": loss_of(gammas_bal, False), "instance": loss_of(gammas_ins, True)}
+    chosen: list[Tensor] = []  # of this epoch, for the key usage
+
+    def step(model: PromptedClassifier, batches: dict[str, Batch], progress: Progress) -> dict[str, Tensor]:
+        """L = A(balanced) - β S_key + η [A(instance) - β S_key], both streams in one forward (LPT §2.6)."""
+        views = torch.cat([batch.views for batch in batches.values()])
+        mask = None
+        if head_dropout:
+            keep = [
+                progress.uniform(f"drop/{s}", len(b.labels), backbone.feature_width)
+                for s, b in batches.items()
+            ]
+            mask = (torch.cat(keep) >= head_dropout).float().to(device) / (1 - head_dropout)
+        output = model(views, feature_mask=mask)
+        eta = instance_weight(eta0, progress.epoch / progress.epochs)
+        weights = {"balanced": 1.0, "instance": eta}
+        sizes = [len(batch.labels) for batch in batches.values()]
+        total, logged = views.new_zeros((), dtype=torch.float32), {}
+        for (stream, batch), rows in zip(batches.items(), torch.arange(sum(sizes)).split(sizes), strict=True):
+            part = slice(int(rows[0]), int(rows[-1]) + 1)
+            cloud = cloud_noise(progress.normal(f"cloud/{stream}", len(batch.labels), len(task.classes)))
+            value = losses[stream](output.logits[part], batch.labels, cloud.to(device))
+            if output.similarity is not None:
+                key_term = output.similarity[part].sum(1).mean()
+                logged[f"key_{stream}"] = key_term.detach()
+                value = value - beta * key_term
+            logged[stream] = value.detach()
+            total = total + weights[stream] * value
+        if output.ids is not None:
+            chosen.append(output.ids.cpu())
+        return {"loss": total, **logged}
+
+    def usage(model: PromptedClassifier, progress: Progress) -> Mapping[str, Any]:
+        found = key_usage(torch.cat(chosen), pool_size)
+        chosen.clear()
+        if isinstance(p := found["perplexity"], float) and p < min(COLLAPSED, pool_size):
+            fit.say(
+                f"warning: keys collapsed in epoch {progress.epoch + 1}: perplexity {p:.2f} of {pool_size}, "
+                "almost all images get the same prompts; try method.query_centering=mean method.key_init=kmeans"
+            )
+        return {"key_usage": found}
+
+    per_epoch = max(1, len(labels) // B + (steps_per_epoch == "floor_plus_1"))
+
+    def phase(number: Literal[1, 2], on_epoch: Any) -> None:
+        fit(
+            f"phase{number}",
+            model,
+            step,
+            streams,
+            steps=epochs[number - 1] * per_epoch,
+            steps_per_epoch=per_epoch,
+            optimizer=optimizer,
+            lr=scaled_lr(optimizer, lr[number - 1], B),
+            weight_decay=weight_decay,
+            warmup=warmup,
+            on_epoch=on_epoch,
+        )
+
+    # Phase 1: the shared prompt and the head.
+    if head_init == "class_mean":
+        head_start = fit.once(
+            "class_means", lambda: class_means(queries(model, task.train), labels, len(task.classes))
+        )
+        with torch.no_grad():
+            head.weight.copy_(head_start)
+    model.only_train("shared.", "head.")
+    if epochs[0]:
+        phase(1, None)
+    if not epochs[1]:
+        return model
+
+    # Phase 2: group prompts, their keys, and the head that phase 1 left.
+    if query_centering == "mean" or key_init == "kmeans":
+        found = fit.once("queries", lambda: queries(model, task.train))
+        if query_centering == "mean":
+            pool.centre.copy_(found.mean(0))
+        if key_init == "kmeans":
+            with torch.no_grad():
+                pool.keys.copy_(kmeans_keys(found - pool.centre.cpu(), pool_size, seed=fit.seed))
+    model.pool = pool.to(device)
+    model.only_train("pool.", "head.")
+    phase(2, usage)
+    return model

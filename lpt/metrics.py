@@ -1,0 +1,87 @@
+"""Metrics as pure functions of predictions; nothing here knows a model.
+
+Shapes: logits or probabilities [N C], labels [N], counts [C] (training images per class). Fractions, not
+percentages. A class without test images has accuracy NaN and takes part in no mean.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lpt.longtail import shot_groups
+
+
+def per_class_accuracy(predicted: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """Recall of each class [C]; NaN where the test set has no image of it."""
+    total = torch.bincount(labels, minlength=num_classes).double()
+    correct = torch.bincount(labels[predicted == labels], minlength=num_classes).double()
+    return correct / total  # 0/0 is NaN on purpose
+
+
+def mean_of_present(values: Tensor) -> float | None:
+    """Mean over the classes that have test images, None where there are none (never NaN)."""
+    present = values[~values.isnan()]
+    return present.mean().item() if len(present) else None
+
+
+def expected_calibration_error(probabilities: Tensor, labels: Tensor, *, bins: int = 15) -> float:
+    """ECE = Σ_b n_b/n · |acc_b - conf_b| over equal-width bins of the top probability (Guo 2017)."""
+    confidence, predicted = probabilities.double().max(dim=1)
+    # Bins are (a, b]; a confidence of exactly 0 belongs to the first.
+    bin_of = (confidence * bins).ceil().long().clamp(1, bins) - 1
+    correct = (predicted == labels).double()
+    gap = torch.zeros(bins, dtype=torch.double).index_add_(0, bin_of, correct - confidence)
+    return gap.abs().sum().item() / max(len(labels), 1)
+
+
+def negative_log_likelihood(probabilities: Tensor, labels: Tensor) -> float:
+    """Mean -log p_y."""
+    return -probabilities.double().clamp(min=1e-300).gather(1, labels[:, None]).log().mean().item()
+
+
+def brier_score(probabilities: Tensor, labels: Tensor) -> float:
+    """Mean Σ_k (p_k - [y = k])², in 0..2."""
+    onehot = F.one_hot(labels, probabilities.shape[1])
+    return ((probabilities.double() - onehot) ** 2).sum(1).mean().item()
+
+
+def geometric_mean(accuracies: Tensor) -> float | None:
+    """(Π a_k)^(1/C) over the present classes; 0 if any is 0 (LIFT's convention, no floor)."""
+    present = accuracies[~accuracies.isnan()]
+    return (
+        math.exp(present.log().mean().item())
+        if len(present) and bool((present > 0).all())
+        else (0.0 if len(present) else None)
+    )
+
+
+def harmonic_mean(accuracies: Tensor, *, floor: float = 1e-5) -> float | None:
+    """C / Σ 1/max(a_k, δ) over the present classes, δ = 1e-5 as a fraction (LIFT)."""
+    present = accuracies[~accuracies.isnan()]
+    return len(present) / (1 / present.clamp(min=floor)).sum().item() if len(present) else None
+
+
+def summarise(
+    probabilities: Tensor, labels: Tensor, counts: Tensor, *, group_rule: str = "lt20"
+) -> dict[str, object]:
+    """Everything `report.json` says about predictions. `class_accuracy` is the mean of per-class accuracies."""
+    predicted = probabilities.argmax(1)
+    per_class = per_class_accuracy(predicted, labels, len(counts))
+    groups = shot_groups(counts, group_rule)
+    worst = per_class.nan_to_num(nan=math.inf).min().item()
+    return {
+        "accuracy": (predicted == labels).double().mean().item(),
+        "class_accuracy": mean_of_present(per_class),
+        **{name: mean_of_present(per_class[classes]) for name, classes in groups.items()},
+        "worst_class": worst if math.isfinite(worst) else None,
+        "geometric_mean": geometric_mean(per_class),
+        "harmonic_mean": harmonic_mean(per_class),
+        "per_class": [None if math.isnan(a) else a for a in per_class.tolist()],
+        "ece": expected_calibration_error(probabilities, labels),
+        "nll": negative_log_likelihood(probabilities, labels),
+        "brier": brier_score(probabilities, labels),
+        "group_rule": group_rule,
+        "group_sizes": {name: len(classes) for name, classes in groups.items()},
+    }

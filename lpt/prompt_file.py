@@ -1,0 +1,225 @@
+"""Prompt files: one safetensors file with prompts, keys and head, a JSON header, and never the backbone.
+
+Format 1. Tensors: `shared.tokens` [L n D], `pool.tokens` [K L' n D], `pool.keys` [K D'], `pool.centre` [D'],
+`head.weight` [C D']. The header stands under `lpt` in the file's metadata.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+
+from lpt.backbones.base import Backbone
+from lpt.classifier import PromptedClassifier
+from lpt.engine.checkpoint import write_whole
+from lpt.errors import PromptFileError
+from lpt.heads import CosineHead
+from lpt.preprocess import Preprocess
+from lpt.prompts import DeepPrompt, PromptPool
+
+FORMAT = 1
+LARGEST_HEADER = 8 * 2**20
+
+DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
+
+
+class BackboneFacts(BaseModel):
+    name: str
+    fingerprint: str
+    image_size: int = Field(gt=0, le=4096)
+
+
+class Header(BaseModel):
+    """What a prompt file says about itself; fields that this version does not know are kept."""
+
+    model_config = ConfigDict(extra="allow")
+
+    format: int
+    method: str
+    settings: dict[str, Any] = {}
+    backbone: BackboneFacts
+    preprocess: dict[str, Any]
+    classes: list[str] = Field(min_length=2)
+    counts: list[int]
+    scale: float = Field(gt=0, allow_inf_nan=False)
+    topk: int = Field(default=0, ge=0)
+    first: int = Field(default=0, ge=0)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    data: dict[str, Any] = {}
+    metrics: dict[str, Any] = {}
+    versions: dict[str, str] = {}
+
+    @model_validator(mode="after")
+    def _one_count_a_class(self) -> Self:
+        if len(self.counts) != len(self.classes):
+            raise ValueError(f"{len(self.counts)} counts for {len(self.classes)} classes")
+        return self
+
+
+class PromptFile(NamedTuple):
+    header: Header
+    tensors: dict[str, Tensor]
+
+
+def save_prompt(
+    path: str | Path,
+    model: PromptedClassifier,
+    *,
+    method: str,
+    counts: Tensor,
+    storage: str = "fp16",
+    **facts: Any,
+) -> Header:
+    """Writes `model`'s prompts, keys and head, whole or not at all. `facts` are further header fields.
+
+    In fp16 the file reloads to the same bits only after `model.round_to(torch.float16)`.
+    """
+    backbone, pool = model.backbone, model.pool
+    header = Header(
+        format=FORMAT,
+        method=method,
+        backbone=BackboneFacts(
+            name=backbone.name, fingerprint=backbone.fingerprint, image_size=backbone.preprocess.size
+        ),
+        preprocess=backbone.preprocess.describe(),
+        classes=list(model.classes),
+        counts=counts.tolist(),
+        scale=model.head.scale,
+        topk=pool.topk if pool else 0,
+        first=pool.first if pool else 0,
+        **facts,
+    )
+    tensors = {k: v.detach().to("cpu", DTYPES[storage]).contiguous() for k, v in model.adapted().items()}
+    write_whole(Path(path), to_bytes(tensors, metadata={"lpt": header.model_dump_json()}))
+    return header
+
+
+def read_prompt(path: str | Path) -> PromptFile:
+    """Header and tensors, checked against each other; no backbone is needed. Raises PromptFileError."""
+    path = Path(path)
+    if not path.is_file():
+        raise PromptFileError(f"prompt file {path} does not exist")
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get("lpt")
+            if text is None:
+                raise PromptFileError(
+                    f"{path} is a safetensors file but not a prompt file of lpt: its metadata has no lpt header"
+                )
+            header = _header(path, text)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise PromptFileError(f"prompt file {path} is damaged or no safetensors file ({error})") from None
+    _check_tensors(path, header, tensors)
+    return PromptFile(header, {k: v.float() for k, v in tensors.items()})
+
+
+def load_prompt(path: str | Path, backbone: Backbone) -> PromptedClassifier:
+    """The model of a prompt file on `backbone`, which must be the one it was made with. Raises PromptFileError."""
+    header, tensors = read_prompt(path)
+    if header.backbone.fingerprint != backbone.fingerprint:
+        raise PromptFileError(
+            f"prompt file {path} is for backbone {header.backbone.name} ({header.backbone.fingerprint}), "
+            f"this is {backbone.name} ({backbone.fingerprint}): give backbone.name and backbone.weights of the first"
+        )
+    if header.backbone.image_size != backbone.preprocess.size:
+        raise PromptFileError(
+            f"prompt file {path} was made at {header.backbone.image_size} pixels, this backbone is at "
+            f"{backbone.preprocess.size}: set backbone.image_size={header.backbone.image_size}"
+        )
+    if (wide := tensors["head.weight"].shape[1]) != backbone.feature_width:
+        raise PromptFileError(
+            f"prompt file {path}: head of width {wide}, backbone of {backbone.feature_width}"
+        )
+    head = CosineHead(num_classes=len(header.classes), width=backbone.feature_width, scale=header.scale)
+    shared = pool = None
+    if (tokens := tensors.get("shared.tokens")) is not None:
+        shared = DeepPrompt(layers=tokens.shape[0], length=tokens.shape[1], width=tokens.shape[2])
+    if (tokens := tensors.get("pool.tokens")) is not None:
+        pool = PromptPool(
+            size=tokens.shape[0],
+            topk=header.topk,
+            first=header.first,
+            depth=backbone.depth,
+            length=tokens.shape[2],
+            width=tokens.shape[3],
+            key_width=backbone.feature_width,
+        )
+    model = PromptedClassifier(backbone, head, classes=tuple(header.classes), shared=shared, pool=pool)
+    for name, value in model.adapted().items():
+        if tensors[name].shape != value.shape:
+            raise PromptFileError(
+                f"prompt file {path}: {name} is {list(tensors[name].shape)}, the backbone needs {list(value.shape)}"
+            )
+    model.load_adapted(tensors)
+    model.only_train()
+    device = next(backbone.parameters()).device
+    return model.to(device).eval()
+
+
+def preprocess_of(header: Header) -> Preprocess:
+    """The preprocessing that a prompt file was trained with. Raises PromptFileError for one we cannot do."""
+    try:
+        known = Preprocess().describe()
+        values = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in header.preprocess.items() if k in known
+        }
+        return Preprocess(**values)
+    except TypeError as error:
+        raise PromptFileError(f"the prompt file's preprocessing cannot be used ({error})") from None
+
+
+def _header(path: Path, text: str) -> Header:
+    if len(text) > LARGEST_HEADER:
+        raise PromptFileError(
+            f"prompt file {path} has a header of {len(text)} bytes: refused above {LARGEST_HEADER}"
+        )
+    try:
+        raw = json.loads(text)
+        number = raw["format"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise PromptFileError(
+            f"prompt file {path} has a damaged header: it is not JSON with a format number"
+        ) from None
+    if not isinstance(number, int) or number > FORMAT:
+        raise PromptFileError(
+            f"prompt file {path} has format {number}, this lpt reads up to {FORMAT}: install a newer lpt"
+        )
+    try:
+        return Header.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "header"
+        raise PromptFileError(f"prompt file {path} has a damaged header: {where}: {first['msg']}") from None
+
+
+def _check_tensors(path: Path, header: Header, tensors: Mapping[str, Tensor]) -> None:
+    """Names, ranks, agreement between them, and finite numbers: a file is refused before it is believed."""
+    ranks = {"shared.tokens": 3, "pool.tokens": 4, "pool.keys": 2, "pool.centre": 1, "head.weight": 2}
+    wrong = sorted(set(tensors) - set(ranks))
+    in_pool = [k for k in ranks if k.startswith("pool.") and k in tensors]
+    say = None
+    if wrong:
+        say = f"unknown tensors {', '.join(wrong)[:200]}"
+    elif "head.weight" not in tensors:
+        say = "the tensor head.weight is missing"
+    elif in_pool and len(in_pool) != 3:
+        say = f"a pool needs tokens, keys and centre, there is {', '.join(in_pool)}"
+    elif bad := [k for k, v in tensors.items() if v.dim() != ranks[k] or v.numel() == 0]:
+        say = f"{bad[0]} has shape {list(tensors[bad[0]].shape)}"
+    elif bad := [k for k, v in tensors.items() if v.dtype not in DTYPES.values()]:
+        say = f"{bad[0]} is stored as {tensors[bad[0]].dtype}, not fp16 or fp32"
+    elif bad := [k for k, v in tensors.items() if not bool(torch.isfinite(v).all())]:
+        say = f"{bad[0]} holds numbers that are not finite"
+    elif len(tensors["head.weight"]) != len(header.classes):
+        say = f"the head has {len(tensors['head.weight'])} rows for {len(header.classes)} classes"
+    elif in_pool and not 1 <= header.topk <= len(tensors["pool.keys"]):
+        say = f"topk {header.topk} does not fit a pool of {len(tensors['pool.keys'])}"
+    if say:
+        raise PromptFileError(f"prompt file {path} is damaged: {say}")

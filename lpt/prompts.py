@@ -1,0 +1,69 @@
+"""Learned tokens: the shared deep prompt and the pool of group prompts.
+
+Shapes: deep prompt [L n D], pool [K L n D], keys [K D'].
+"""
+
+import torch
+from torch import Tensor, nn
+
+from lpt.errors import LptError
+
+
+def _truncated_normal(*shape: int, generator: torch.Generator | None) -> nn.Parameter:
+    return nn.Parameter(nn.init.trunc_normal_(torch.empty(*shape), std=0.02, generator=generator))
+
+
+class DeepPrompt(nn.Module):
+    """`length` tokens for each of `layers` blocks (Jia 2022, VPT-deep). `.tokens` is [L n D].
+
+    Block i sees `tokens[i]`; no position, no projection, no dropout. Start: truncated normal, std 0.02.
+    """
+
+    def __init__(
+        self, *, layers: int, length: int, width: int, generator: torch.Generator | None = None
+    ) -> None:
+        super().__init__()
+        self.tokens = _truncated_normal(layers, length, width, generator=generator)
+
+
+class PromptPool(nn.Module):
+    """`size` group prompts for the last blocks, each found by its key (Dong 2023, LPT).
+
+    `.tokens` [K L n D] are for blocks `first`..depth-1; `.keys` [K D'] live in the space of the query;
+    `.centre` [D'] is subtracted from every query (zero unless queries are centred).
+    """
+
+    def __init__(
+        self,
+        *,
+        size: int,
+        topk: int,
+        first: int,
+        depth: int,
+        length: int,
+        width: int,
+        key_width: int,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        if not 0 <= first < depth:
+            raise LptError(
+                f"method.prefix_blocks {first} leaves no block for the group prompts: "
+                f"this backbone has {depth} blocks, use 0 to {depth - 1}"
+            )
+        if not 1 <= topk <= size:
+            raise LptError(f"method.topk {topk} does not fit a pool of {size} group prompts: use 1 to {size}")
+        self.topk, self.first = topk, first
+        self.tokens = _truncated_normal(size, depth - first, length, width, generator=generator)
+        self.keys = _truncated_normal(size, key_width, generator=generator)
+        self.register_buffer("centre", torch.zeros(key_width))
+        self.centre: Tensor
+
+    def ensemble(self, ids: Tensor) -> Tensor:
+        """The unweighted mean of the chosen prompts. ids [B k] → [B L n D].
+
+        As a product with a [B K] matrix of 1/k: on CPUs its backward is far cheaper than that of an index.
+        """
+        share = torch.zeros(len(ids), len(self.tokens), dtype=self.tokens.dtype, device=ids.device)
+        share.scatter_(1, ids, 1 / ids.shape[1])
+        return (share @ self.tokens.flatten(1)).unflatten(1, self.tokens.shape[1:])

@@ -1,0 +1,79 @@
+"""What a run leaves for people: `report.md` from `report.json`, and the many/medium/few table of the terminal."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+COLUMNS = ("accuracy", "class_accuracy", "many", "medium", "few", "worst_class", "ece")
+NAMES = {"accuracy": "all", "class_accuracy": "class mean", "worst_class": "worst class", "ece": "ECE"}
+
+
+def percent(value: float | None) -> str:
+    """One decimal; an empty group is n/a, never NaN.
+
+    >>> percent(0.6789), percent(None)
+    ('67.9', 'n/a')
+    """
+    return "n/a" if value is None else f"{100 * value:.1f}"
+
+
+def table(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    """A Markdown table of named metric rows, in percent."""
+    head = ["", *(NAMES.get(c, c) for c in COLUMNS)]
+    body = [[name, *(percent(metrics.get(c)) for c in COLUMNS)] for name, metrics in rows]
+    widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
+
+    def show(cells: Sequence[str]) -> str:
+        first = cells[0].ljust(widths[0])
+        return (
+            "| "
+            + " | ".join([first, *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))])
+            + " |"
+        )
+
+    rule = "|" + "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths)) + "|"
+    return "\n".join([show(head), rule, *map(show, body)])
+
+
+def markdown(report: Mapping[str, Any], *, classes: Sequence[str], command: str) -> str:
+    """`report.md`: the table, what was run, the worst classes, and how to run it again."""
+    data, sizes = report["data"], report["group_sizes"]
+    groups = ", ".join(f"{name} {sizes[name]}" for name in ("many", "medium", "few"))
+    ranked = sorted(
+        (accuracy, name, count)
+        for name, accuracy, count in zip(classes, report["per_class"], data["counts"], strict=True)
+        if accuracy is not None
+    )
+    lines = [
+        f"# {report['method']} on {data['name']}",
+        "",
+        "Per cent on the test set; last weights. ECE, NLL and Brier from softmax(scale · cosine), the scale being "
+        f"{report['scale']:g}.",
+        "",
+        table([(report["method"], report)]),
+        "",
+        f"Groups by training count, rule `{report['group_rule']}`: {groups} classes.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| backbone | {report['backbone']['name']}, weights {report['backbone']['fingerprint']} |",
+        f"| data | {data['name']} ({data['variant']}), imbalance factor {data['imbalance_factor']:g}, "
+        f"{sum(data['counts'])} training images |",
+        f"| split SHA-256 | `{data['split_sha256']}` |",
+        f"| trained | {report['trainable_parameters']:,} parameters, seed {report['seed']}, {report['precision']} |",
+        f"| prompt file | {report['prompt_bytes']:,} bytes |",
+        f"| time | {report['seconds']:.0f} s, peak memory {report['peak_memory_bytes'] / 2**20:.0f} MiB |",
+        f"| NLL, Brier | {report['nll']:.4f}, {report['brier']:.4f} |",
+    ]
+    if usage := report.get("key_usage"):
+        lines.append(
+            f"| keys on the test set | perplexity {usage['perplexity']:.1f} of {len(usage['selections'])}, "
+            f"{usage['dead_keys']} dead |"
+        )
+    if report["absent_classes"]:
+        lines.append(f"| classes without training images | {', '.join(report['absent_classes'])} |")
+    lines += [
+        "",
+        "Worst classes: " + ", ".join(f"{n} {percent(a)} (n = {c})" for a, n, c in ranked[:10]) + ".",
+        "",
+    ]
+    return "\n".join([*lines, "Run it again:", "", "```sh", command, "```", ""])
