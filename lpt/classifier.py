@@ -59,9 +59,7 @@ class PromptedClassifier(nn.Module):
         """The feature under the shared prompt alone, from the prefix's tokens; never with a gradient."""
         return self._finish(tokens, None)
 
-    def tail(
-        self, tokens: Tensor, *, query: Tensor | None = None, feature_mask: Tensor | None = None
-    ) -> Output:
+    def tail(self, tokens: Tensor, *, query: Tensor | None = None, feature_mask: Tensor | None = None) -> Output:
         """The rest of the blocks, with each image's own group prompts where there is a pool."""
         similarity = ids = group = None
         if self.pool is not None:

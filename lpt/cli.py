@@ -11,9 +11,7 @@ from lpt.errors import ConfigError, LptError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", help="for example train.seed=1")
-]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", help="for example train.seed=1")]
 
 
 @app.command()
@@ -30,8 +28,12 @@ def train(
 
     resolved = load_config(config, settings or [])
     out = out or Path("runs") / f"{resolved.data['name'].replace('-', '_')}_{resolved.method['name']}"
-    with _Progress() as progress:
-        report = run.train(resolved, out, resume=resume, say=progress.say, show=progress.show)
+    try:
+        with _Progress() as progress:
+            report = run.train(resolved, out, resume=resume, say=progress.say, show=progress.show)
+    except KeyboardInterrupt:
+        print(f"interrupted; the same command with --resume --out {out} goes on from the last checkpoint", file=sys.stderr)
+        raise typer.Exit(130) from None
     print(table([(report["method"], report)]))
     sizes = ", ".join(f"{k} {v}" for k, v in report["group_sizes"].items())
     print(f"groups by training count ({report['group_rule']}): {sizes} classes; per cent on the test set")
@@ -44,9 +46,7 @@ def train(
 def evaluate(
     prompt: Annotated[Path, typer.Argument(help="a prompt file")],
     settings: Overrides = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="write the metrics there")
-    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the metrics there")] = None,
 ) -> None:
     """Metrics of a prompt file on a task (by default the one it was trained on)."""
     from lpt import run
@@ -62,13 +62,9 @@ def evaluate(
 @app.command()
 def predict(
     prompt: Annotated[Path, typer.Argument(help="a prompt file")],
-    images: Annotated[
-        list[Path], typer.Argument(help="image files or folders; backbone.weights=FILE as in train")
-    ],
+    images: Annotated[list[Path], typer.Argument(help="image files or folders; backbone.weights=FILE as in train")],
     topk: Annotated[int, typer.Option(min=1, help="classes to print for each image")] = 5,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="write the answers there")
-    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the answers there")] = None,
 ) -> None:
     """Class names and probabilities; an image that cannot be decoded is named and the others go on (exit 1)."""
     from lpt import run
@@ -108,13 +104,9 @@ def inspect(prompt: Annotated[Path, typer.Argument(help="a prompt file")]) -> No
     header, tensors = read_prompt(prompt)
     print(f"{prompt}  format {header.format}, {prompt.stat().st_size:,} bytes")
     print(f"method    {header.method}  {json.dumps(header.settings)}")
-    print(
-        f"backbone  {header.backbone.name}, weights {header.backbone.fingerprint}, {header.backbone.image_size} px"
-    )
+    print(f"backbone  {header.backbone.name}, weights {header.backbone.fingerprint}, {header.backbone.image_size} px")
     shown = ", ".join(header.classes[:6]) + (", ..." if len(header.classes) > 6 else "")
-    print(
-        f"classes   {len(header.classes)}: {shown}; {max(header.counts)} to {min(header.counts)} training images"
-    )
+    print(f"classes   {len(header.classes)}: {shown}; {max(header.counts)} to {min(header.counts)} training images")
     print(f"data      {header.data.get('name')}, split {header.data.get('split_sha256')}")
     for name, tensor in tensors.items():
         print(f"tensor    {name} {list(tensor.shape)}")
@@ -142,9 +134,7 @@ def list_(
         "backbones": FAMILIES,
         "data": {k: first_line(f.__doc__) for k, f in DATA.items()},
         "losses": LOSSES,
-        "configs": {
-            str(p): first_line(p.read_text()).lstrip("# ") for p in sorted(Path("configs").rglob("*.yaml"))
-        },
+        "configs": {str(p): first_line(p.read_text()).lstrip("# ") for p in sorted(Path("configs").rglob("*.yaml"))},
     }
     if what is not None and what not in shelves:
         raise LptError(f"there is no list of {what!r}: {', '.join(shelves)}{did_you_mean(what, shelves)}")
@@ -208,28 +198,14 @@ class _Progress:
 
 
 def main() -> None:
-    """Entry point. People's mistakes end with code 2 and no traceback; an interrupt with 130."""
+    """Entry point. People's mistakes end with code 2 and no traceback."""
     try:
-        app(standalone_mode=False)
+        app()
     except ConfigError as error:
         many = len(error.mistakes) > 1
         _fail(f"{len(error.mistakes)} mistakes:\n  " + "\n  ".join(error.mistakes) if many else str(error))
     except LptError as error:
         _fail(str(error))
-    except typer.Exit as leave:
-        sys.exit(leave.exit_code)
-    except KeyboardInterrupt:
-        print("interrupted; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
-    except Exception as error:
-        import click
-
-        if isinstance(error, click.exceptions.Abort):
-            sys.exit(130)
-        if isinstance(error, click.ClickException):
-            error.show()
-            sys.exit(2)
-        raise
 
 
 def _fail(text: str) -> None:

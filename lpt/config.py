@@ -74,17 +74,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The config at `path` with `key=value` overrides. Raises ConfigError with every mistake at once."""
     path = Path(path)
     if not path.is_file():
-        raise ConfigError(
-            [f"config {path} does not exist; `lpt list configs` shows those that come with lpt"]
-        )
+        raise ConfigError([f"config {path} does not exist; `lpt list configs` shows those that come with lpt"])
     try:
         raw = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError([f"config {path} is not YAML: {' '.join(str(error).split())}"]) from None
     if not isinstance(raw, dict):
-        raise ConfigError(
-            [f"config {path} holds {type(raw).__name__}, not the sections backbone, data, method, train"]
-        )
+        raise ConfigError([f"config {path} holds {type(raw).__name__}, not the sections backbone, data, method, train"])
     return resolve(raw, overrides)
 
 
@@ -140,21 +136,15 @@ def settings_of(function: Callable[..., Any]) -> type[BaseModel]:
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY or name == "root":
             default = ... if parameter.default is inspect.Parameter.empty else parameter.default
             fields[name] = (hints[name], default)
-    return create_model(
-        function.__name__, __config__=ConfigDict(extra="forbid", allow_inf_nan=False), **fields
-    )
+    return create_model(function.__name__, __config__=ConfigDict(extra="forbid", allow_inf_nan=False), **fields)
 
 
-def _named(
-    section: str, given: Any, table: Mapping[str, Callable[..., Any]]
-) -> tuple[dict[str, Any], list[str]]:
+def _named(section: str, given: Any, table: Mapping[str, Callable[..., Any]]) -> tuple[dict[str, Any], list[str]]:
     if not isinstance(given, dict) or "name" not in given:
         return {}, [f"{section}.name is missing: one of {', '.join(table)}"]
     name = given["name"]
     if name not in table:
-        return {}, [
-            f"{section}.name: {name!r} is unknown ({', '.join(table)}){did_you_mean(str(name), table)}"
-        ]
+        return {}, [f"{section}.name: {name!r} is unknown ({', '.join(table)}){did_you_mean(str(name), table)}"]
     rest = {key: value for key, value in given.items() if key != "name"}
     settings, mistakes = _validated(section, settings_of(table[name]), rest)
     return {"name": name, **(settings if isinstance(settings, dict) else {})}, mistakes

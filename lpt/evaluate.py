@@ -59,9 +59,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """The metrics of `report.json` for `images`, with groups by the training `counts` [C]."""
     predictions = predict(model, images, batch_size=batch_size)
-    metrics = summarise(
-        model.probabilities(predictions.logits), predictions.labels, counts, group_rule=group_rule
-    )
+    metrics = summarise(model.probabilities(predictions.logits), predictions.labels, counts, group_rule=group_rule)
     if predictions.ids is not None and model.pool is not None:
         metrics["key_usage"] = key_usage(predictions.ids, len(model.pool.keys))
     return metrics

@@ -14,9 +14,7 @@ class CosineHead(nn.Module):
     Start: uniform in (-1, 1), then unit rows (LPT's code); or give `weight` from class means or text.
     """
 
-    def __init__(
-        self, *, num_classes: int, width: int, scale: float, generator: torch.Generator | None = None
-    ) -> None:
+    def __init__(self, *, num_classes: int, width: int, scale: float, generator: torch.Generator | None = None) -> None:
         super().__init__()
         weight = torch.empty(num_classes, width).uniform_(-1, 1, generator=generator)
         self.weight = nn.Parameter(F.normalize(weight, dim=1))

@@ -81,9 +81,7 @@ class GCL:
 
     def __post_init__(self) -> None:
         if len(self.counts) < 2:
-            raise LptError(
-                "a task with one class has nothing to tell apart: a GCL loss needs at least 2 classes"
-            )
+            raise LptError("a task with one class has nothing to tell apart: a GCL loss needs at least 2 classes")
 
     def __call__(self, logits: Tensor, labels: Tensor, noise: Tensor | None = None) -> Tensor:
         num_classes = logits.shape[1]

@@ -4,7 +4,7 @@ Shapes: images [B 3 h w] uint8, views [B 3 S S] float.
 """
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,9 +32,6 @@ class Preprocess:
     def with_(self, **changes: Any) -> "Preprocess":
         return replace(self, **changes)
 
-    def describe(self) -> dict[str, Any]:
-        return asdict(self)
-
     def test(self, images: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
         """The fixed view of each image. [B 3 h w] uint8 → [B 3 S S]."""
         views = images.float()
@@ -43,9 +40,7 @@ class Preprocess:
         scale = short / min(h, w)
         if (new := (round(h * scale), round(w * scale))) != (h, w):
             # Antialiased, as PIL and so every published test transform resizes, also upwards.
-            views = F.interpolate(
-                views, size=new, mode=self.interpolation, align_corners=False, antialias=True
-            )
+            views = F.interpolate(views, size=new, mode=self.interpolation, align_corners=False, antialias=True)
         top, left = (views.shape[-2] - self.size) // 2, (views.shape[-1] - self.size) // 2
         views = views[..., top : top + self.size, left : left + self.size]
         return self._normalise(views.clamp_(0, 255)).to(dtype)

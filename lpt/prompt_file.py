@@ -44,7 +44,7 @@ class Header(BaseModel):
     method: str
     settings: dict[str, Any] = {}
     backbone: BackboneFacts
-    preprocess: dict[str, Any]
+    preprocess: Preprocess
     classes: list[str] = Field(min_length=2)
     counts: list[int]
     scale: float = Field(gt=0, allow_inf_nan=False)
@@ -59,6 +59,11 @@ class Header(BaseModel):
     def _one_count_a_class(self) -> Self:
         if len(self.counts) != len(self.classes):
             raise ValueError(f"{len(self.counts)} counts for {len(self.classes)} classes")
+        pixels = self.preprocess
+        three = len(pixels.mean) == len(pixels.std) == 3 and all(0 < s < 1e3 for s in pixels.std)
+        known = pixels.interpolation in ("bilinear", "bicubic") and 0.1 <= pixels.crop_ratio <= 1
+        if pixels.size != self.backbone.image_size or not (three and known and 0 < pixels.min_area <= 1):
+            raise ValueError("the preprocessing makes no sense")
         return self
 
 
@@ -87,7 +92,7 @@ def save_prompt(
         backbone=BackboneFacts(
             name=backbone.name, fingerprint=backbone.fingerprint, image_size=backbone.preprocess.size
         ),
-        preprocess=backbone.preprocess.describe(),
+        preprocess=backbone.preprocess,
         classes=list(model.classes),
         counts=counts.tolist(),
         scale=model.head.scale,
@@ -134,13 +139,11 @@ def load_prompt(path: str | Path, backbone: Backbone) -> PromptedClassifier:
             f"{backbone.preprocess.size}: set backbone.image_size={header.backbone.image_size}"
         )
     if (wide := tensors["head.weight"].shape[1]) != backbone.feature_width:
-        raise PromptFileError(
-            f"prompt file {path}: head of width {wide}, backbone of {backbone.feature_width}"
-        )
+        raise PromptFileError(f"prompt file {path}: head of width {wide}, backbone of {backbone.feature_width}")
     head = CosineHead(num_classes=len(header.classes), width=backbone.feature_width, scale=header.scale)
     shared = pool = None
     if (tokens := tensors.get("shared.tokens")) is not None:
-        shared = DeepPrompt(layers=tokens.shape[0], length=tokens.shape[1], width=tokens.shape[2])
+        shared = DeepPrompt(layers=backbone.depth, length=tokens.shape[1], width=tokens.shape[2])
     if (tokens := tensors.get("pool.tokens")) is not None:
         pool = PromptPool(
             size=tokens.shape[0],
@@ -163,30 +166,14 @@ def load_prompt(path: str | Path, backbone: Backbone) -> PromptedClassifier:
     return model.to(device).eval()
 
 
-def preprocess_of(header: Header) -> Preprocess:
-    """The preprocessing that a prompt file was trained with. Raises PromptFileError for one we cannot do."""
-    try:
-        known = Preprocess().describe()
-        values = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in header.preprocess.items() if k in known
-        }
-        return Preprocess(**values)
-    except TypeError as error:
-        raise PromptFileError(f"the prompt file's preprocessing cannot be used ({error})") from None
-
-
 def _header(path: Path, text: str) -> Header:
     if len(text) > LARGEST_HEADER:
-        raise PromptFileError(
-            f"prompt file {path} has a header of {len(text)} bytes: refused above {LARGEST_HEADER}"
-        )
+        raise PromptFileError(f"prompt file {path} has a header of {len(text)} bytes: refused above {LARGEST_HEADER}")
     try:
         raw = json.loads(text)
         number = raw["format"]
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise PromptFileError(
-            f"prompt file {path} has a damaged header: it is not JSON with a format number"
-        ) from None
+        raise PromptFileError(f"prompt file {path} has a damaged header: it is not JSON with a format number") from None
     if not isinstance(number, int) or number > FORMAT:
         raise PromptFileError(
             f"prompt file {path} has format {number}, this lpt reads up to {FORMAT}: install a newer lpt"

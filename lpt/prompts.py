@@ -19,9 +19,7 @@ class DeepPrompt(nn.Module):
     Block i sees `tokens[i]`; no position, no projection, no dropout. Start: truncated normal, std 0.02.
     """
 
-    def __init__(
-        self, *, layers: int, length: int, width: int, generator: torch.Generator | None = None
-    ) -> None:
+    def __init__(self, *, layers: int, length: int, width: int, generator: torch.Generator | None = None) -> None:
         super().__init__()
         self.tokens = _truncated_normal(layers, length, width, generator=generator)
 

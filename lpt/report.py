@@ -24,11 +24,7 @@ def table(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
 
     def show(cells: Sequence[str]) -> str:
         first = cells[0].ljust(widths[0])
-        return (
-            "| "
-            + " | ".join([first, *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))])
-            + " |"
-        )
+        return "| " + " | ".join([first, *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))]) + " |"
 
     rule = "|" + "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths)) + "|"
     return "\n".join([show(head), rule, *map(show, body)])

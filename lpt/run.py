@@ -27,7 +27,7 @@ from lpt.errors import ConfigError, DataError, LptError, PromptFileError
 from lpt.evaluate import evaluate
 from lpt.history import History
 from lpt.methods import METHODS
-from lpt.prompt_file import DTYPES, Header, load_prompt, preprocess_of, read_prompt, save_prompt
+from lpt.prompt_file import DTYPES, Header, load_prompt, read_prompt, save_prompt
 from lpt.report import markdown
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -55,9 +55,7 @@ def train(
         raise LptError(f"--out {out} is a file: give a folder")
     used = (out / "history.jsonl").exists() or (out / "report.json").exists()
     if used and not resume:
-        raise LptError(
-            f"--out {out} already holds a run: add --resume to go on with it, or give another folder"
-        )
+        raise LptError(f"--out {out} already holds a run: add --resume to go on with it, or give another folder")
 
     task = load_task(**config.data)
     precision = pick_precision(config.train.precision, device)
@@ -72,9 +70,12 @@ def train(
         if task.val is None:
             return {}
         metrics = evaluate(model, task.val, task.counts, group_rule=task.group_rule)
-        return {
-            "val": {k: metrics[k] for k in ("accuracy", "class_accuracy", "many", "medium", "few", "ece")}
-        }
+        return {"val": {k: metrics[k] for k in ("accuracy", "class_accuracy", "many", "medium", "few", "ece")}}
+
+    def begin() -> None:
+        if main:
+            write_whole(out / "config.yaml", config.to_yaml().encode())
+            write_whole(out / "split.json", json.dumps(manifest).encode())
 
     fit = Fit(
         images=task.train,
@@ -86,13 +87,11 @@ def train(
         run_hash=run_hash,
         accelerator=accelerator,
         dtype=PRECISIONS[precision],
+        on_start=begin,
         on_epoch=held_out,
         say=say if main else lambda text: None,
         show=show if main else lambda phase, step, steps, text: None,
     )
-    if main:
-        write_whole(out / "config.yaml", config.to_yaml().encode())
-        write_whole(out / "split.json", json.dumps(manifest).encode())
     settings = {key: value for key, value in config.method.items() if key != "name"}
     model = METHODS[config.method["name"]](task, backbone, fit, **settings)
 
@@ -134,9 +133,7 @@ def train(
                 **data,
                 "settings": {k: v for k, v in config.data.items() if k not in ("root", "download")},
             },
-            metrics={
-                k: metrics[k] for k in ("accuracy", "class_accuracy", "many", "medium", "few", "ece", "nll")
-            },
+            metrics={k: metrics[k] for k in ("accuracy", "class_accuracy", "many", "medium", "few", "ece", "nll")},
             versions=versions(),
         )
         report |= {
@@ -164,7 +161,7 @@ def open_prompt(
     where = pick_device(device)
     wanted = name or header.backbone.name
     backbone = load_backbone(wanted, weights=weights, image_size=header.backbone.image_size)
-    backbone.preprocess = preprocess_of(header)
+    backbone.preprocess = header.preprocess
     model = load_prompt(path, backbone)
     chosen = pick_precision(precision or header.precision, where)
     model.backbone.to(PRECISIONS[chosen])
@@ -178,8 +175,7 @@ def evaluate_prompt(
     header, _ = read_prompt(path)
     known = {"data", "backbone", "train"}
     if wrong := [
-        f"{k}: there is no such section for evaluate ({', '.join(sorted(known))})"
-        for k in settings.keys() - known
+        f"{k}: there is no such section for evaluate ({', '.join(sorted(known))})" for k in settings.keys() - known
     ]:
         raise ConfigError(wrong)
     stored = header.data.get("settings", {})

@@ -26,7 +26,7 @@ SUPPORTED = (
 class TimmViT(Backbone):
     """A frozen `timm.models.VisionTransformer`, final. Without prompts it is timm's own forward, bit for bit."""
 
-    def __init__(self, vit: nn.Module, *, name: str, preprocess: Preprocess, fingerprint: str):
+    def __init__(self, vit: Any, *, name: str, preprocess: Preprocess, fingerprint: str):
         super().__init__()
         self.vit: Any = vit
         self.name, self.preprocess, self.fingerprint = name, preprocess, fingerprint
@@ -45,7 +45,7 @@ class TimmViT(Backbone):
         return vit.forward_head(vit.norm(tokens), pre_logits=True).float()
 
     def keys_values(self, i: int, prompt: Tensor) -> KeyValue:
-        block = self.vit.blocks[i]
+        block: Any = self.vit.blocks[i]
         prompt = block.norm1(prompt.to(self.dtype))
         prompt = prompt if prompt.dim() == 3 else prompt[None]
         weight, bias = _rows(block.attn.qkv, 1, 3)
@@ -111,8 +111,8 @@ def _heads(packed: Tensor, parts: int, attn: Any) -> tuple[Tensor, ...]:
 def load(name: str, *, weights: Path | None = None, image_size: int | None = None) -> TimmViT:
     """The timm model `name`, its weights from a local safetensors file or from timm's hub by full tagged name.
 
-    Raises BackboneError for unknown names, for families that the seam cannot serve, for a bare name that would be downloaded, and
-    for weights of another architecture (every missing, unexpected and misshapen key named).
+    Raises BackboneError for unknown names, for families that the seam cannot serve, for a bare name that would be
+    downloaded, and for weights of another architecture (every missing, unexpected and misshapen key named).
     """
     import timm
 
@@ -123,9 +123,7 @@ def load(name: str, *, weights: Path | None = None, image_size: int | None = Non
             + did_you_mean(architecture, timm.list_models("*vit*") + timm.list_models("deit*"))
         )
     if weights is None:
-        tags = [
-            full for full in timm.list_pretrained(f"{architecture}.*") if full.startswith(architecture + ".")
-        ]
+        tags = [full for full in timm.list_pretrained(f"{architecture}.*") if full.startswith(architecture + ".")]
         if not tag:
             raise BackboneError(
                 f"backbone timm:{name} is a bare name, whose weights change between timm versions: "
@@ -135,9 +133,7 @@ def load(name: str, *, weights: Path | None = None, image_size: int | None = Non
             raise BackboneError(f"backbone timm:{name} has no published weights{did_you_mean(name, tags)}")
     _refuse_unserved(name, architecture)
     with _quiet(), _download_errors(name, weights):
-        vit = timm.create_model(
-            name if weights is None else architecture, pretrained=weights is None, num_classes=0
-        )
+        vit = timm.create_model(name if weights is None else architecture, pretrained=weights is None, num_classes=0)
     _refuse_unserved_module(name, vit)
     if weights is not None:
         _load_weights(vit, weights, architecture)
@@ -162,7 +158,7 @@ def untrained(architecture: str, *, image_size: int | None = None, seed: int = 0
 
 
 def _wrap(vit: Any, name: str, image_size: int | None) -> TimmViT:
-    from timm.data import resolve_model_data_config
+    from timm.data.config import resolve_model_data_config
 
     config = resolve_model_data_config(vit)
     size = image_size or config["input_size"][-1]
@@ -192,13 +188,11 @@ def _refuse_unserved(name: str, architecture: str) -> None:
 
     module = model_entrypoint(architecture).__module__.rpartition(".")[2]
     if module not in ("vision_transformer", "deit"):
-        raise BackboneError(
-            f"backbone timm:{name} (timm's {module}) has no prompt seam; supported: {SUPPORTED}"
-        )
+        raise BackboneError(f"backbone timm:{name} (timm's {module}) has no prompt seam; supported: {SUPPORTED}")
 
 
 def _refuse_unserved_module(name: str, vit: Any) -> None:
-    from timm.layers import Attention
+    from timm.layers.attention import Attention
     from timm.models.vision_transformer import Block, VisionTransformer
 
     plain = type(vit) is VisionTransformer and all(
@@ -239,9 +233,7 @@ def read_weights(path: Path) -> Mapping[str, Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise BackboneError(
-            f"backbone.weights {path} is not a safetensors file ({error}): convert it first"
-        ) from None
+        raise BackboneError(f"backbone.weights {path} is not a safetensors file ({error}): convert it first") from None
 
 
 @contextlib.contextmanager

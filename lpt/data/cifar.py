@@ -62,17 +62,13 @@ def _cifar_lt(
     for k, n in enumerate(wanted):
         indices = np.where(labels == k)[0]
         if len(indices) < n:
-            raise DataError(
-                f"{name}: class {source['classes'][k]!r} has {len(indices)} images, {n} are needed"
-            )
+            raise DataError(f"{name}: class {source['classes'][k]!r} has {len(indices)} images, {n} are needed")
         rng.shuffle(indices)
         chosen += indices[:n].tolist()
     train, held = np.array(sorted(chosen)), np.array([], dtype=int)
     if val_per_class:
         train, held = hold_out(np.arange(len(labels)), train, labels, val_per_class, seed)
-    variant = {0: "cao", 42: "lpt42"}.get(seed, f"seed{seed}") + (
-        "" if source["official_order"] else "-reordered"
-    )
+    variant = {0: "cao", 42: "lpt42"}.get(seed, f"seed{seed}") + ("" if source["official_order"] else "-reordered")
 
     def part(which: str, rows: np.ndarray) -> Images:
         of = source[f"{which}_labels"]
@@ -126,9 +122,7 @@ def _open_parquet(name: str, num_classes: int, folder: Path) -> dict[str, Any]:
         labels = table.column(label).to_numpy()
         found = len(np.unique(labels))
         if found != num_classes:
-            raise DataError(
-                f"{path} holds {found} classes, {name} has {num_classes}: is data.root the right folder?"
-            )
+            raise DataError(f"{path} holds {found} classes, {name} has {num_classes}: is data.root the right folder?")
         cells = table.column(image).combine_chunks()
         source[f"{which}_labels"] = labels
         source[which] = lambda rows, cells=cells, path=path: _decode(cells, rows, path)
@@ -166,10 +160,7 @@ def _open_torchvision(name: str, num_classes: int, folder: Path, download: bool)
 
     dataset = CIFAR100 if num_classes == 100 else CIFAR10
     try:
-        parts = {
-            which: dataset(str(folder), train=which == "train", download=download)
-            for which in ("train", "test")
-        }
+        parts = {which: dataset(str(folder), train=which == "train", download=download) for which in ("train", "test")}
     except RuntimeError:
         raise DataError(
             f"data.root {folder} holds neither train.parquet and test.parquet nor torchvision's "

@@ -17,7 +17,7 @@ def digits_lt(*, imbalance_factor: float = 50, seed: int = 0, val_per_class: int
     """
     from sklearn.datasets import load_digits
 
-    images, labels = load_digits(return_X_y=True)
+    images, labels = (np.asarray(part) for part in load_digits(return_X_y=True))
     rng = np.random.default_rng((seed, 11))
     rank = rng.permutation(10)
     counts = exponential_counts(10, LARGEST, imbalance_factor)

@@ -55,9 +55,7 @@ def load_checkpoint(path: Path, *, run_hash: str) -> Checkpoint | None:
             header = json.loads((file.metadata() or {})["lpt_checkpoint"])
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, KeyError, ValueError, OSError) as error:
-        raise TrainingError(
-            f"checkpoint {path} cannot be read ({error}): delete it to start its phase again"
-        ) from None
+        raise TrainingError(f"checkpoint {path} cannot be read ({error}): delete it to start its phase again") from None
     if header["run"] != run_hash:
         raise TrainingError(
             f"checkpoint {path} was made with other settings or data: use another --out, or the settings in "

@@ -76,7 +76,8 @@ class Sampler(Protocol):
 class Images(Protocol):
     """Training images: labels [N] and, for indices [B], uint8 pixels [B 3 h w]."""
 
-    labels: Tensor
+    @property
+    def labels(self) -> Tensor: ...
 
     def take(self, indices: Tensor) -> Tensor: ...
 
@@ -103,6 +104,8 @@ class Fit:
     accelerator: Any = None
     dtype: torch.dtype = torch.float32
     checkpoint_seconds: float = 30.0
+    on_start: Callable[[], None] | None = None
+    """Called once, when the method has accepted its settings and before anything is written or trained."""
     on_epoch: EpochEnd | None = None
     seconds_before: float = 0.0
     """Seconds that earlier, killed processes have spent on what this one did not do again."""
@@ -125,6 +128,7 @@ class Fit:
         on_epoch: EpochEnd | None = None,
     ) -> None:
         """Trains what `requires_grad` in `model`; returns when `steps` are done (at once if they were before)."""
+        self._start()
         rank, world = (
             (0, 1)
             if self.accelerator is None
@@ -162,9 +166,7 @@ class Fit:
         def save(done: int) -> None:
             if place and rank == 0:
                 spent = before + clock.total()
-                state = Checkpoint(
-                    done, done == steps, spent, model.adapted(), optimizer_moments(optim, names)
-                )
+                state = Checkpoint(done, done == steps, spent, model.adapted(), optimizer_moments(optim, names))
                 save_checkpoint(place, state, run_hash=self.run_hash)
 
         model.train()
@@ -218,6 +220,7 @@ class Fit:
 
     def once(self, name: str, make: Callable[[], Tensor]) -> Tensor:
         """What `make` returns, kept beside the checkpoints: a resumed run need not compute it again."""
+        self._start()
         place = self.checkpoints / f"{name}.safetensors" if self.checkpoints else None
         if place and (found := load_checkpoint(place, run_hash=self.run_hash)):
             return found.tensors["value"]
@@ -225,6 +228,11 @@ class Fit:
         if place and (self.accelerator is None or self.accelerator.is_main_process):
             save_checkpoint(place, Checkpoint(0, True, 0.0, {"value": value}, {}), run_hash=self.run_hash)
         return value
+
+    def _start(self) -> None:
+        if self.on_start:
+            self.on_start()
+            self.on_start = None
 
     def _pixels(
         self, streams: Mapping[str, Sampler], t: int, rank: int, world: int

@@ -70,17 +70,11 @@ def tune(
     backbone cannot serve.
     """
     if min(epochs) < 0 or epochs[0] + epochs[1] == 0:
-        raise LptError(
-            f"method.epochs {list(epochs)} trains nothing: give (phase 1, phase 2), for example [40, 40]"
-        )
+        raise LptError(f"method.epochs {list(epochs)} trains nothing: give (phase 1, phase 2), for example [40, 40]")
     device = next(backbone.parameters()).device
     generator = torch.Generator().manual_seed(fit.seed)
-    head = CosineHead(
-        num_classes=len(task.classes), width=backbone.feature_width, scale=scale, generator=generator
-    )
-    shared = DeepPrompt(
-        layers=backbone.depth, length=prompt_length, width=backbone.width, generator=generator
-    )
+    head = CosineHead(num_classes=len(task.classes), width=backbone.feature_width, scale=scale, generator=generator)
+    shared = DeepPrompt(layers=backbone.depth, length=prompt_length, width=backbone.width, generator=generator)
     pool = PromptPool(  # made before phase 1, so that a pool that cannot be served fails at once
         size=pool_size,
         topk=topk,
@@ -104,13 +98,9 @@ def tune(
     def loss_of(gammas: tuple[float, float], prior: bool) -> Any:
         if loss == "ce":
             return CrossEntropy(scale, label_smoothing)
-        if (
-            loss == "la"
-        ):  # class-balanced batches have a uniform prior already: adjusting twice would overshoot
+        if loss == "la":  # class-balanced batches have a uniform prior already: adjusting twice would overshoot
             return LogitAdjusted(counts, float(prior), scale, label_smoothing)
-        return GCL(
-            counts, scale, margin, noise, *gammas, label_smoothing, agcl_form, asymmetric=loss == "agcl"
-        )
+        return GCL(counts, scale, margin, noise, *gammas, label_smoothing, agcl_form, asymmetric=loss == "agcl")
 
     losses = {"balanced": loss_of(gammas_bal, False), "instance": loss_of(gammas_ins, True)}
     chosen: list[Tensor] = []  # of this epoch, for the key usage
@@ -120,10 +110,7 @@ def tune(
         views = torch.cat([batch.views for batch in batches.values()])
         mask = None
         if head_dropout:
-            keep = [
-                progress.uniform(f"drop/{s}", len(b.labels), backbone.feature_width)
-                for s, b in batches.items()
-            ]
+            keep = [progress.uniform(f"drop/{s}", len(b.labels), backbone.feature_width) for s, b in batches.items()]
             mask = (torch.cat(keep) >= head_dropout).float().to(device) / (1 - head_dropout)
         output = model(views, feature_mask=mask)
         eta = instance_weight(eta0, progress.epoch / progress.epochs)
@@ -173,9 +160,7 @@ def tune(
 
     # Phase 1: the shared prompt and the head.
     if head_init == "class_mean":
-        head_start = fit.once(
-            "class_means", lambda: class_means(queries(model, task.train), labels, len(task.classes))
-        )
+        head_start = fit.once("class_means", lambda: class_means(queries(model, task.train), labels, len(task.classes)))
         with torch.no_grad():
             head.weight.copy_(head_start)
     model.only_train("shared.", "head.")

@@ -1,0 +1,105 @@
+import inspect
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lpt.config import load_config, resolve
+from lpt.errors import ConfigError
+from lpt.methods import METHODS
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+
+RAW = {
+    "backbone": {"name": "untrained:vit_tiny_patch16_224", "image_size": 32},
+    "data": {"name": "digits-lt"},
+    "method": {"name": "lpt"},
+}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: str(p.relative_to(ROOT / "configs")))
+def test_every_config_resolves_and_says_how_it_was_run(path):
+    config = load_config(path)
+    assert config.method["name"] in METHODS
+    header = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
+    assert f"lpt train {path.relative_to(ROOT)}" in header
+    assert "hardware" in header and "result" in header
+    resolved = yaml.safe_load(config.to_yaml())
+    assert resolve(resolved).model_dump() == config.model_dump()  # what a run writes can be run again
+
+
+def test_defaults_are_those_of_the_signature():
+    settings = resolve(RAW).method
+    for name, parameter in inspect.signature(METHODS["lpt"]).parameters.items():
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+            default = list(parameter.default) if isinstance(parameter.default, tuple) else parameter.default
+            assert settings[name] == default
+
+
+def test_overrides_are_read_as_yaml_and_numbers_without_a_dot_too():
+    config = resolve(RAW, ["method.epochs=[1, 2]", "method.lr=[5e-3, 1e-3]", "train.seed=3", "data.imbalance_factor=20"])
+    assert config.method["epochs"] == [1, 2] and config.method["lr"] == [5e-3, 1e-3]
+    assert config.train.seed == 3 and config.data["imbalance_factor"] == 20
+
+
+def test_every_mistake_is_told_at_once_with_its_path_and_a_suggestion():
+    wrong = [
+        "method.epocs=[1, 1]",
+        "method.topk=many",
+        "train.precision=fp8",
+        "train.batchsize=3",
+        "data.imbalance=3",
+        "backbone.image_size=0",
+        "optimizer.lr=3",
+        "nonsense",
+    ]
+    with pytest.raises(ConfigError) as error:
+        resolve(RAW, wrong)
+    said = "\n".join(error.value.mistakes)
+    assert len(error.value.mistakes) == len(wrong)
+    for part in (
+        "method.epocs: there is no such setting; did you mean epochs?",
+        "method.topk: got 'many'",
+        "train.precision: got 'fp8'",
+        "train.batchsize: there is no such setting; did you mean batch_size?",
+        "data.imbalance: there is no such setting; did you mean imbalance_factor?",
+        "backbone.image_size: got 0",
+        "optimizer: there is no such section",
+        "'nonsense' is not of the form section.key=value",
+    ):
+        assert part in said, part
+
+
+@pytest.mark.parametrize(
+    ("raw", "says"),
+    [
+        ({**RAW, "method": {"name": "ltp"}}, "did you mean lpt"),
+        ({**RAW, "data": {"name": "cifar100_lt"}}, "did you mean cifar100-lt"),
+        ({**RAW, "data": {}}, r"data\.name is missing"),
+        ({**RAW, "method": 3}, r"method\.name is missing"),
+        ({**RAW, "backbone": {}}, r"backbone\.name is missing"),
+        ({**RAW, "train": 3}, "train: expected settings, got 3"),
+    ],
+)
+def test_names_and_sections_that_are_wrong_are_told(raw, says):
+    with pytest.raises(ConfigError, match=says):
+        resolve(raw)
+
+
+@pytest.mark.parametrize("text", ["a: [", "just words", "- 1", ""])
+def test_a_file_that_is_no_config_is_told(tmp_path, text):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"c\.yaml"):
+        load_config(path)
+    with pytest.raises(ConfigError, match="does not exist"):
+        load_config(tmp_path / "other.yaml")
+
+
+def test_the_run_hash_sees_settings_but_not_places():
+    base = resolve(RAW)
+    assert base.run_hash("s", "f") == resolve(RAW, ["train.device=cpu"]).run_hash("s", "f")
+    others = [resolve(RAW, [o]).run_hash("s", "f") for o in ("train.seed=1", "method.beta=0.1", "data.seed=1")]
+    hashes = {base.run_hash("s", "f"), base.run_hash("t", "f"), base.run_hash("s", "g"), *others}
+    assert len(hashes) == 6

@@ -1,0 +1,116 @@
+"""The method: what each phase trains, what it leaves alone, and its options."""
+
+import pytest
+import torch
+from conftest import small_backbone, toy_task
+
+import lpt
+from lpt.engine.loop import Fit
+from lpt.errors import LptError
+from lpt.history import History
+from lpt.methods import METHODS
+
+SETTINGS = dict(
+    prompt_length=2, prefix_blocks=2, pool_size=4, topk=2, epochs=(2, 2), optimizer="adamw", lr=(5e-3, 5e-3)
+)
+
+
+def tuned(task=None, backbone=None, *, seed=0, batch_size=8, **changes):
+    history, said = History(), []
+    task, backbone = task or toy_task(), backbone or small_backbone()
+    fit = Fit(task.train, backbone.preprocess, batch_size, seed=seed, history=history, say=said.append)
+    return METHODS["lpt"](task, backbone, fit, **(SETTINGS | changes)), history, said
+
+
+def test_no_backbone_tensor_changes_by_one_bit():
+    backbone = small_backbone()
+    before = {k: v.clone() for k, v in backbone.state_dict().items()}
+    tuned(backbone=backbone)
+    after = backbone.state_dict()
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    assert not any(p.requires_grad for p in backbone.parameters()) and not backbone.training
+
+
+def test_phase_2_freezes_the_shared_prompt_and_starts_from_the_head_of_phase_1():
+    one, _, _ = tuned(epochs=(2, 0), weight_decay=0.0)
+    both, history, _ = tuned(epochs=(2, 2), weight_decay=0.0)
+    barely, _, _ = tuned(epochs=(2, 1), lr=(5e-3, 1e-9), weight_decay=0.0)
+    assert one.pool is None and both.pool is not None
+    assert torch.equal(one.shared.tokens, both.shared.tokens)
+    assert torch.allclose(one.head.weight, barely.head.weight, atol=1e-6)
+    assert not torch.equal(one.head.weight, both.head.weight)
+    assert [line["phase"] for line in history.lines] == ["phase1", "phase1", "phase2", "phase2"]
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not():
+    first, again, other = tuned()[0], tuned()[0], tuned(seed=1)[0]
+    for name, value in first.adapted().items():
+        assert torch.equal(value, again.adapted()[name])
+    assert not torch.equal(first.pool.tokens, other.pool.tokens)
+
+
+def test_it_learns():
+    task = toy_task((40, 20, 10, 5), test_per_class=20)
+    model, history, _ = tuned(task, small_backbone(width=64), epochs=(8, 4), head_init="class_mean")
+    losses = [line["balanced"] for line in history.lines if line["phase"] == "phase1"]
+    assert losses[-1] < losses[0]
+    assert lpt.evaluate(model, task.test, task.counts)["accuracy"] > 0.5  # chance is 0.25
+
+
+@pytest.mark.parametrize("loss", ["agcl", "gcl", "la", "ce"])
+def test_every_loss_trains(loss):
+    _, history, _ = tuned(loss=loss, epochs=(1, 1))
+    assert all(torch.isfinite(torch.tensor(line["loss"])) for line in history.lines)
+
+
+def test_the_official_options_change_the_steps_and_the_stream():
+    task = toy_task()
+    _, history, _ = tuned(task, steps_per_epoch="floor_plus_1", instance_stream="per_step", warmup="first_epoch_1e-6")
+    assert [line["step"] for line in history.lines] == [7, 14, 7, 14]  # floor(49 / 8) + 1
+    assert history.lines[0]["lr"] == 1e-6
+    _, ours, _ = tuned(task)
+    assert [line["step"] for line in ours.lines] == [6, 12, 6, 12]
+
+
+def test_centred_queries_and_kmeans_keys_use_more_of_the_pool():
+    plain, _, _ = tuned(epochs=(1, 1))
+    centred, history, _ = tuned(epochs=(1, 1), query_centering="mean", key_init="kmeans")
+    assert plain.pool.centre.abs().sum() == 0 and centred.pool.centre.abs().sum() > 0
+    assert history.lines[-1]["key_usage"]["perplexity"] > 3
+
+
+def test_collapsed_keys_are_told():
+    _, history, said = tuned(toy_task((40, 4)), pool_size=8, topk=1, epochs=(1, 3))
+    collapsed = [line["key_usage"]["perplexity"] < 3 for line in history.lines if "key_usage" in line]
+    assert any(collapsed)
+    assert sum("keys collapsed" in text for text in said) == sum(collapsed)
+
+
+def test_a_class_without_training_images_is_kept():
+    task = toy_task((20, 0, 6, 3))
+    model, history, _ = tuned(task, epochs=(1, 1), head_init="class_mean")
+    assert model.head.weight.shape[0] == 4
+    assert all(torch.isfinite(v).all() for v in model.adapted().values())
+
+
+def test_what_cannot_be_served_is_refused_before_training():
+    for changes, says in (
+        ({"epochs": (0, 0)}, "trains nothing"),
+        ({"prefix_blocks": 4}, "use 0 to 3"),
+        ({"topk": 5}, "topk 5 does not fit a pool of 4"),
+    ):
+        with pytest.raises(LptError, match=says):
+            tuned(**changes)
+
+
+def test_five_lines_of_python_are_a_program(tmp_path):
+    backbone = small_backbone()
+    task = lpt.load_task("digits-lt")
+    model = lpt.tune(task, backbone, method="lpt", batch_size=64, **(SETTINGS | {"epochs": (1, 1)}))
+    metrics = lpt.evaluate(model, task.test, task.counts, group_rule=task.group_rule)
+    model.round_to(torch.float16)
+    lpt.save_prompt(tmp_path / "p.safetensors", model, method="lpt", counts=task.counts)
+    again = lpt.load_prompt(tmp_path / "p.safetensors", backbone)
+    assert abs(lpt.evaluate(again, task.test, task.counts)["accuracy"] - metrics["accuracy"]) < 0.02
+    with pytest.raises(LptError, match="did you mean lpt"):
+        lpt.tune(task, backbone, method="ltp")

@@ -1,0 +1,149 @@
+import json
+
+import pytest
+import torch
+from conftest import images, prompted, small_backbone, toy_task
+from safetensors.torch import load_file, save_file
+
+from lpt.backbones import timm_vit
+from lpt.errors import PromptFileError
+from lpt.prompt_file import load_prompt, read_prompt, save_prompt
+
+
+@pytest.fixture
+def saved(tmp_path):
+    backbone = small_backbone()
+    model = prompted(backbone, num_classes=4).only_train().eval()
+    model.round_to(torch.float16)
+    path = tmp_path / "p.safetensors"
+    save_prompt(path, model, method="lpt", counts=toy_task().counts, metrics={"few": 0.5, "many": None})
+    return path, model
+
+
+def rewrite(path, change=None, header=None, raw=None):
+    """The same file with other tensors or another header."""
+    tensors = load_file(path)
+    text = json.dumps(read_prompt(path).header.model_dump(mode="json") | (header or {}))
+    if change:
+        change(tensors)
+    save_file(tensors, path, metadata={"lpt": raw or text})
+
+
+@pytest.mark.parametrize("pool", [False, True])
+def test_a_file_reloads_to_the_same_bits(tmp_path, pool):
+    backbone = small_backbone()
+    model = prompted(backbone, num_classes=4, pool=pool).only_train().eval()
+    model.round_to(torch.float16)
+    save_prompt(tmp_path / "p.safetensors", model, method="lpt", counts=toy_task().counts)
+    again = load_prompt(tmp_path / "p.safetensors", small_backbone())
+    views = images(backbone)
+    assert torch.equal(again(views).logits, model(views).logits)
+    assert torch.equal(again.probabilities(again(views).logits), model.probabilities(model(views).logits))
+
+
+def test_fp32_storage_keeps_every_bit_without_rounding(tmp_path):
+    backbone = small_backbone()
+    model = prompted(backbone, num_classes=4).only_train().eval()
+    save_prompt(tmp_path / "p.safetensors", model, method="lpt", counts=toy_task().counts, storage="fp32")
+    views = images(backbone)
+    assert torch.equal(load_prompt(tmp_path / "p.safetensors", backbone)(views).logits, model(views).logits)
+
+
+def test_the_backbone_is_never_in_the_file(saved):
+    path, model = saved
+    assert set(load_file(path)) == {"shared.tokens", "pool.tokens", "pool.keys", "pool.centre", "head.weight"}
+    header = read_prompt(path).header
+    assert header.format == 1 and header.classes == ["0", "1", "2", "3"]
+    assert header.counts == [30, 12, 5, 2] and header.backbone.fingerprint == model.backbone.fingerprint
+
+
+def test_another_backbone_is_refused_by_name_and_fingerprint(saved):
+    path, model = saved
+    other = small_backbone(seed=1)
+    with pytest.raises(PromptFileError) as error:
+        load_prompt(path, other)
+    for said in (model.backbone.name, model.backbone.fingerprint, other.name, other.fingerprint):
+        assert said in str(error.value)
+
+
+def test_another_image_size_is_refused(saved):
+    with pytest.raises(PromptFileError, match="backbone.image_size=32"):
+        load_prompt(saved[0], small_backbone(size=48))
+
+
+def test_truncated_empty_foreign_and_missing_files_are_refused(saved, tmp_path):
+    path, _ = saved
+    whole = path.read_bytes()
+    for cut in (0, 4, 9, len(whole) // 3, len(whole) - 1):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(PromptFileError, match="damaged"):
+            read_prompt(path)
+    path.write_bytes(b"PK\x03\x04 a pickle in a zip" * 10)
+    with pytest.raises(PromptFileError, match="damaged"):
+        read_prompt(path)
+    save_file({"x": torch.zeros(2)}, tmp_path / "foreign.safetensors")
+    with pytest.raises(PromptFileError, match="not a prompt file of lpt"):
+        read_prompt(tmp_path / "foreign.safetensors")
+    with pytest.raises(PromptFileError, match="does not exist"):
+        read_prompt(tmp_path / "nowhere.safetensors")
+
+
+def test_a_newer_format_is_refused(saved):
+    rewrite(saved[0], header={"format": 2})
+    with pytest.raises(PromptFileError, match="format 2, this lpt reads up to 1"):
+        read_prompt(saved[0])
+
+
+def test_fields_of_a_later_minor_version_are_kept(saved):
+    rewrite(saved[0], header={"licence": "CC0"})
+    assert read_prompt(saved[0]).header.model_dump()["licence"] == "CC0"
+
+
+@pytest.mark.parametrize(
+    ("change", "header", "says"),
+    [
+        (lambda t: t.pop("head.weight"), None, "head.weight is missing"),
+        (lambda t: t.pop("pool.keys"), None, "a pool needs tokens, keys and centre"),
+        (lambda t: t.update(extra=torch.zeros(1)), None, "unknown tensors extra"),
+        (lambda t: t.update({"head.weight": t["head.weight"][:2].clone()}), None, "2 rows for 4 classes"),
+        (lambda t: t["shared.tokens"].fill_(float("nan")), None, "not finite"),
+        (lambda t: t.update({"pool.keys": t["pool.keys"].long()}), None, "stored as torch.int64"),
+        (lambda t: t.update({"pool.keys": t["pool.keys"][0].clone()}), None, "pool.keys has shape"),
+        (lambda t: t.update({"pool.keys": t["pool.keys"][:3].clone()}), None, None),
+        (lambda t: t.update({"shared.tokens": t["shared.tokens"][:2].clone()}), None, None),
+        (None, {"topk": 9}, "topk 9 does not fit"),
+        (None, {"first": 40}, None),
+        (None, {"counts": [1]}, "1 counts for 4 classes"),
+        (None, {"classes": "abc"}, "damaged header: classes"),
+        (None, {"scale": float("inf")}, "damaged header: scale"),
+        (None, {"preprocess": {"size": "huge"}}, "damaged header: preprocess.size"),
+        (None, {"preprocess": {"size": 33}}, "makes no sense"),
+    ],
+)
+def test_a_damaged_file_is_refused_before_it_is_believed(saved, change, header, says):
+    path, model = saved
+    rewrite(path, change, header)
+    with pytest.raises(ValueError, match=says):
+        load_prompt(path, model.backbone)
+
+
+@pytest.mark.parametrize("raw", ["{", "[]", '{"format": "1"}', "null", '{"a": 1}', "[" * 100_000])
+def test_a_header_that_is_no_header_is_refused(saved, raw):
+    rewrite(saved[0], raw=raw)
+    with pytest.raises(PromptFileError):
+        read_prompt(saved[0])
+
+
+def test_writing_is_all_or_nothing(saved, monkeypatch):
+    path, model = saved
+    before = path.read_bytes()
+    monkeypatch.setattr("os.fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space"):
+        save_prompt(path, model, method="lpt", counts=toy_task().counts)
+    assert path.read_bytes() == before and [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_the_real_backbone_has_its_known_fingerprint(deit_tiny_weights):
+    backbone = timm_vit.load("deit_tiny_patch16_224", weights=deit_tiny_weights, image_size=112)
+    assert backbone.fingerprint == timm_vit.load("deit_tiny_patch16_224", weights=deit_tiny_weights).fingerprint
+    assert (backbone.depth, backbone.width, backbone.prefix, backbone.reads) == (12, 192, 1, 1)
