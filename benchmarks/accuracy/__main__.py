@@ -1,0 +1,120 @@
+"""Runs the configs of a suite over seeds and writes one table.
+
+    python -m benchmarks.accuracy --suite phase2 --seeds 0,1,2 data.root=... backbone.weights=...
+
+Each row of `suites/NAME.yaml` is a config with overrides. A row that is in the results with the same config hash
+is skipped, and every result is written when it is there, so a killed suite goes on where it was.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lpt.config import load_config
+from lpt.engine.checkpoint import write_whole
+
+HERE = Path(__file__).parent
+COLUMNS = ("class_accuracy", "many", "medium", "few", "worst_class", "ece")
+T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t, two-sided, by number of seeds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__.splitlines()[0])
+    parser.add_argument("--suite", required=True, choices=sorted(p.stem for p in (HERE / "suites").glob("*.yaml")))
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--methods", default="", help="only these rows, separated by commas")
+    parser.add_argument("overrides", nargs="*", help="section.key=value for every row, for example data.root=DIR")
+    given = parser.parse_args()
+    rows = yaml.safe_load((HERE / "suites" / f"{given.suite}.yaml").read_text())["rows"]
+    wanted = [name for name in given.methods.split(",") if name]
+    if unknown := set(wanted) - {row["method"] for row in rows}:
+        parser.error(f"the suite has no row {', '.join(sorted(unknown))}")
+    place = HERE / "results" / f"{given.suite}.json"
+    results: list[dict[str, Any]] = json.loads(place.read_text()) if place.exists() else []
+    for seed in map(int, given.seeds.split(",")):
+        for row in rows:
+            if wanted and row["method"] not in wanted:
+                continue
+            overrides = [*row.get("set", []), f"train.seed={seed}", *given.overrides]
+            key = config_hash(row["config"], overrides)
+            if any(done["config_hash"] == key for done in results):
+                continue
+            print(f"{row['method']}  seed {seed}", flush=True)
+            report = run(row["config"], overrides)
+            results.append({**report, "method": row["method"], "setting": row.get("set", []), "config_hash": key})
+            write_whole(place, json.dumps(results, indent=1).encode())
+            write_whole(place.with_suffix(".md"), table(given.suite, rows, results).encode())
+    write_whole(place.with_suffix(".md"), table(given.suite, rows, results).encode())
+    print(place.with_suffix(".md").read_text())
+
+
+def config_hash(config: str, overrides: list[str]) -> str:
+    """Everything that moves a number; not where files lie."""
+    resolved = load_config(config, overrides)
+    return hashlib.sha256(resolved.run_hash("", "").encode()).hexdigest()[:12]
+
+
+def run(config: str, overrides: list[str]) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "run"
+        command = [sys.executable, "-m", "lpt", "train", config, *overrides, "--out", str(out)]
+        subprocess.run(command, check=True)
+        report = json.loads((out / "report.json").read_text())
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    return {**report, "commit": commit, "processor": processor()}
+
+
+def processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{len(names)} × {names[0]}" if names else platform.processor()
+
+
+def table(suite: str, rows: list[dict[str, Any]], results: list[dict[str, Any]]) -> str:
+    """Mean ± half width of the 95 % t-interval over seeds, per cent; the rows of the suite in their order."""
+    lines = [f"# {suite}", ""]
+    lines += ["| method | seeds | " + " | ".join(COLUMNS) + " | parameters | file, kB | seconds |"]
+    lines += ["|---|---:" + "|---:" * (len(COLUMNS) + 3) + "|"]
+    for row in rows:
+        found = [r for r in results if r["method"] == row["method"]]
+        if not found:
+            continue
+        cells = [interval([100 * r[c] for r in found if r[c] is not None]) for c in COLUMNS]
+        size, seconds = found[0]["prompt_bytes"] / 1000, statistics.mean(r["seconds"] for r in found)
+        facts = [f"{found[0]['trainable_parameters']:,}", f"{size:.0f}", f"{seconds:.0f}"]
+        lines.append(f"| {row['method']} | {len(found)} | " + " | ".join([*cells, *facts]) + " |")
+    lines += ["", "What each row sets beyond its config:", ""]
+    lines += [f"- **{row['method']}**: {' '.join(row.get('set', [])) or '-'}" for row in rows]
+    if results:
+        last = results[-1]
+        versions = ", ".join(f"{k} {v}" for k, v in last["versions"].items())
+        commits = ", ".join(sorted({r["commit"] for r in results}))
+        lines += ["", f"{last['processor']}; {versions}; commits {commits}."]
+    return "\n".join([*lines, ""])
+
+
+def interval(values: list[float]) -> str:
+    if not values:
+        return "n/a"
+    mean = statistics.mean(values)
+    if len(values) == 1:
+        return f"{mean:.1f}"
+    half = T95.get(len(values), 1.96) * statistics.stdev(values) / math.sqrt(len(values))
+    return f"{mean:.1f} ± {half:.1f}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torchvision.transforms import InterpolationMode, v2
+
+from lpt.preprocess import Preprocess
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def photos(n=3, height=40, width=61, seed=0):
+    """Smooth structure and noise, over the whole range, so that bicubic overshoots."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(n, 3, 5, 7, generator=generator)
+    smooth = F.interpolate(coarse, size=(height, width), mode="nearest")
+    noisy = smooth + 0.2 * torch.randn(n, 3, height, width, generator=generator)
+    return (255 * noisy).clamp(0, 255).round().to(torch.uint8)
+
+
+def reference(images, *, size, resize, mode):
+    """torchvision on floats: on uint8 it rounds after the resize."""
+    transform = v2.Compose(
+        [
+            v2.Resize(resize, interpolation=mode, antialias=True),
+            v2.Lambda(lambda x: x.clamp(0, 255) / 255),
+            v2.CenterCrop(size),
+            v2.Normalize(MEAN, STD),
+        ]
+    )
+    return transform(images.float())
+
+
+MODES = {"bicubic": InterpolationMode.BICUBIC, "bilinear": InterpolationMode.BILINEAR}
+
+
+@pytest.mark.parametrize("mode", list(MODES))
+@pytest.mark.parametrize(
+    ("height", "width", "size", "crop_ratio"),
+    [
+        (32, 32, 48, 1.0),  # square, upwards
+        (40, 60, 32, 1.0),  # downwards
+        (60, 40, 32, 1.0),
+        (41, 61, 28, 0.875),
+        (61, 41, 28, 0.875),
+        (32, 32, 224, 0.9),  # timm: floor(224 / 0.9) = 248 (protocols spec 8)
+        (50, 83, 112, 0.9),
+        (97, 53, 56, 0.95),
+        (32, 47, 32, 1.0),  # no resize
+    ],
+)
+def test_the_test_view_is_torchvisions_resize_and_centre_crop(height, width, size, crop_ratio, mode):
+    images = photos(height=height, width=width)
+    preprocess = Preprocess(size=size, mean=MEAN, std=STD, interpolation=mode, crop_ratio=crop_ratio)
+    view = preprocess.test(images)
+    expected = reference(images, size=size, resize=math.floor(size / crop_ratio), mode=MODES[mode])
+    assert view.shape == (3, 3, size, size)
+    torch.testing.assert_close(view, expected, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("size", [224, 384])
+@pytest.mark.parametrize(
+    "architecture", ["deit_tiny_patch16_224.fb_in1k", "vit_base_patch16_224.augreg_in21k", "vit_small_patch14_dinov2"]
+)
+def test_the_test_view_is_timms_own(architecture, size):
+    import timm
+    from timm.data import create_transform, resolve_data_config
+
+    config = resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(architecture).to_dict())
+    config["input_size"] = (3, size, size)
+    steps = create_transform(**config, is_training=False).transforms
+    short = next(step.size for step in steps if type(step).__name__ == "Resize")
+    images = photos(n=1, height=96, width=96)
+    preprocess = Preprocess(size=size, mean=MEAN, std=STD, crop_ratio=config["crop_pct"])
+    expected = reference(images, size=size, resize=short, mode=InterpolationMode.BICUBIC)
+    torch.testing.assert_close(preprocess.test(images), expected, rtol=0, atol=2e-3)
+
+
+def test_normalisation_maps_bytes_to_standard_units():
+    preprocess = Preprocess(size=8, mean=MEAN, std=STD)
+    for byte in (0, 100, 255):
+        view = preprocess.test(torch.full((1, 3, 8, 8), byte, dtype=torch.uint8))
+        expected = [(byte / 255 - m) / s for m, s in zip(MEAN, STD, strict=True)]
+        assert view[0, :, 3, 5].tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_test_view_never_leaves_the_range_of_bytes():
+    images = 255 * (torch.arange(16) // 4 % 2).to(torch.uint8).expand(1, 3, 16, 16)
+    view = Preprocess(size=64).test(images)
+    assert view.min() >= -1 - 1e-6 and view.max() <= 1 + 1e-6
+
+
+@pytest.mark.parametrize("height", [16, 24])
+def test_a_view_leaves_its_image_alone(height):
+    images = photos(height=height, width=height)
+    kept = images.clone()
+    preprocess = Preprocess(size=16)
+    preprocess.test(images)
+    preprocess.train(images, chances(3))
+    assert torch.equal(images, kept)
+
+
+def chances(n, seed=0):
+    return torch.rand(n, 5, generator=torch.Generator().manual_seed(seed))
+
+
+def full_area(*, flip):
+    """The whole image at ratio 1."""
+    return torch.tensor([[1.0, 0.5, 0.3, 0.7, 0.2 if flip else 0.8]])
+
+
+@pytest.mark.parametrize(("height", "width", "size"), [(32, 32, 48), (40, 61, 24), (16, 16, 16)])
+def test_a_full_view_is_a_bilinear_resize(height, width, size):
+    images = photos(height=height, width=width)
+    preprocess = Preprocess(size=size)
+    view = preprocess.train(images, full_area(flip=False).expand(3, -1))
+    expected = F.interpolate(images.float(), size=(size, size), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(view, expected / 127.5 - 1, rtol=0, atol=1e-4)
+
+
+def test_a_view_flips_exactly_below_one_half():
+    images = photos(n=1)
+    preprocess = Preprocess(size=24)
+    straight = preprocess.train(images, full_area(flip=False))
+    for value in (0.0, 0.25, 0.4999, 0.5, 0.75, 0.9999):
+        chance = full_area(flip=False)
+        chance[:, 4] = value
+        expected = straight.flip(-1) if value < 0.5 else straight
+        torch.testing.assert_close(preprocess.train(images, chance), expected, rtol=0, atol=1e-4)
+        unflipped = preprocess.with_(flip=False).train(images, chance)
+        torch.testing.assert_close(unflipped, straight, rtol=0, atol=1e-4)
+
+
+def test_a_training_view_is_a_pure_function_of_its_chance_numbers():
+    images, preprocess = photos(), Preprocess(size=24)
+    torch.manual_seed(1)
+    first = preprocess.train(images, chances(3))
+    torch.manual_seed(2)
+    assert torch.equal(preprocess.train(images, chances(3)), first)
+    assert not torch.equal(preprocess.train(images, chances(3, seed=1)), first)
+
+
+def test_every_image_has_its_own_crop():
+    images = photos(n=1).expand(6, -1, -1, -1)
+    views = Preprocess(size=24).train(images, chances(6))
+    for i in range(6):
+        for j in range(i):
+            assert (views[i] - views[j]).abs().max() > 0.1
+
+
+def test_a_view_does_not_depend_on_the_rest_of_the_batch():
+    images, chance, preprocess = photos(n=5), chances(5), Preprocess(size=24, crop_ratio=0.9)
+    train, test = preprocess.train(images, chance), preprocess.test(images)
+    for i in range(5):
+        torch.testing.assert_close(preprocess.train(images[i : i + 1], chance[i : i + 1])[0], train[i])
+        torch.testing.assert_close(preprocess.test(images[i : i + 1])[0], test[i])
+
+
+def crop_boxes(preprocess, chance, side=200):
+    """(left, top, width, height) of each view as fractions, read off an image of two ramps."""
+    ramp = torch.arange(side, dtype=torch.uint8)
+    image = torch.stack([ramp.expand(side, side), ramp[:, None].expand(side, side), ramp.expand(side, side)])
+    pixels = (preprocess.train(image.expand(len(chance), -1, -1, -1), chance) + 1) * 127.5
+    cells = preprocess.size
+    ranges = []
+    for channel, axis in ((0, -1), (1, -2)):
+        line = pixels[:, channel].double().mean(-3 - axis)  # over the other axis
+        line = torch.where((line[:, -1:] < line[:, :1]), line.flip(1), line)
+        # Two inner points of a straight line, so that the border's padding does not bend it.
+        a, b = cells // 4, 3 * cells // 4
+        step = (line[:, b] - line[:, a]) / (b - a)
+        start = line[:, a] - step * (a + 0.5) + 0.5
+        ranges.append((start / side, step * cells / side))
+    (left, width), (top, height) = ranges
+    return left, top, width, height
+
+
+@pytest.mark.parametrize("min_area", [0.08, 0.7])
+def test_crops_lie_inside_the_image_with_the_promised_area_and_ratio(min_area):
+    chance = chances(300)
+    preprocess = Preprocess(size=32, min_area=min_area)
+    left, top, width, height = crop_boxes(preprocess, chance)
+    area, ratio = width * height, width / height
+    whole = (width < 0.999) & (height < 0.999)  # a box wider than the image is cut to it
+    torch.testing.assert_close(area[whole], (min_area + (1 - min_area) * chance[whole, 0]).double(), rtol=0, atol=2e-3)
+    assert area.min() > min_area * (3 / 4) ** 0.5 - 2e-3 and area.max() <= 1 + 2e-3
+    assert ratio.min() >= 3 / 4 - 2e-3 and ratio.max() <= 4 / 3 + 2e-3
+    assert min(left.min(), top.min()) >= -2e-3
+    assert max((left + width).max(), (top + height).max()) <= 1 + 2e-3
+    torch.testing.assert_close(left, chance[:, 2].double() * (1 - width), rtol=0, atol=2e-3)
+    torch.testing.assert_close(top, chance[:, 3].double() * (1 - height), rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_views_come_in_the_dtype_asked_for(dtype):
+    images, preprocess = photos(), Preprocess(size=24)
+    assert preprocess.test(images, dtype=dtype).dtype == dtype
+    assert preprocess.train(images, chances(3), dtype=dtype).dtype == dtype
