@@ -32,7 +32,9 @@ def train(
         with _Progress() as progress:
             report = run.train(resolved, out, resume=resume, say=progress.say, show=progress.show)
     except KeyboardInterrupt:
-        print(f"interrupted; the same command with --resume --out {out} goes on from the last checkpoint", file=sys.stderr)
+        print(
+            f"interrupted; the same command with --resume --out {out} goes on from the last checkpoint", file=sys.stderr
+        )
         raise typer.Exit(130) from None
     print(table([(report["method"], report)]))
     sizes = ", ".join(f"{k} {v}" for k, v in report["group_sizes"].items())

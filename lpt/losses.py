@@ -25,7 +25,7 @@ def tail_margins(counts: Tensor) -> Tensor:
 
     0 for the largest class and 1 for the rarest (Li 2022, GCL). An absent class counts as one image.
     """
-    log_n = counts.float().clamp(min=1).log()
+    log_n = counts.double().clamp(min=1).log()
     gap = log_n.max() - log_n
     return gap / gap.max() if gap.max() > 0 else torch.zeros_like(gap)
 
@@ -90,10 +90,11 @@ class GCL:
         if noise is not None and self.cloud:
             push = self.cloud * tail_margins(self.counts).to(clouded)
             clouded = clouded - push * noise.to(clouded).clamp(-1, 1).abs()
-        clouded = self.scale * (clouded - self.margin * target)
+        onehot = target.to(clouded)
+        clouded = self.scale * (clouded - self.margin * onehot)
         log_p = clouded.log_softmax(dim=1)
         smoothing = self.label_smoothing if self.form == "code" else 0.0
-        targets = target * (1 - smoothing) + smoothing / num_classes
+        targets = onehot * (1 - smoothing) + smoothing / num_classes
         if not self.asymmetric:
             return -(targets * log_p).sum(1).mean()
 
@@ -107,16 +108,16 @@ class GCL:
             weight = torch.where(target, weight_pos[:, None], weight_neg)
             return -(targets * weight * log_p).sum(1).mean()
         positive = weight_pos * log_p.masked_fill(~target, 0).sum(1)
-        negative = (weight_neg * _log_not(log_p)).masked_fill(target, 0).sum(1)
+        negative = (weight_neg * _log_not(clouded, log_p)).masked_fill(target, 0).sum(1)
         return -(positive + negative).mean()
 
 
-def _log_not(log_p: Tensor) -> Tensor:
-    """log(1 - p) from log p, stable at both ends (Mächler 2012); finite where p rounds to 1."""
-    log_p = log_p.clamp(max=-torch.finfo(log_p.dtype).eps)
-    far = log_p < -0.6931
-    near_value = (-torch.expm1(torch.where(far, -1.0, log_p))).log()
-    return torch.where(far, torch.log1p(-torch.where(far, log_p, -1.0).exp()), near_value)
+def _log_not(logits: Tensor, log_p: Tensor) -> Tensor:
+    """log(1 - p_j) [B C]: exact also where the largest p rounds to 1, by LSE_{i≠j}(l) - LSE_i(l) for that one."""
+    largest = F.one_hot(logits.argmax(1), logits.shape[1]).bool()
+    rest = logits.masked_fill(largest, -torch.inf).logsumexp(1) - logits.logsumexp(1)
+    others = torch.log1p(-log_p.exp().masked_fill(largest, 0))  # each of these is at most 1/2
+    return torch.where(largest, rest[:, None], others)
 
 
 def cloud_noise(chance: Tensor) -> Tensor:

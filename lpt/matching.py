@@ -12,15 +12,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lpt.errors import LptError
+
 
 def match(queries: Tensor, keys: Tensor, topk: int) -> tuple[Tensor, Tensor]:
     """The `topk` keys of largest cosine, ties to the smallest index. → (similarity [B k], ids [B k]).
 
     Selection is per image and hard; gradients reach the keys through the similarities alone.
     """
-    cosine = F.normalize(queries.float(), dim=1, eps=1e-12) @ F.normalize(keys.float(), dim=1, eps=1e-12).T
-    ids = cosine.detach().sort(dim=1, descending=True, stable=True).indices[:, :topk]
-    return cosine.gather(1, ids), ids
+    unit = F.normalize(queries.float(), dim=1, eps=1e-12)
+    unit_keys = F.normalize(keys.float(), dim=1, eps=1e-12)
+    # Equal keys must score equally to the bit, which columns of one matrix product need not: score each once.
+    distinct, which = unit_keys.detach().unique(dim=0, return_inverse=True)
+    scores = (unit.detach() @ distinct.T)[:, which]
+    ids = scores.sort(dim=1, descending=True, stable=True).indices[:, :topk]
+    return (unit @ unit_keys.T).gather(1, ids), ids
 
 
 class KeyIndex:
@@ -37,11 +43,11 @@ class KeyIndex:
         self.index.add(self.keys.numpy())  # type: ignore[call-arg]
 
     def match(self, queries: Tensor, topk: int) -> tuple[Tensor, Tensor]:
-        """As the function `match`; equal scores at the edge of the top k are settled in torch."""
+        """As the function `match`, which settles scores that are equal up to rounding."""
         unit = F.normalize(queries.detach().float().cpu(), dim=1, eps=1e-12)
         more = min(topk + 1, len(self.keys))
         similarity, ids = map(torch.from_numpy, self.index.search(unit.numpy(), more))  # type: ignore[call-arg]
-        tied = (similarity[:, 1:] == similarity[:, :-1]).any(1)
+        tied = (similarity[:, :-1] - similarity[:, 1:] < 1e-6).any(1)
         similarity, ids = similarity[:, :topk].clone(), ids[:, :topk].clone()
         if tied.any():
             similarity[tied], ids[tied] = match(unit[tied], self.keys, topk)
@@ -49,9 +55,13 @@ class KeyIndex:
 
 
 def kmeans_keys(queries: Tensor, num_keys: int, *, seed: int) -> Tensor:
-    """Spherical k-means centres of the training queries, unit rows. [N D] → [K D] (FAISS)."""
+    """Spherical k-means centres of the training queries, unit rows. [N D] → [K D] (FAISS). Raises LptError."""
     import faiss
 
+    if len(queries) < num_keys:
+        raise LptError(
+            f"{num_keys} keys cannot start from the queries of {len(queries)} images: use a smaller pool_size"
+        )
     unit = F.normalize(queries.detach().float().cpu(), dim=1, eps=1e-12).numpy()
     kmeans = faiss.Kmeans(
         unit.shape[1],

@@ -36,12 +36,12 @@ class Preprocess:
         """The fixed view of each image. [B 3 h w] uint8 → [B 3 S S]."""
         views = images.float()
         h, w = views.shape[-2:]
-        short = round(self.size / self.crop_ratio)
-        scale = short / min(h, w)
-        if (new := (round(h * scale), round(w * scale))) != (h, w):
+        short = math.floor(self.size / self.crop_ratio)
+        # Roundings as in torchvision's Resize and CenterCrop, which every published test transform uses.
+        if (new := (int(short * h / min(h, w)), int(short * w / min(h, w)))) != (h, w):
             # Antialiased, as PIL and so every published test transform resizes, also upwards.
             views = F.interpolate(views, size=new, mode=self.interpolation, align_corners=False, antialias=True)
-        top, left = (views.shape[-2] - self.size) // 2, (views.shape[-1] - self.size) // 2
+        top, left = round((views.shape[-2] - self.size) / 2), round((views.shape[-1] - self.size) / 2)
         views = views[..., top : top + self.size, left : left + self.size]
         return self._normalise(views.clamp_(0, 255)).to(dtype)
 

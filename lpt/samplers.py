@@ -51,6 +51,8 @@ class InstancePerStep:
     """A fresh permutation of all images every step, its first rows taken (LPT's code: i.i.d. batches)."""
 
     def __init__(self, labels: Tensor, *, batch_size: int, seed: int):
+        if len(labels) == 0:
+            raise DataError("there are no training images to sample from")
         self.num_images, self.batch_size, self.seed = len(labels), batch_size, seed
 
     def batch(self, step: int) -> Tensor:

@@ -38,7 +38,9 @@ def test_defaults_are_those_of_the_signature():
 
 
 def test_overrides_are_read_as_yaml_and_numbers_without_a_dot_too():
-    config = resolve(RAW, ["method.epochs=[1, 2]", "method.lr=[5e-3, 1e-3]", "train.seed=3", "data.imbalance_factor=20"])
+    config = resolve(
+        RAW, ["method.epochs=[1, 2]", "method.lr=[5e-3, 1e-3]", "train.seed=3", "data.imbalance_factor=20"]
+    )
     assert config.method["epochs"] == [1, 2] and config.method["lr"] == [5e-3, 1e-3]
     assert config.train.seed == 3 and config.data["imbalance_factor"] == 20
 

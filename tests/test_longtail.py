@@ -4,7 +4,7 @@ import torch
 from lpt.errors import DataError
 from lpt.longtail import GROUPS, count_fingerprint, exponential_counts, shot_groups
 
-# Protocols spec section 2: IF, training images, smallest class, group sizes (few < 20), the same (few <= 20), fingerprint.
+# Protocols spec section 2: IF, training images, smallest class, groups (few < 20 | few <= 20), count fingerprint.
 CIFAR100 = [
     (10, 19_573, 50, (69, 31, 0), (69, 31, 0), "7f990766cbb5e57b"),
     (50, 12_608, 10, (41, 41, 18), (41, 40, 19), "8f43f6eb10ed026f"),

@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
+from conftest import toy_images
 from torch import nn
 
-from conftest import toy_images
 from lpt.engine.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from lpt.engine.loop import Fit, Progress
 from lpt.engine.optim import lr_at, scaled_lr

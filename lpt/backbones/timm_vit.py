@@ -122,6 +122,7 @@ def load(name: str, *, weights: Path | None = None, image_size: int | None = Non
             f"backbone timm:{name} is not a model of timm {timm.__version__}"
             + did_you_mean(architecture, timm.list_models("*vit*") + timm.list_models("deit*"))
         )
+    _refuse_unserved(name, architecture)
     if weights is None:
         tags = [full for full in timm.list_pretrained(f"{architecture}.*") if full.startswith(architecture + ".")]
         if not tag:
@@ -131,7 +132,6 @@ def load(name: str, *, weights: Path | None = None, image_size: int | None = Non
             )
         if name not in tags:
             raise BackboneError(f"backbone timm:{name} has no published weights{did_you_mean(name, tags)}")
-    _refuse_unserved(name, architecture)
     with _quiet(), _download_errors(name, weights):
         vit = timm.create_model(name if weights is None else architecture, pretrained=weights is None, num_classes=0)
     _refuse_unserved_module(name, vit)
@@ -187,7 +187,7 @@ def _refuse_unserved(name: str, architecture: str) -> None:
     from timm.models import model_entrypoint
 
     module = model_entrypoint(architecture).__module__.rpartition(".")[2]
-    if module not in ("vision_transformer", "deit"):
+    if module not in ("vision_transformer", "deit") or "_distilled_" in architecture:
         raise BackboneError(f"backbone timm:{name} (timm's {module}) has no prompt seam; supported: {SUPPORTED}")
 
 
