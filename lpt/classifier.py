@@ -25,7 +25,11 @@ class Output(NamedTuple):
 
 
 class PromptedClassifier(nn.Module):
-    """`classes` names the rows of the head. Only prompts, keys and head ever train."""
+    """`classes` names the rows of the head. Only prompts, keys and head ever train.
+
+    `query_head` (ours, not LPT's) is the head of phase 1, kept for the query: in eval mode the two passes that
+    LPT needs anyway both give an opinion, and the logits are their mean.
+    """
 
     def __init__(
         self,
@@ -35,9 +39,11 @@ class PromptedClassifier(nn.Module):
         classes: tuple[str, ...],
         shared: DeepPrompt | None = None,
         pool: PromptPool | None = None,
+        query_head: CosineHead | None = None,
     ) -> None:
         super().__init__()
         self.backbone, self.head, self.shared, self.pool, self.classes = backbone, head, shared, pool, classes
+        self.query_head = query_head
         self._constant: tuple[tuple[object, ...], list[KeyValue]] | None = None
 
     # One forward, in three parts. LPT's query pass and prompted pass are the same up to the first block with
@@ -67,8 +73,10 @@ class PromptedClassifier(nn.Module):
             similarity, ids = match(query - self.pool.centre, self.pool.keys, self.pool.topk)
             group = self.pool.ensemble(ids)
         feature = self._finish(tokens, group)
-        masked = feature if feature_mask is None else feature * feature_mask
-        return Output(self.head(masked), feature, similarity, ids)
+        logits = self.head(feature if feature_mask is None else feature * feature_mask)
+        if self.query_head is not None and query is not None and not self.training:
+            logits = (logits + self.query_head(query)) / 2
+        return Output(logits, feature, similarity, ids)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """softmax(scale · cosine) [B C], the scale being the head's."""

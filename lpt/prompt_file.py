@@ -1,7 +1,8 @@
 """Prompt files: one safetensors file with prompts, keys and head, a JSON header, and never the backbone.
 
 Format 1. Tensors: `shared.tokens` [L n D], `pool.tokens` [K L' n D], `pool.keys` [K D'], `pool.centre` [D'],
-`head.weight` [C D']. The header stands under `lpt` in the file's metadata.
+`head.weight` [C D'], and `query_head.weight` [C D'] where the query has a head of its own. The header stands
+under `lpt` in the file's metadata.
 """
 
 import json
@@ -154,7 +155,12 @@ def load_prompt(path: str | Path, backbone: Backbone) -> PromptedClassifier:
             width=tokens.shape[3],
             key_width=backbone.feature_width,
         )
-    model = PromptedClassifier(backbone, head, classes=tuple(header.classes), shared=shared, pool=pool)
+    query_head = None
+    if "query_head.weight" in tensors:
+        query_head = CosineHead(num_classes=len(header.classes), width=backbone.feature_width, scale=header.scale)
+    model = PromptedClassifier(
+        backbone, head, classes=tuple(header.classes), shared=shared, pool=pool, query_head=query_head
+    )
     for name, value in model.adapted().items():
         if tensors[name].shape != value.shape:
             raise PromptFileError(
@@ -188,7 +194,14 @@ def _header(path: Path, text: str) -> Header:
 
 def _check_tensors(path: Path, header: Header, tensors: Mapping[str, Tensor]) -> None:
     """Names, ranks, agreement between them, and finite numbers: a file is refused before it is believed."""
-    ranks = {"shared.tokens": 3, "pool.tokens": 4, "pool.keys": 2, "pool.centre": 1, "head.weight": 2}
+    ranks = {
+        "shared.tokens": 3,
+        "pool.tokens": 4,
+        "pool.keys": 2,
+        "pool.centre": 1,
+        "head.weight": 2,
+        "query_head.weight": 2,
+    }
     wrong = sorted(set(tensors) - set(ranks))
     in_pool = [k for k in ranks if k.startswith("pool.") and k in tensors]
     say = None
@@ -196,6 +209,8 @@ def _check_tensors(path: Path, header: Header, tensors: Mapping[str, Tensor]) ->
         say = f"unknown tensors {', '.join(wrong)[:200]}"
     elif "head.weight" not in tensors:
         say = "the tensor head.weight is missing"
+    elif "query_head.weight" in tensors and not in_pool:
+        say = "a query head needs a pool"
     elif in_pool and len(in_pool) != 3:
         say = f"a pool needs tokens, keys and centre, there is {', '.join(in_pool)}"
     elif bad := [k for k, v in tensors.items() if v.dim() != ranks[k] or v.numel() == 0]:

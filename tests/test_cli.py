@@ -53,7 +53,8 @@ def test_train_fills_the_folder(run_folder):
     names = {p.name for p in run_folder.iterdir()}
     assert names >= {"config.yaml", "split.json", "history.jsonl", "report.json", "report.md", "prompt.safetensors"}
     report = json.loads((run_folder / "report.json").read_text())
-    for key in ["accuracy", "class_accuracy", "many", "medium", "few", "per_class", "ece", "nll", "method", "backbone", "data", "seed", "trainable_parameters", "seconds", "peak_memory_bytes", "versions"]:
+    keys = "accuracy class_accuracy many medium few per_class ece nll method backbone data seed"
+    for key in f"{keys} trainable_parameters seconds peak_memory_bytes versions".split():
         assert key in report, key
     assert set(report["backbone"]) == {"name", "fingerprint"}
     assert {"name", "imbalance_factor", "split_sha256", "counts"} <= set(report["data"])

@@ -103,7 +103,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
     fit(tmp_path / "c")
     path = tmp_path / "c" / "phase1.safetensors"
     path.write_bytes(path.read_bytes()[:-3])
-    with pytest.raises(TrainingError, match="cannot be read.*delete it"):
+    with pytest.raises(TrainingError, match=r"cannot be read.*delete it"):
         fit(tmp_path / "c")
 
 

@@ -88,7 +88,7 @@ def test_collapsed_keys_are_told():
 
 def test_a_class_without_training_images_is_kept():
     task = toy_task((20, 0, 6, 3))
-    model, history, _ = tuned(task, epochs=(1, 1), head_init="class_mean")
+    model, _, _ = tuned(task, epochs=(1, 1), head_init="class_mean")
     assert model.head.weight.shape[0] == 4
     assert all(torch.isfinite(v).all() for v in model.adapted().values())
 
@@ -114,3 +114,37 @@ def test_five_lines_of_python_are_a_program(tmp_path):
     assert abs(lpt.evaluate(again, task.test, task.counts)["accuracy"] - metrics["accuracy"]) < 0.02
     with pytest.raises(LptError, match="did you mean lpt"):
         lpt.tune(task, backbone, method="ltp")
+
+
+def test_group_prompts_can_start_from_the_shared_one():
+    """A random start takes attention away from what phase 1 learned; from the shared prompt it loses little."""
+    task = toy_task((40, 20, 10, 5), test_per_class=20)
+
+    def after_one_silent_epoch(**changes):
+        model, _, _ = tuned(task, epochs=(8, 1), lr=(5e-3, 1e-9), weight_decay=0.0, head_init="class_mean", **changes)
+        return model
+
+    alone, _, _ = tuned(task, epochs=(8, 0), weight_decay=0.0, head_init="class_mean")
+    near, far = after_one_silent_epoch(pool_init="shared"), after_one_silent_epoch(pool_init="tn")
+    views = alone.backbone.preprocess.test(task.test.pixels)
+    with torch.no_grad():
+        wanted, near, far = (model.eval()(views).feature for model in (alone, near, far))
+    assert (near - wanted).norm() < 0.5 * (far - wanted).norm()
+
+
+def test_the_query_head_is_phase_1s_and_speaks_in_eval_mode_only(tmp_path):
+    task = toy_task()
+    alone, _, _ = tuned(task, epochs=(2, 0))
+    plain, _, _ = tuned(task)
+    both, _, _ = tuned(task, query_head=True)
+    views = alone.backbone.preprocess.test(task.test.pixels)
+    assert torch.equal(both.query_head.weight, alone.head.weight)
+    assert torch.equal(both.head.weight, plain.head.weight)  # training is the same with and without it
+    with torch.no_grad():
+        a, p, b = (m.eval()(views).logits for m in (alone, plain, both))
+        assert torch.allclose(b, (a + p) / 2, atol=1e-6)
+        assert torch.equal(both.train()(views).logits, plain.train()(views).logits)
+    both.eval().round_to(torch.float16)
+    lpt.save_prompt(tmp_path / "p.safetensors", both, method="lpt", counts=task.counts)
+    again = lpt.load_prompt(tmp_path / "p.safetensors", both.backbone)
+    assert torch.equal(again(views).logits, both(views).logits)

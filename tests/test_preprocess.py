@@ -111,12 +111,12 @@ def full_area(*, flip):
 
 
 @pytest.mark.parametrize(("height", "width", "size"), [(32, 32, 48), (40, 61, 24), (16, 16, 16)])
-def test_a_full_view_is_a_bilinear_resize(height, width, size):
+def test_a_full_training_view_is_the_antialiased_resize(height, width, size):
     images = photos(height=height, width=width)
-    preprocess = Preprocess(size=size)
-    view = preprocess.train(images, full_area(flip=False).expand(3, -1))
-    expected = F.interpolate(images.float(), size=(size, size), mode="bilinear", align_corners=False)
-    torch.testing.assert_close(view, expected / 127.5 - 1, rtol=0, atol=1e-4)
+    for mode in ("bilinear", "bicubic"):
+        view = Preprocess(size=size, interpolation=mode).train(images, full_area(flip=False).expand(3, -1))
+        expected = F.interpolate(images.float(), size=(size, size), mode=mode, antialias=True).clamp(0, 255)
+        torch.testing.assert_close(view, expected / 127.5 - 1, rtol=0, atol=1e-4)
 
 
 def test_a_view_flips_exactly_below_one_half():

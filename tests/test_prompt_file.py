@@ -67,7 +67,7 @@ def test_another_backbone_is_refused_by_name_and_fingerprint(saved):
 
 
 def test_another_image_size_is_refused(saved):
-    with pytest.raises(PromptFileError, match="backbone.image_size=32"):
+    with pytest.raises(PromptFileError, match=r"backbone\.image_size=32"):
         load_prompt(saved[0], small_backbone(size=48))
 
 

@@ -8,6 +8,7 @@ twice, class-balanced and instance-balanced, and sum an asymmetric Gaussian-clou
 Shapes: views [B 3 H W], logits [B C], queries [N D'].
 """
 
+import copy
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -59,6 +60,8 @@ def tune(
     eta0: float = 0.5,
     query_centering: Literal["off", "mean"] = "off",
     key_init: Literal["tn", "kmeans"] = "tn",
+    pool_init: Literal["tn", "shared"] = "tn",
+    query_head: bool = False,
     instance_stream: Literal["epoch", "per_step"] = "epoch",
     steps_per_epoch: Literal["floor", "floor_plus_1"] = "floor",
 ) -> PromptedClassifier:
@@ -68,6 +71,10 @@ def tune(
     batches of B images. `lr` is per phase; SGD's is per 256 images. `gammas_*` are (γ+, γ-) of a stream.
     `eta0` weighs the instance-balanced stream at the start, falling to 0. Raises LptError for shapes that the
     backbone cannot serve.
+
+    Options that are not LPT's: `query_centering`, `key_init`, `head_init`; `pool_init=shared` starts every group
+    prompt from the shared one (random ones take a share of the attention at once: phase 2 then starts far below
+    the end of phase 1); `query_head` keeps phase 1's head for the query, and predictions average both.
     """
     if min(epochs) < 0 or epochs[0] + epochs[1] == 0:
         raise LptError(f"method.epochs {list(epochs)} trains nothing: give (phase 1, phase 2), for example [40, 40]")
@@ -177,6 +184,11 @@ def tune(
         if key_init == "kmeans":
             with torch.no_grad():
                 pool.keys.copy_(kmeans_keys(found - pool.centre.cpu(), pool_size, seed=fit.seed))
+    if pool_init == "shared":  # with half of the usual start's noise, so that the prompts differ
+        with torch.no_grad():
+            pool.tokens.mul_(0.5).add_(shared.tokens[prefix_blocks:].cpu())
+    if query_head:
+        model.query_head = copy.deepcopy(head)
     model.pool = pool.to(device)
     model.only_train("pool.", "head.")
     phase(2, usage)
