@@ -12,6 +12,8 @@ BIN := .venv/bin
 	touch $@
 
 demo: .venv/ready
+	@echo "Smoke run: scikit-learn's digits, made long-tailed, on a small ViT with random weights (no download)."
+	rm -rf runs/demo
 	$(BIN)/lpt train configs/digits_lt/lpt.yaml --out runs/demo
 
 test: .venv/ready

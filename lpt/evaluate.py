@@ -24,7 +24,8 @@ class Predictions(NamedTuple):
 @torch.no_grad()
 def predict(model: PromptedClassifier, images: Images, *, batch_size: int = 128) -> Predictions:
     """Clean predictions, in order: the test view, no noise, no margin, no dropout. On several processes each
-    predicts its share and all get the whole."""
+    predicts its share and all get the whole. Leaves the model in eval mode."""
+    model.eval()
     rank, world = _place()
     mine = torch.arange(len(images))[rank::world]
     logits, ids = [], []

@@ -117,19 +117,12 @@ def test_five_lines_of_python_are_a_program(tmp_path):
 
 
 def test_group_prompts_can_start_from_the_shared_one():
-    """A random start takes attention away from what phase 1 learned; from the shared prompt it loses little."""
-    task = toy_task((40, 20, 10, 5), test_per_class=20)
-
-    def after_one_silent_epoch(**changes):
-        model, _, _ = tuned(task, epochs=(8, 1), lr=(5e-3, 1e-9), weight_decay=0.0, head_init="class_mean", **changes)
-        return model
-
-    alone, _, _ = tuned(task, epochs=(8, 0), weight_decay=0.0, head_init="class_mean")
-    near, far = after_one_silent_epoch(pool_init="shared"), after_one_silent_epoch(pool_init="tn")
-    views = alone.backbone.preprocess.test(task.test.pixels)
-    with torch.no_grad():
-        wanted, near, far = (model.eval()(views).feature for model in (alone, near, far))
-    assert (near - wanted).norm() < 0.5 * (far - wanted).norm()
+    """A random start takes attention away from what phase 1 learned: DeiT-Tiny falls to a few per cent."""
+    silent = dict(epochs=(8, 1), lr=(5e-2, 1e-9), weight_decay=0.0)
+    near, far = tuned(pool_init="shared", **silent)[0], tuned(pool_init="tn", **silent)[0]
+    assert near.shared.tokens.std() > 0.04  # phase 1 has moved it away from its own start
+    assert (near.pool.tokens - near.shared.tokens[2:]).std() < 0.015
+    assert (far.pool.tokens - far.shared.tokens[2:]).std() > 0.04
 
 
 def test_the_query_head_is_phase_1s_and_speaks_in_eval_mode_only(tmp_path):

@@ -129,14 +129,9 @@ class Fit:
     ) -> None:
         """Trains what `requires_grad` in `model`; returns when `steps` are done (at once if they were before)."""
         self._start()
-        rank, world = (
-            (0, 1)
-            if self.accelerator is None
-            else (
-                self.accelerator.process_index,
-                self.accelerator.num_processes,
-            )
-        )
+        rank, world = 0, 1
+        if self.accelerator is not None:
+            rank, world = self.accelerator.process_index, self.accelerator.num_processes
         if self.batch_size % world:
             raise TrainingError(
                 f"train.batch_size {self.batch_size} cannot be shared by {world} processes: use a multiple"
@@ -203,9 +198,8 @@ class Fit:
                     line |= {"lr": rate, "seconds": round(clock.total(), 2)}
                     line |= {f"{k}_seconds": round(v, 2) for k, v in clock.spent.items()}
                     extra: dict[str, Any] = {}
-                    with torch.no_grad():
-                        for hook in (on_epoch, self.on_epoch):
-                            extra |= hook(model, progress) if hook else {}
+                    for hook in (on_epoch, self.on_epoch):
+                        extra |= hook(model, progress) if hook else {}
                     model.train()
                     if rank == 0:
                         self.history.write(phase=phase, step=done, epoch=progress.epoch + 1, **line, **extra)
