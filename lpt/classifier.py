@@ -11,8 +11,11 @@ from torch import Tensor, nn
 
 from lpt.backbones.base import Backbone, KeyValue, Prompt
 from lpt.heads import CosineHead
-from lpt.matching import match
+from lpt.matching import KeyIndex, match
 from lpt.prompts import DeepPrompt, PromptPool
+
+INDEX_FROM = 10_000
+"""Keys from which a FAISS index beats a matrix product for few queries (LPT spec: none at a pool's 20 to 100)."""
 
 
 class Output(NamedTuple):
@@ -45,6 +48,7 @@ class PromptedClassifier(nn.Module):
         self.backbone, self.head, self.shared, self.pool, self.classes = backbone, head, shared, pool, classes
         self.query_head = query_head
         self._constant: tuple[tuple[object, ...], list[KeyValue]] | None = None
+        self._index: tuple[tuple[object, ...], KeyIndex] | None = None
 
     # One forward, in three parts. LPT's query pass and prompted pass are the same up to the first block with
     # group prompts, so that prefix runs once; the two tails start from its tokens.
@@ -70,7 +74,7 @@ class PromptedClassifier(nn.Module):
         similarity = ids = group = None
         if self.pool is not None:
             query = self.query(tokens) if query is None else query
-            similarity, ids = match(query - self.pool.centre, self.pool.keys, self.pool.topk)
+            similarity, ids = self._match(query - self.pool.centre, self.pool)
             group = self.pool.ensemble(ids)
         feature = self._finish(tokens, group)
         logits = self.head(feature if feature_mask is None else feature * feature_mask)
@@ -81,6 +85,16 @@ class PromptedClassifier(nn.Module):
     def probabilities(self, logits: Tensor) -> Tensor:
         """softmax(scale · cosine) [B C], the scale being the head's."""
         return (self.head.scale * logits).softmax(dim=1)
+
+    def _match(self, query: Tensor, pool: PromptPool) -> tuple[Tensor, Tensor]:
+        """In torch, where keys may train; through an exact FAISS index for pools so large that it pays."""
+        if len(pool.keys) < INDEX_FROM or (pool.keys.requires_grad and torch.is_grad_enabled()):
+            return match(query, pool.keys, pool.topk)
+        key = (pool.keys._version, pool.keys.data_ptr())
+        if self._index is None or self._index[0] != key:
+            self._index = (key, KeyIndex(pool.keys))
+        similarity, ids = self._index[1].match(query, pool.topk)
+        return similarity.to(query.device), ids.to(query.device)
 
     def _finish(self, tokens: Tensor, group: Tensor | None) -> Tensor:
         for i in range(self._split, self.backbone.depth):

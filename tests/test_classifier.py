@@ -145,3 +145,21 @@ def test_bf16_stays_close_to_fp32():
     model.backbone.to(torch.bfloat16)
     assert relative(model(views).feature, exact) < 0.05
     assert model(views).logits.dtype == torch.float32
+
+
+def test_a_large_pool_is_searched_by_an_index_with_the_same_result(monkeypatch):
+    from lpt import classifier
+
+    backbone = small_backbone()
+    model = prompted(backbone).only_train().eval()
+    views = images(backbone)
+    with torch.no_grad():
+        in_torch = model(views)
+        monkeypatch.setattr(classifier, "INDEX_FROM", 5)
+        by_index = model(views)
+        assert model._index is not None and torch.equal(by_index.ids, in_torch.ids)
+        assert torch.equal(by_index.logits, in_torch.logits)
+        model.pool.keys.copy_(model.pool.keys.flip(0))  # a stale index is never used
+        assert torch.equal(model(views).ids.sort(1).values, (4 - in_torch.ids).sort(1).values)
+    model.only_train("pool.")
+    assert model(views).similarity.requires_grad

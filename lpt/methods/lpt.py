@@ -65,7 +65,8 @@ def tune(
     instance_stream: Literal["epoch", "per_step"] = "epoch",
     steps_per_epoch: Literal["floor", "floor_plus_1"] = "floor",
 ) -> PromptedClassifier:
-    """Defaults are the authors' code's where it is known (`lpt_official` differs in five fields, see the docs).
+    """Defaults are the authors' code's where it is known and sound. Their script itself is `epochs=(40, 90)`,
+    `warmup=first_epoch_1e-6`, `instance_stream=per_step` and `steps_per_epoch=floor_plus_1`.
 
     `epochs` are (phase 1, phase 2); (E, 0) is phase 1 alone, without a pool. An epoch is N/B steps of *two*
     batches of B images. `lr` is per phase; SGD's is per 256 images. `gammas_*` are (γ+, γ-) of a stream.
