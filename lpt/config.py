@@ -53,7 +53,7 @@ class Config(BaseModel):
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(), sort_keys=False)
 
-    def run_hash(self, split_sha256: str, fingerprint: str) -> str:
+    def run_hash(self, split_sha256: str, backbone: str) -> str:
         """What a checkpoint must agree with: every setting that moves a number, the split and the weights.
 
         Neither the places of files nor the device are part of it.
@@ -66,7 +66,7 @@ class Config(BaseModel):
             ("train", "device"),
         ):
             parts[part].pop(key, None)
-        text = json.dumps([parts, split_sha256, fingerprint], sort_keys=True, default=list)
+        text = json.dumps([parts, split_sha256, backbone], sort_keys=True, default=list)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -18,7 +18,7 @@ import torch
 from lpt.backbones import load_backbone
 from lpt.backbones.base import Backbone
 from lpt.classifier import PromptedClassifier
-from lpt.config import Config, check_data
+from lpt.config import Config, check_data, load_config
 from lpt.data import load_task
 from lpt.data.task import Task
 from lpt.engine.checkpoint import write_whole
@@ -61,7 +61,12 @@ def train(
     precision = pick_precision(config.train.precision, device)
     backbone = _backbone(config).to(device, PRECISIONS[precision])
     manifest = task.manifest()
-    run_hash = config.run_hash(manifest["sha256"], backbone.fingerprint)
+    identity = (manifest["sha256"], f"{backbone.fingerprint} in {precision}")
+    run_hash = config.run_hash(*identity)
+    if resume and (out / "config.yaml").exists() and load_config(out / "config.yaml").run_hash(*identity) != run_hash:
+        raise LptError(
+            f"--out {out} holds a run with other settings: use those in {out / 'config.yaml'}, or another --out"
+        )
     describe_task(task, say)
     for name in task.absent_classes():
         say(f"warning: class {name!r} has no training image; it is kept, and cannot be learned")

@@ -173,8 +173,10 @@ def test_a_used_folder_is_not_overwritten(run_folder, capsys):
     code, _, err = lpt(capsys, "train", *SMALL, "--out", run_folder)
     assert code == 2 and "already holds a run: add --resume" in err
     assert (run_folder / "prompt.safetensors").read_bytes() == before
+    settings = (run_folder / "config.yaml").read_text()
     code, _, err = lpt(capsys, "train", *SMALL, "train.seed=5", "--out", run_folder, "--resume")
-    assert code == 2 and "made with other settings or data" in err
+    assert code == 2 and "holds a run with other settings" in err
+    assert (run_folder / "config.yaml").read_text() == settings
 
 
 def test_kill_9_at_any_moment_and_resume_ends_in_the_same_bits(run_folder, tmp_path):
