@@ -1,0 +1,243 @@
+"""LPT as published against ours, in one process, interleaved, with the same weights and inputs.
+
+    python -m benchmarks.speed --backbone vit_base_patch16_224 --image-size 224 --batch 8 --json FILE
+
+Published: prompts concatenated to the tokens, whole blocks, two full passes a stream, fp32 (`tests/plain.py`).
+Ours: prompts as keys and values, one prefix and two tails, the last block for the pooled token, both streams in one
+batch. `batch` counts the images of one stream; a step has two.
+"""
+
+import argparse
+import ctypes
+import gc
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.accuracy.__main__ import processor
+from lpt.backbones.timm_vit import TimmViT, untrained
+from lpt.classifier import PromptedClassifier
+from lpt.engine.checkpoint import write_whole
+from lpt.heads import CosineHead
+from lpt.losses import GCL
+from lpt.prompts import DeepPrompt, PromptPool
+from lpt.run import pick_device, pick_precision, versions
+from tests.plain import plain_forward
+
+CLASSES = 100
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=__doc__.splitlines()[0])
+    parser.add_argument("--backbone", default="vit_base_patch16_224", help="a timm architecture; random weights")
+    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    device = pick_device(given.device)
+    exact = model_on(untrained(given.backbone, image_size=given.image_size).to(device))
+    result: dict[str, Any] = {
+        "backbone": given.backbone,
+        "image_size": given.image_size,
+        "batch_per_stream": given.batch,
+        "pairs": given.pairs,
+        "device": str(device) if device.type == "cpu" else torch.cuda.get_device_name(),
+        "threads": torch.get_num_threads(),
+        "processor": processor(),
+        "platform": platform.platform(),
+        "commit": subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+        ).stdout.strip(),
+        "versions": versions(),
+        "command": f"python -m benchmarks.speed --backbone {given.backbone} --image-size {given.image_size} "
+        f"--batch {given.batch} --pairs {given.pairs} --device {given.device}",
+    }
+    result |= compare(exact, exact, given.batch, given.pairs, device)
+    show("fp32 against published in fp32", result)
+    if pick_precision("auto", device) == "bf16":
+        half = model_on(untrained(given.backbone, image_size=given.image_size).to(device, torch.bfloat16))
+        result["bf16"] = compare(exact, half, given.batch, given.pairs, device)
+        show("bf16 against published in fp32", result["bf16"])
+    if given.json:
+        write_whole(given.json, json.dumps(result, indent=1).encode())
+
+
+def model_on(backbone: TimmViT) -> PromptedClassifier:
+    """LPT's published shapes: 10 tokens, pool of 20, 2 chosen, from the middle block on."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = {"length": 10, "width": backbone.width, "generator": generator}
+    pool = PromptPool(
+        size=20, topk=2, first=backbone.depth // 2, depth=backbone.depth, key_width=backbone.feature_width, **sizes
+    )
+    head = CosineHead(num_classes=CLASSES, width=backbone.feature_width, scale=20, generator=generator)
+    shared = DeepPrompt(layers=backbone.depth, **sizes)
+    device = next(backbone.parameters()).device
+    return PromptedClassifier(backbone, head, classes=tuple(map(str, range(CLASSES))), shared=shared, pool=pool).to(
+        device
+    )
+
+
+def compare(plain: PromptedClassifier, ours: PromptedClassifier, batch: int, pairs: int, device: Any) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(1)
+    size = plain.backbone.preprocess.size
+    streams = [
+        (
+            torch.randn(batch, 3, size, size, generator=generator).to(device),
+            torch.randint(CLASSES, (batch,), generator=generator).to(device),
+        )
+        for _ in range(2)
+    ]
+    views = torch.cat([v for v, _ in streams])
+    loss = GCL(torch.arange(CLASSES, 0, -1).to(device))
+
+    def value(output: Any, labels: Tensor) -> Tensor:
+        total = loss(output.logits, labels)
+        return total if output.similarity is None else total - 0.5 * output.similarity.sum(1).mean()
+
+    def step(model: PromptedClassifier, forward: Callable[..., Any], together: bool) -> list[Tensor]:
+        model.zero_grad(set_to_none=True)
+        if together:
+            output = forward(views)
+            halves = [
+                type(output)(*(None if t is None else t[part] for t in output))
+                for part in (slice(batch), slice(batch, None))
+            ]
+        else:
+            halves = [forward(v) for v, _ in streams]
+        sum(value(o, y) for o, (_, y) in zip(halves, streams, strict=True)).backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    def inference(model: PromptedClassifier, forward: Callable[..., Any]) -> list[Tensor]:
+        with torch.no_grad():
+            return [forward(views).logits]
+
+    def prepare(which: str) -> None:
+        for model in {plain, ours}:
+            model.pool = pools[model] if which != "phase1_step" else None
+            model._constant = None
+            trained = {"inference": (), "phase1_step": ("shared.", "head."), "phase2_step": ("pool.", "head.")}[which]
+            model.only_train(*trained)
+
+    pools = {model: model.pool for model in {plain, ours}}
+    out: dict[str, Any] = {}
+    for which in ("inference", "phase1_step", "phase2_step"):
+        prepare(which)
+
+        def slow() -> list[Tensor]:
+            forward = lambda x: plain_forward(plain, x)  # noqa: E731
+            return inference(plain, forward) if which == "inference" else step(plain, forward, False)  # noqa: B023
+
+        def fast() -> list[Tensor]:
+            return inference(ours, ours) if which == "inference" else step(ours, ours, True)  # noqa: B023
+
+        def bare() -> None:
+            """One plain forward of the same images, without prompts, at our precision."""
+            with torch.no_grad():
+                tokens = ours.backbone.embed(views)
+                for i in range(ours.backbone.depth):
+                    tokens = ours.backbone.block(i, tokens)
+                ours.backbone.pool(tokens)
+
+        error = max(relative(a, b) for a, b in zip(fast(), slow(), strict=True))
+        times = [(seconds(slow, device), seconds(fast, device), seconds(bare, device)) for _ in range(pairs)]
+        ratios = [a / b for a, b, _ in times]
+        out[which] = {
+            "ratio": statistics.median(ratios),
+            "ratio_min": min(ratios),
+            "ratio_max": max(ratios),
+            "relative_error": error,
+            "memory_ratio": peak(fast, device) / peak(slow, device),
+            "over_forward": statistics.median(b / c for _, b, c in times),
+            "flops_ratio": flops(slow) / flops(fast),
+            "seconds_published": statistics.median(a for a, _, _ in times),
+            "seconds_ours": statistics.median(b for _, b, _ in times),
+            "images": 2 * batch,
+        }
+    prepare("phase2_step")
+    return out
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+def seconds(work: Callable[[], Any], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def flops(work: Callable[[], Any]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+def peak(work: Callable[[], Any], device: torch.device) -> int:
+    """Bytes that `work` needs at once beyond what was there before; on CPUs the resident set, sampled every ms."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        return torch.cuda.max_memory_allocated() - before
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim:
+        trim(0)  # what earlier steps freed must not serve this one unseen
+    before, highest, done = resident(), 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal highest
+        while not done.is_set():
+            highest = max(highest, resident())
+            time.sleep(0.001)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    work()
+    done.set()
+    watcher.join()
+    return max(highest - before, 1)
+
+
+def resident() -> int:
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * resource.getpagesize()
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def show(title: str, result: dict[str, Any]) -> None:
+    print(
+        f"{title}\n| | times faster | relative error | memory | ÷ one plain forward | FLOPs |\n|---|---|---|---|---|---|"
+    )
+    for name in ("inference", "phase1_step", "phase2_step"):
+        r = result[name]
+        print(
+            f"| {name} | {r['ratio']:.2f} ({r['ratio_min']:.2f} to {r['ratio_max']:.2f}) | {r['relative_error']:.1e} | "
+            f"{r['memory_ratio']:.2f} | {r['over_forward']:.2f} | {r['flops_ratio']:.2f} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
