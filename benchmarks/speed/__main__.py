@@ -228,7 +228,8 @@ def resident() -> int:
 
 def show(title: str, result: dict[str, Any]) -> None:
     print(
-        f"{title}\n| | times faster | relative error | memory | ÷ one plain forward | FLOPs |\n|---|---|---|---|---|---|"
+        f"{title}\n| | times faster | relative error | memory | ÷ one plain forward | FLOPs |\n"
+        "|---|---|---|---|---|---|"
     )
     for name in ("inference", "phase1_step", "phase2_step"):
         r = result[name]
