@@ -136,7 +136,7 @@ def list_(
         "backbones": FAMILIES,
         "data": {k: first_line(f.__doc__) for k, f in DATA.items()},
         "losses": LOSSES,
-        "configs": {str(p): first_line(p.read_text()).lstrip("# ") for p in sorted(Path("configs").rglob("*.yaml"))},
+        "configs": {str(p): first_line(p.read_text()).lstrip("# ") for p in _configs()},
     }
     if what is not None and what not in shelves:
         raise LptError(f"there is no list of {what!r}: {', '.join(shelves)}{did_you_mean(what, shelves)}")
@@ -145,6 +145,12 @@ def list_(
             print(f"{shelf}:")
         for name, text in shelves[shelf].items():
             print(f"  {name}  {text}")
+
+
+def _configs() -> list[Path]:
+    """The configs of this folder, or else those of the checkout that lpt runs from."""
+    here = Path("configs")
+    return sorted((here if here.is_dir() else Path(__file__).parents[1] / "configs").rglob("*.yaml"))
 
 
 def _is_setting(text: str) -> bool:
