@@ -123,17 +123,15 @@ def tune(
         output = model(views, feature_mask=mask)
         eta = instance_weight(eta0, progress.epoch / progress.epochs)
         weights = {"balanced": 1.0, "instance": eta}
-        sizes = [len(batch.labels) for batch in batches.values()]
-        total, logged = views.new_zeros((), dtype=torch.float32), {}
-        for (stream, batch), rows in zip(batches.items(), torch.arange(sum(sizes)).split(sizes), strict=True):
-            part = slice(int(rows[0]), int(rows[-1]) + 1)
+        total, logged, first = torch.zeros((), device=device), {}, 0
+        for stream, batch in batches.items():
+            rows = slice(first, first := first + len(batch.labels))
             cloud = cloud_noise(progress.normal(f"cloud/{stream}", len(batch.labels), len(task.classes)))
-            value = losses[stream](output.logits[part], batch.labels, cloud.to(device))
+            value = losses[stream](output.logits[rows], batch.labels, cloud.to(device))
             if output.similarity is not None:
-                key_term = output.similarity[part].sum(1).mean()
-                logged[f"key_{stream}"] = key_term.detach()
+                logged[f"key_{stream}"] = key_term = output.similarity[rows].sum(1).mean()
                 value = value - beta * key_term
-            logged[stream] = value.detach()
+            logged[stream] = value
             total = total + weights[stream] * value
         if output.ids is not None:
             chosen.append(output.ids.cpu())
