@@ -74,6 +74,7 @@ def predict(
 
     texts = [str(path) for path in images]
     settings = _sections([t for t in texts if _is_setting(t)])
+    run.check_loading(settings, sections=("backbone", "train"))
     files = run.image_files([Path(t) for t in texts if not _is_setting(t)])
     backbone, train = settings.get("backbone", {}), settings.get("train", {})
     model, _ = run.open_prompt(
@@ -129,14 +130,14 @@ def list_(
     from lpt.methods import METHODS
 
     def first_line(text: str | None) -> str:
-        return (text or "").strip().splitlines()[0]
+        return next(iter((text or "").strip().splitlines()), "")
 
     shelves: dict[str, dict[str, str]] = {
         "methods": {k: first_line(sys.modules[f.__module__].__doc__) for k, f in METHODS.items()},
         "backbones": FAMILIES,
         "data": {k: first_line(f.__doc__) for k, f in DATA.items()},
         "losses": LOSSES,
-        "configs": {str(p): first_line(p.read_text()).lstrip("# ") for p in _configs()},
+        "configs": {str(p): first_line(p.read_text(errors="replace")).lstrip("# ") for p in _configs()},
     }
     if what is not None and what not in shelves:
         raise LptError(f"there is no list of {what!r}: {', '.join(shelves)}{did_you_mean(what, shelves)}")
@@ -214,6 +215,8 @@ def main() -> None:
         _fail(f"{len(error.mistakes)} mistakes:\n  " + "\n  ".join(error.mistakes) if many else str(error))
     except LptError as error:
         _fail(str(error))
+    except OSError as error:
+        _fail(f"{error.filename or 'a file'}: {error.strerror or error}; nothing more was written")
 
 
 def _fail(text: str) -> None:

@@ -130,7 +130,7 @@ def nested(overrides: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 def settings_of(function: Callable[..., Any]) -> type[BaseModel]:
     """The keyword arguments of a `tune` or of a dataset function, as a schema; the signature is the one truth."""
-    hints = get_type_hints(function)
+    hints = get_type_hints(function, include_extras=True)
     fields: dict[str, Any] = {}
     for name, parameter in inspect.signature(function).parameters.items():
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY or name == "root":
@@ -143,7 +143,7 @@ def _named(section: str, given: Any, table: Mapping[str, Callable[..., Any]]) ->
     if not isinstance(given, dict) or "name" not in given:
         return {}, [f"{section}.name is missing: one of {', '.join(table)}"]
     name = given["name"]
-    if name not in table:
+    if not isinstance(name, str) or name not in table:
         return {}, [f"{section}.name: {name!r} is unknown ({', '.join(table)}){did_you_mean(str(name), table)}"]
     rest = {key: value for key, value in given.items() if key != "name"}
     settings, mistakes = _validated(section, settings_of(table[name]), rest)

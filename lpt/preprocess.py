@@ -41,7 +41,7 @@ class Preprocess:
             resized = int(short * side / least)
             first = round((resized - self.size) / 2)
             zero, whole = images.new_zeros(1, dtype=torch.float32), images.new_full((1,), side, dtype=torch.float32)
-            sides.append(self._resampling(zero, whole, side, resized)[:, first : first + self.size])
+            sides.append(self._resampling(zero, whole, side, resized, first))
         return self._resampled(images, *sides).to(dtype)
 
     def train(self, images: Tensor, chance: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -59,10 +59,11 @@ class Preprocess:
             columns = torch.where((chance[:, 4] < 0.5)[:, None, None], columns.flip(1), columns)
         return self._resampled(images, rows, columns).to(dtype)
 
-    def _resampling(self, start: Tensor, length: Tensor, old: int, new: int) -> Tensor:
-        """The matrices [B new old] that resample pixels [start, start + length) of `old` ones to `new` ones."""
+    def _resampling(self, start: Tensor, length: Tensor, old: int, new: int, first: int = 0) -> Tensor:
+        """The matrices [B S old] that resample pixels [start, start + length) of `old` ones to `new` ones, of which
+        only `first`..`first` + S - 1 are wanted."""
         scale = (length / new)[:, None, None]
-        centre = start[:, None, None] + (torch.arange(new, device=start.device)[:, None] + 0.5) * scale
+        centre = start[:, None, None] + (first + torch.arange(self.size, device=start.device)[:, None] + 0.5) * scale
         distance = (torch.arange(old, device=start.device) + 0.5 - centre).abs() / scale.clamp(min=1)
         if self.interpolation == "bilinear":
             weight = (1 - distance).clamp(min=0)

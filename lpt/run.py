@@ -8,7 +8,7 @@ import resource
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from lpt.data import load_task
 from lpt.data.task import Task
 from lpt.engine.checkpoint import write_whole
 from lpt.engine.loop import Fit
-from lpt.errors import ConfigError, DataError, LptError, PromptFileError
+from lpt.errors import ConfigError, DataError, LptError, PromptFileError, did_you_mean
 from lpt.evaluate import evaluate
 from lpt.history import History
 from lpt.methods import METHODS
@@ -53,7 +53,7 @@ def train(
     main = accelerator.is_main_process
     if out.exists() and not out.is_dir():
         raise LptError(f"--out {out} is a file: give a folder")
-    used = (out / "history.jsonl").exists() or (out / "report.json").exists()
+    used = any((out / name).exists() for name in ("config.yaml", "checkpoints", "history.jsonl", "report.json"))
     if used and not resume:
         raise LptError(f"--out {out} already holds a run: add --resume to go on with it, or give another folder")
 
@@ -178,11 +178,7 @@ def evaluate_prompt(
 ) -> dict[str, Any]:
     """Metrics of a prompt file on a task: by default the one it was trained on, whose root must be given."""
     header, _ = read_prompt(path)
-    known = {"data", "backbone", "train"}
-    if wrong := [
-        f"{k}: there is no such section for evaluate ({', '.join(sorted(known))})" for k in settings.keys() - known
-    ]:
-        raise ConfigError(wrong)
+    check_loading(settings, sections=("data", "backbone", "train"))
     stored = header.data.get("settings", {})
     given = settings.get("data", {})
     data = {**stored, **given} if given.get("name", stored.get("name")) == stored.get("name") else dict(given)
@@ -219,6 +215,22 @@ def evaluate_prompt(
         "seconds": round(time.perf_counter() - began, 1),
         "versions": versions(),
     }
+
+
+def check_loading(settings: Mapping[str, Mapping[str, Any]], *, sections: Sequence[str]) -> None:
+    """What evaluate and predict understand: where the backbone is, and how to compute. Raises ConfigError."""
+    known = {"backbone": ("name", "weights"), "train": ("precision", "device")}
+    mistakes = [
+        f"{k}: there is no such section here ({', '.join(sections)})" for k in sorted(settings.keys() - set(sections))
+    ]
+    for section, keys in known.items():
+        for key, value in settings.get(section, {}).items():
+            if key not in keys:
+                mistakes.append(f"{section}.{key}: not a setting here ({', '.join(keys)}){did_you_mean(key, keys)}")
+            elif not isinstance(value, str) or (key == "precision" and value not in ("auto", *PRECISIONS)):
+                mistakes.append(f"{section}.{key}: got {value!r}")
+    if mistakes:
+        raise ConfigError(mistakes)
 
 
 def predict_files(
@@ -286,8 +298,10 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise LptError(f"train.device {name!r} is no device: use auto, cpu or cuda") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise LptError("train.device is cuda, but torch sees no GPU: use cpu or auto")
+    if device.type not in ("cpu", "cuda"):
+        raise LptError(f"train.device {name!r} is not supported: use auto, cpu or cuda")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise LptError(f"train.device is {name}, but torch sees {torch.cuda.device_count()} GPUs: use cpu or auto")
     return device
 
 

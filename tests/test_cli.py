@@ -140,6 +140,14 @@ def test_inspect_and_list_say_what_there_is(run_folder, capsys):
         (["train", SMALL[0], "method.topk=9"], "topk 9 does not fit a pool of 5"),
         (["train", SMALL[0], "method.epochs=[0, 0]"], "trains nothing"),
         (["train", SMALL[0], "train.device=cuda:x"], "train.device"),
+        (["train", SMALL[0], "train.device=mps"], "train.device 'mps' is not supported"),
+        (["train", SMALL[0], "method.scale=0"], "method.scale: got 0"),
+        (["train", SMALL[0], "method.prompt_length=0"], "method.prompt_length: got 0"),
+        (["train", SMALL[0], "method.weight_decay=-1"], "method.weight_decay: got -1"),
+        (["train", SMALL[0], "method.pool_size=900"], "needs as many training images, there are 305"),
+        (["train", SMALL[0], "data.val_per_class=-1"], "data.val_per_class: got -1"),
+        (["train", SMALL[0], "data.seed=-1"], "data.seed: got -1"),
+        (["train", SMALL[0], "data.name=[a]"], "data.name: ['a'] is unknown"),
         (["train", SMALL[0], "--resum"], "--resum"),
         (["evaluate", "nowhere.safetensors"], "prompt file nowhere.safetensors does not exist"),
         (["evaluate", SMALL[0]], "damaged or no safetensors file"),
@@ -165,7 +173,23 @@ def test_a_prompt_for_another_backbone_or_task_is_refused(run_folder, tmp_path, 
     code, _, err = lpt(capsys, "evaluate", prompt, "backbone.name=untrained:deit3_small_patch16_224")
     assert code == 2 and "untrained:vit_tiny_patch16_224" in err and "untrained:deit3_small_patch16_224" in err
     code, _, err = lpt(capsys, "evaluate", prompt, "data.nam=x", "method.topk=1")
-    assert code == 2 and "there is no such section for evaluate" in err
+    assert code == 2 and "method: there is no such section here" in err
+
+
+def test_settings_that_evaluate_and_predict_do_not_know_are_told(run_folder, capsys):
+    prompt = run_folder / "prompt.safetensors"
+    code, _, err = lpt(capsys, "evaluate", prompt, "train.precison=bf16", "train.precision=fp16", "backbone.name=3")
+    assert code == 2 and "did you mean precision" in err and "got 'fp16'" in err and "backbone.name: got 3" in err
+    assert lpt(capsys, "evaluate", prompt, "--json", run_folder)[0] == 2  # a folder is no file
+
+
+def test_a_run_killed_in_its_first_epoch_is_recognised(run_folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.yaml").write_text((run_folder / "config.yaml").read_text())
+    before = (out / "config.yaml").read_text()
+    code, _, err = lpt(capsys, "train", *SMALL, "train.seed=7", "--out", out)
+    assert code == 2 and "already holds a run" in err and (out / "config.yaml").read_text() == before
 
 
 def test_a_used_folder_is_not_overwritten(run_folder, capsys):

@@ -197,3 +197,8 @@ def test_views_come_in_the_dtype_asked_for(dtype):
     images, preprocess = photos(), Preprocess(size=24)
     assert preprocess.test(images, dtype=dtype).dtype == dtype
     assert preprocess.train(images, chances(3), dtype=dtype).dtype == dtype
+
+
+def test_a_very_long_image_needs_no_very_large_matrix():
+    view = Preprocess(size=32).test(torch.zeros(1, 3, 1, 20_000, dtype=torch.uint8))
+    assert view.shape == (1, 3, 32, 32)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lpt.data.task import Images, Task, hold_out
+from lpt.data.task import Count, Images, Task, hold_out
 from lpt.errors import DataError
 from lpt.longtail import exponential_counts
 
@@ -25,8 +25,8 @@ def cifar100_lt(
     root: str | None = None,
     *,
     imbalance_factor: float = 100,
-    seed: int = 0,
-    val_per_class: int = 0,
+    seed: Count = 0,
+    val_per_class: Count = 0,
     download: bool = False,
 ) -> Task:
     """CIFAR-100-LT: 500 images of the largest class, 500/IF of the smallest; the test set stays balanced."""
@@ -37,8 +37,8 @@ def cifar10_lt(
     root: str | None = None,
     *,
     imbalance_factor: float = 100,
-    seed: int = 0,
-    val_per_class: int = 0,
+    seed: Count = 0,
+    val_per_class: Count = 0,
     download: bool = False,
 ) -> Task:
     """CIFAR-10-LT: 5000 images of the largest class; groups by rank thirds, since no class has below 20."""

@@ -7,13 +7,16 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from lpt.errors import DataError
+
+Count = Annotated[int, Field(ge=0)]
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,10 @@ Shapes: views [B 3 H W], logits [B C], queries [N D'].
 
 import copy
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from lpt.backbones.base import Backbone
@@ -31,30 +32,33 @@ from lpt.samplers import ClassBalanced, InstanceBalanced, InstancePerStep, insta
 COLLAPSED = 3.0
 """A key perplexity below this is reported as a collapse: almost all images share the same prompts."""
 
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
 
 def tune(
     task: Task,
     backbone: Backbone,
     fit: Fit,
     *,
-    prompt_length: int = 10,
+    prompt_length: Positive = 10,
     prefix_blocks: int = 6,
-    pool_size: int = 20,
-    topk: int = 2,
+    pool_size: Positive = 20,
+    topk: Positive = 2,
     epochs: tuple[int, int] = (40, 40),
     optimizer: Optimizer = "sgd",
-    lr: tuple[float, float] = (0.02, 0.02),
-    weight_decay: float = 0.01,
+    lr: tuple[Share, Share] = (0.02, 0.02),
+    weight_decay: Share = 0.01,
     warmup: Warmup = "linear",
     loss: Literal["agcl", "gcl", "la", "ce"] = "agcl",
     agcl_form: Literal["code", "paper"] = "code",
     gammas_bal: tuple[float, float] = (0.0, 4.0),
     gammas_ins: tuple[float, float] = (0.5, 8.0),
-    scale: float = 20.0,
+    scale: Annotated[float, Field(gt=0)] = 20.0,
     margin: float = 0.1,
     noise: float = 0.5,
-    label_smoothing: float = 0.1,
-    head_dropout: float = 0.1,
+    label_smoothing: Share = 0.1,
+    head_dropout: Share = 0.1,
     head_init: Literal["random", "class_mean"] = "random",
     beta: float = 0.5,
     eta0: float = 0.5,
@@ -79,6 +83,8 @@ def tune(
     """
     if min(epochs) < 0 or epochs[0] + epochs[1] == 0:
         raise LptError(f"method.epochs {list(epochs)} trains nothing: give (phase 1, phase 2), for example [40, 40]")
+    if key_init == "kmeans" and epochs[1] and pool_size > len(task.train):
+        raise LptError(f"method.pool_size {pool_size} needs as many training images, there are {len(task.train)}")
     device = next(backbone.parameters()).device
     generator = torch.Generator().manual_seed(fit.seed)
     head = CosineHead(num_classes=len(task.classes), width=backbone.feature_width, scale=scale, generator=generator)
