@@ -259,13 +259,13 @@ def predict_files(
 
 
 def decode(path: Path) -> torch.Tensor:
-    """An image file as RGB uint8 [3 h w]. Raises DataError with its name."""
+    """An image file as RGB uint8 [3 h w], upright as its EXIF data says. Raises DataError with its name."""
     import numpy as np
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as image:
-            pixels = np.array(image.convert("RGB"))
+            pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"image {path} cannot be decoded ({error})") from None
     return torch.from_numpy(pixels).permute(2, 0, 1)

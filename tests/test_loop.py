@@ -170,3 +170,8 @@ def test_a_history_cut_by_a_kill_is_read_up_to_the_cut(tmp_path):
     again = History(path)
     again.rewind("phase1", 1)
     assert [json.loads(text)["step"] for text in path.read_text().splitlines()] == [1]
+
+
+def test_an_unknown_optimiser_is_refused():
+    with pytest.raises(TrainingError, match="'sdg' is unknown: use sgd or adamw"):
+        fit(optimizer="sdg")

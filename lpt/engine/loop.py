@@ -1,7 +1,8 @@
 """The loop: one for every method and phase.
 
-A step is a function `(model, {stream: batch}, progress) -> {"loss": scalar, ...scalars to log}`. Everything random is
-drawn from (seed, phase, step), so that a run goes on after a kill exactly as it would have.
+A step is a function `(model, {stream: batch}, progress) -> {"loss": scalar, ...scalars to log}`. Batches are
+drawn from (seed, step), views, noise and dropout from (seed, phase, step), so that a run goes on after a kill exactly
+as it would have.
 """
 
 import hashlib

@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from torch import nn
 
+from lpt.errors import TrainingError
+
 Optimizer = Literal["sgd", "adamw"]
 Warmup = Literal["linear", "first_epoch_1e-6"]
 
@@ -17,6 +19,8 @@ def make_optimizer(
     """SGD with momentum 0.9, or AdamW with torch's betas; the learning rate is set at every step."""
     if name == "sgd":
         return torch.optim.SGD(parameters, lr=0.0, momentum=0.9, weight_decay=weight_decay)
+    if name != "adamw":
+        raise TrainingError(f"optimizer {name!r} is unknown: use sgd or adamw")
     return torch.optim.AdamW(parameters, lr=0.0, weight_decay=weight_decay)
 
 

@@ -146,7 +146,9 @@ def tune(
     def usage(model: PromptedClassifier, progress: Progress) -> Mapping[str, Any]:
         found = key_usage(torch.cat(chosen), pool_size)
         chosen.clear()
-        if isinstance(p := found["perplexity"], float) and p < min(COLLAPSED, pool_size):
+        # All images on the same keys have perplexity topk; a pool hardly larger than that cannot collapse.
+        limit = max(COLLAPSED, 1.5 * topk)
+        if isinstance(p := found["perplexity"], float) and p < limit < pool_size:
             fit.say(
                 f"warning: keys collapsed in epoch {progress.epoch + 1}: perplexity {p:.2f} of {pool_size}, "
                 "almost all images get the same prompts; try method.query_centering=mean method.key_init=kmeans"
