@@ -52,10 +52,11 @@ def evaluate(
 ) -> None:
     """Metrics of a prompt file on a task (by default the one it was trained on)."""
     from lpt import run
+    from lpt.config import nested
     from lpt.engine.checkpoint import write_whole
     from lpt.report import table
 
-    metrics = run.evaluate_prompt(prompt, _sections(settings or []), say=print)
+    metrics = run.evaluate_prompt(prompt, nested(settings or []), say=print)
     print(table([(metrics["method"], metrics)]))
     if json_file:
         write_whole(json_file, json.dumps(metrics, indent=1).encode())
@@ -70,10 +71,11 @@ def predict(
 ) -> None:
     """Class names and probabilities; an image that cannot be decoded is named and the others go on (exit 1)."""
     from lpt import run
+    from lpt.config import nested
     from lpt.engine.checkpoint import write_whole
 
     texts = [str(path) for path in images]
-    settings = _sections([t for t in texts if _is_setting(t)])
+    settings = nested([t for t in texts if _is_setting(t)])
     run.check_loading(settings, sections=("backbone", "train"))
     files = run.image_files([Path(t) for t in texts if not _is_setting(t)])
     backbone, train = settings.get("backbone", {}), settings.get("train", {})
@@ -156,13 +158,6 @@ def _configs() -> list[Path]:
 
 def _is_setting(text: str) -> bool:
     return text.partition(".")[0] in ("backbone", "train", "data") and "=" in text and not Path(text).exists()
-
-
-def _sections(overrides: list[str]) -> dict[str, dict[str, Any]]:
-    """`section.key=value` pairs of evaluate and predict, as nested dicts."""
-    from lpt.config import nested
-
-    return nested(overrides)
 
 
 class _Progress:

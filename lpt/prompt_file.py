@@ -87,6 +87,7 @@ def save_prompt(
     In fp16 the file reloads to the same bits only after `model.round_to(torch.float16)`.
     """
     backbone, pool = model.backbone, model.pool
+    facts.setdefault("precision", "bf16" if backbone.dtype == torch.bfloat16 else "fp32")
     header = Header(
         format=FORMAT,
         method=method,

@@ -210,8 +210,6 @@ class Fit:
                     save(done)
                 images = len(streams) * self.batch_size
                 self.show(phase, done, steps, clock.rate(images, done - first, steps - done, values["loss"]))
-        if first == steps or steps == 0:
-            save(steps)
 
     def once(self, name: str, make: Callable[[], Tensor]) -> Tensor:
         """What `make` returns, kept beside the checkpoints: a resumed run need not compute it again."""
