@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lpt.backbones.base import Backbone, KeyValue, Prompt
-from lpt.heads import CosineHead
+from lpt.heads import CosineHead, Head
 from lpt.matching import KeyIndex, match
 from lpt.prompts import DeepPrompt, PromptPool
 
@@ -37,7 +37,7 @@ class PromptedClassifier(nn.Module):
     def __init__(
         self,
         backbone: Backbone,
-        head: CosineHead,
+        head: Head,
         *,
         classes: tuple[str, ...],
         shared: DeepPrompt | None = None,
@@ -105,6 +105,21 @@ class PromptedClassifier(nn.Module):
         return self.backbone.pool(tokens)
 
     @property
+    def prefix_state(self) -> tuple[object, ...] | None:
+        """Equal as long as an image's prefix tokens and query are; None without a pool and while they can change."""
+        if self.pool is None or (self.shared is not None and self.shared.tokens.requires_grad):
+            return None
+        return (self._split, self.backbone.dtype, *self._shared_version)
+
+    @property
+    def _shared_version(self) -> tuple[object, ...]:
+        """Any write to the shared prompt raises its tensor's version."""
+        if self.shared is None:
+            return ()
+        tokens = self.shared.tokens
+        return (tokens._version, tokens.data_ptr(), tokens.device)
+
+    @property
     def _split(self) -> int:
         return 0 if self.pool is None else self.pool.first
 
@@ -119,8 +134,7 @@ class PromptedClassifier(nn.Module):
         tokens = self.shared.tokens
         if tokens.requires_grad and torch.is_grad_enabled():
             return [tokens[i]]
-        # Any write to the tensor raises its version, so a stale constant cannot be used.
-        key = (tokens._version, tokens.data_ptr(), tokens.device, self.backbone.dtype)
+        key = (*self._shared_version, self.backbone.dtype)  # a stale constant has another key
         if self._constant is None or self._constant[0] != key:
             with torch.no_grad():
                 self._constant = (key, [self.backbone.keys_values(j, tokens[j]) for j in range(len(tokens))])

@@ -38,6 +38,8 @@ class TrainSettings(BaseModel):
     seed: int = Field(default=0, ge=0)
     device: str = "auto"
     storage: Literal["fp16", "fp32"] = "fp16"
+    feature_cache: str | None = None
+    """A folder where features of fixed views are kept for later runs."""
 
 
 class Config(BaseModel):
@@ -56,7 +58,7 @@ class Config(BaseModel):
     def run_hash(self, split_sha256: str, backbone: str) -> str:
         """What a checkpoint must agree with: every setting that moves a number, the split and the weights.
 
-        Neither the places of files nor the device are part of it.
+        Neither the places of files nor the device are.
         """
         parts = self.model_dump()
         for part, key in (
@@ -64,6 +66,7 @@ class Config(BaseModel):
             ("data", "root"),
             ("data", "download"),
             ("train", "device"),
+            ("train", "feature_cache"),
         ):
             parts[part].pop(key, None)
         text = json.dumps([parts, split_sha256, backbone], sort_keys=True, default=list)

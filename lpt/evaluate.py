@@ -1,16 +1,21 @@
 """Predictions of a model on a set of images, collected once; metrics are functions of them.
 
-Shapes: logits [N C], labels [N], ids [N k].
+Shapes: logits [N C], labels [N], ids [N k], features [N D'].
 """
 
-from collections.abc import Iterator
+import hashlib
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from lpt.classifier import PromptedClassifier
 from lpt.data.task import Images
+from lpt.engine.checkpoint import write_whole
 from lpt.matching import key_usage
 from lpt.metrics import summarise
 
@@ -21,33 +26,97 @@ class Predictions(NamedTuple):
     ids: Tensor | None
 
 
+class PrefixCache:
+    """What the evaluations of one phase share: tokens at the first block with group prompts, and the query.
+
+    Both depend on the test view and on the frozen shared prompt alone, so that every evaluation after the first
+    runs one tail. Holds the first batches that fit into `limit` bytes of main memory; the others are computed
+    again every time. Nothing is kept while the shared prompt trains.
+    """
+
+    def __init__(self, limit: int = 2 * 2**30):
+        self.limit, self.bytes = limit, 0
+        self._whose: tuple[object, object] = (None, None)
+        self._state: tuple[object, ...] = ()
+        self._kept: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+
+    def get(self, model: PromptedClassifier, images: Images, part: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(tokens [B P+N D], query [B D']) of rows `part` of `images`; no query where the model has no use for it."""
+        state = model.prefix_state
+        if state is None:
+            return model.prefix(_views(model, images, part)), None
+        whose = (model, images)
+        state = (*state, model.backbone.preprocess)
+        if state != self._state or any(a is not b for a, b in zip(whose, self._whose, strict=True)):
+            self._whose, self._state, self.bytes = whose, state, 0
+            self._kept.clear()
+        rows = (int(part[0]), len(part))
+        if rows not in self._kept:
+            tokens = model.prefix(_views(model, images, part))
+            found = (tokens, model.query(tokens))
+            if self.bytes + (size := sum(t.nbytes for t in found)) > self.limit:
+                return found
+            self._kept[rows] = (found[0].cpu(), found[1].cpu())
+            self.bytes += size
+        tokens, query = self._kept[rows]
+        device = next(model.parameters()).device
+        return tokens.to(device), query.to(device)
+
+
 @torch.no_grad()
-def predict(model: PromptedClassifier, images: Images, *, batch_size: int = 128) -> Predictions:
+def predict(
+    model: PromptedClassifier,
+    images: Images,
+    *,
+    batch_size: int = 128,
+    cache: PrefixCache | None = None,
+    folder: Path | None = None,
+) -> Predictions:
     """Clean predictions, in order: the test view, no noise, no margin, no dropout. On several processes each
-    predicts its share and all get the whole. Leaves the model in eval mode."""
+    predicts its share and all get the whole. Leaves the model in eval mode.
+
+    `cache` and `folder` save what earlier calls have computed: prefixes of a model with a pool in memory, `features`
+    of one without in files.
+    """
     model.eval()
-    rank, world = _place()
-    mine = torch.arange(len(images))[rank::world]
+    if folder and model.pool is None:
+        found = features(model, images, folder=folder, batch_size=batch_size)
+        head = model.head(found.to(next(model.parameters()).device))
+        return Predictions(head.float().cpu(), images.labels, None)
+    cache = cache or PrefixCache(limit=0)
     logits, ids = [], []
-    for views in _views(model, images, mine, batch_size):
-        output = model(views)
-        logits.append(output.logits.float().cpu())
+    for part in _mine(images).split(batch_size):
+        tokens, query = cache.get(model, images, part)
+        output = model.tail(tokens, query=query)
+        logits.append(output.logits.float())
         if output.ids is not None:
-            ids.append(output.ids.cpu())
+            ids.append(output.ids)
     return Predictions(
-        _gathered(torch.cat(logits), len(images), world),
+        _gathered(torch.cat(logits), len(images)),
         images.labels,
-        _gathered(torch.cat(ids), len(images), world) if ids else None,
+        _gathered(torch.cat(ids), len(images)) if ids else None,
     )
 
 
 @torch.no_grad()
-def queries(model: PromptedClassifier, images: Images, *, batch_size: int = 128) -> Tensor:
-    """The queries [N D'] of the test views of `images`, for key starts and class means."""
-    rank, world = _place()
-    mine = torch.arange(len(images))[rank::world]
-    found = [model.query(model.prefix(views)).cpu() for views in _views(model, images, mine, batch_size)]
-    return _gathered(torch.cat(found), len(images), world)
+def features(model: PromptedClassifier, images: Images, *, folder: Path | None = None, batch_size: int = 128) -> Tensor:
+    """The features [N D'] of the test views under the shared prompt, if there is one (LPT's queries).
+
+    What trains a head alone, its class means, and the start of the keys need them once. With a `folder` they are
+    kept there, in a file named by a hash over all they depend on: the backbone's weights and precision, the view,
+    the prompt and the images themselves. Other features have another name, so a stale file is never read.
+    """
+    place = folder / f"features-{_identity(model, images)}.safetensors" if folder else None
+    if place and place.exists():
+        try:
+            return load_file(place)["features"]
+        except (SafetensorError, KeyError, OSError):
+            place.unlink(missing_ok=True)  # cut off or damaged: computed again
+    found = [model.query(model.prefix(_views(model, images, part))) for part in _mine(images).split(batch_size)]
+    whole = _gathered(torch.cat(found), len(images))
+    if place and _place()[0] == 0:
+        write_whole(place, to_bytes({"features": whole}))
+    return whole
 
 
 def evaluate(
@@ -57,21 +126,29 @@ def evaluate(
     *,
     group_rule: str = "lt20",
     batch_size: int = 128,
+    cache: PrefixCache | None = None,
+    folder: Path | None = None,
 ) -> dict[str, Any]:
-    """The metrics of `report.json` for `images`, with groups by the training `counts` [C]."""
-    predictions = predict(model, images, batch_size=batch_size)
+    """The metrics of `report.json` for `images`, with groups by the training `counts` [C]; `predict` for the rest."""
+    predictions = predict(model, images, batch_size=batch_size, cache=cache, folder=folder)
     metrics = summarise(model.probabilities(predictions.logits), predictions.labels, counts, group_rule=group_rule)
     if predictions.ids is not None and model.pool is not None:
         metrics["key_usage"] = key_usage(predictions.ids, len(model.pool.keys))
     return metrics
 
 
-def _views(model: PromptedClassifier, images: Images, indices: Tensor, batch_size: int) -> Iterator[Tensor]:
-    device = next(model.parameters()).device
+def _views(model: PromptedClassifier, images: Images, part: Tensor) -> Tensor:
+    pixels = images.take(part).to(next(model.parameters()).device, non_blocking=True)
+    return model.backbone.preprocess.test(pixels, dtype=model.backbone.dtype)
+
+
+def _identity(model: PromptedClassifier, images: Images) -> str:
+    digest = hashlib.sha256(images.digest.encode())
     backbone = model.backbone
-    for part in indices.split(batch_size):
-        pixels = images.take(part).to(device, non_blocking=True)
-        yield backbone.preprocess.test(pixels, dtype=backbone.dtype)
+    digest.update(f"{backbone.fingerprint} {backbone.dtype} {backbone.preprocess.test_view}".encode())
+    if model.shared is not None:
+        digest.update(model.shared.tokens.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:20]
 
 
 def _place() -> tuple[int, int]:
@@ -81,13 +158,20 @@ def _place() -> tuple[int, int]:
     return 0, 1
 
 
-def _gathered(mine: Tensor, total: int, world: int) -> Tensor:
-    """Interleaves the shares of all processes again: row i was predicted by process i mod w."""
+def _mine(images: Images) -> Tensor:
+    """The rows that this process predicts."""
+    rank, world = _place()
+    return torch.arange(len(images))[rank::world]
+
+
+def _gathered(mine: Tensor, total: int) -> Tensor:
+    """Interleaves the shares of all processes again, on the CPU: row i was predicted by process i mod w."""
+    _, world = _place()
     if world == 1:
-        return mine
+        return mine.cpu()
     rows = -(-total // world)
-    padded = torch.zeros(rows, *mine.shape[1:], dtype=mine.dtype)
+    padded = mine.new_zeros(rows, *mine.shape[1:])
     padded[: len(mine)] = mine
     shares = [torch.empty_like(padded) for _ in range(world)]
-    torch.distributed.all_gather(shares, padded)
-    return torch.stack(shares, dim=1).flatten(0, 1)[:total]
+    torch.distributed.all_gather(shares, padded)  # on the device: nccl knows no other memory
+    return torch.stack(shares, dim=1).flatten(0, 1)[:total].cpu()

@@ -25,6 +25,23 @@ class CosineHead(nn.Module):
         return feature @ F.normalize(self.weight.float(), dim=1, eps=1e-12).T
 
 
+class LinearHead(nn.Module):
+    """f Wᵀ + b on the raw feature; its logits carry their own scale. Start: zero, which makes every class alike."""
+
+    scale = 1.0
+
+    def __init__(self, *, num_classes: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(num_classes, width))
+        self.bias = nn.Parameter(torch.zeros(num_classes))
+
+    def forward(self, feature: Tensor) -> Tensor:
+        return F.linear(feature.float(), self.weight.float(), self.bias.float())
+
+
+Head = CosineHead | LinearHead
+
+
 def class_means(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     """Unit means of the unit features of each class; a class without images gets the mean of all.
 

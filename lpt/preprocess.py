@@ -32,6 +32,11 @@ class Preprocess:
     def with_(self, **changes: Any) -> "Preprocess":
         return replace(self, **changes)
 
+    @property
+    def test_view(self) -> tuple[Any, ...]:
+        """All that a test view depends on, besides the image."""
+        return self.size, self.mean, self.std, self.interpolation, self.crop_ratio
+
     def test(self, images: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
         """The fixed view of each image. [B 3 h w] uint8 → [B 3 S S]."""
         sides = []

@@ -1,8 +1,8 @@
 """Prompt files: one safetensors file with prompts, keys and head, a JSON header, and never the backbone.
 
 Format 1. Tensors: `shared.tokens` [L n D], `pool.tokens` [K L' n D], `pool.keys` [K D'], `pool.centre` [D'],
-`head.weight` [C D'], and `query_head.weight` [C D'] where the query has a head of its own. The header stands
-under `lpt` in the file's metadata.
+`head.weight` [C D'], `head.bias` [C] where the head is linear and not cosine, and `query_head.weight` [C D'] where the
+query has a head of its own. The header stands under `lpt` in the file's metadata.
 """
 
 import json
@@ -20,7 +20,7 @@ from lpt.backbones.base import Backbone
 from lpt.classifier import PromptedClassifier
 from lpt.engine.checkpoint import write_whole
 from lpt.errors import PromptFileError
-from lpt.heads import CosineHead
+from lpt.heads import CosineHead, LinearHead
 from lpt.preprocess import Preprocess
 from lpt.prompts import DeepPrompt, PromptPool
 
@@ -142,7 +142,13 @@ def load_prompt(path: str | Path, backbone: Backbone) -> PromptedClassifier:
         )
     if (wide := tensors["head.weight"].shape[1]) != backbone.feature_width:
         raise PromptFileError(f"prompt file {path}: head of width {wide}, backbone of {backbone.feature_width}")
-    head = CosineHead(num_classes=len(header.classes), width=backbone.feature_width, scale=header.scale)
+
+    def cosine() -> CosineHead:
+        return CosineHead(num_classes=len(header.classes), width=backbone.feature_width, scale=header.scale)
+
+    head = cosine()
+    if "head.bias" in tensors:
+        head = LinearHead(num_classes=len(header.classes), width=backbone.feature_width)
     shared = pool = None
     if (tokens := tensors.get("shared.tokens")) is not None:
         shared = DeepPrompt(layers=backbone.depth, length=tokens.shape[1], width=tokens.shape[2])
@@ -156,9 +162,7 @@ def load_prompt(path: str | Path, backbone: Backbone) -> PromptedClassifier:
             width=tokens.shape[3],
             key_width=backbone.feature_width,
         )
-    query_head = None
-    if "query_head.weight" in tensors:
-        query_head = CosineHead(num_classes=len(header.classes), width=backbone.feature_width, scale=header.scale)
+    query_head = cosine() if "query_head.weight" in tensors else None
     model = PromptedClassifier(
         backbone, head, classes=tuple(header.classes), shared=shared, pool=pool, query_head=query_head
     )
@@ -201,6 +205,7 @@ def _check_tensors(path: Path, header: Header, tensors: Mapping[str, Tensor]) ->
         "pool.keys": 2,
         "pool.centre": 1,
         "head.weight": 2,
+        "head.bias": 1,
         "query_head.weight": 2,
     }
     wrong = sorted(set(tensors) - set(ranks))
@@ -210,6 +215,8 @@ def _check_tensors(path: Path, header: Header, tensors: Mapping[str, Tensor]) ->
         say = f"unknown tensors {', '.join(wrong)[:200]}"
     elif "head.weight" not in tensors:
         say = "the tensor head.weight is missing"
+    elif "head.bias" in tensors and len(tensors["head.bias"]) != len(header.classes):
+        say = f"the head has {len(tensors['head.bias'])} biases for {len(header.classes)} classes"
     elif "query_head.weight" in tensors and not in_pool:
         say = "a query head needs a pool"
     elif in_pool and len(in_pool) != 3:

@@ -24,7 +24,7 @@ from lpt.data.task import Task
 from lpt.engine.checkpoint import write_whole
 from lpt.engine.loop import Fit
 from lpt.errors import ConfigError, DataError, LptError, PromptFileError, did_you_mean
-from lpt.evaluate import evaluate
+from lpt.evaluate import PrefixCache, evaluate
 from lpt.history import History
 from lpt.methods import METHODS
 from lpt.prompt_file import DTYPES, Header, load_prompt, read_prompt, save_prompt
@@ -71,10 +71,12 @@ def train(
     for name in task.absent_classes():
         say(f"warning: class {name!r} has no training image; it is kept, and cannot be learned")
 
+    cache, feature_cache = PrefixCache(), Path(folder) if (folder := config.train.feature_cache) else None
+
     def held_out(model: PromptedClassifier, progress: Any) -> dict[str, Any]:
         if task.val is None:
             return {}
-        metrics = evaluate(model, task.val, task.counts, group_rule=task.group_rule)
+        metrics = evaluate(model, task.val, task.counts, group_rule=task.group_rule, cache=cache)
         return {"val": {k: metrics[k] for k in ("accuracy", "class_accuracy", "many", "medium", "few", "ece")}}
 
     def begin() -> None:
@@ -89,6 +91,7 @@ def train(
         seed=config.train.seed,
         history=History(out / "history.jsonl" if main else None),
         checkpoints=out / "checkpoints",
+        feature_cache=feature_cache,
         run_hash=run_hash,
         accelerator=accelerator,
         dtype=PRECISIONS[precision],
@@ -103,7 +106,7 @@ def train(
     # What is evaluated is what is stored: rounded first, so that the file reloads to the same bits.
     model.round_to(DTYPES[config.train.storage])
     model.only_train().eval()
-    metrics = evaluate(model, task.test, task.counts, group_rule=task.group_rule)
+    metrics = evaluate(model, task.test, task.counts, group_rule=task.group_rule, folder=feature_cache)
     data = {
         "name": task.name,
         "variant": task.facts.get("variant"),

@@ -35,9 +35,10 @@ def test_a_suite_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     ]
     (tmp_path / "suites" / "toy.yaml").write_text(yaml.safe_dump({"rows": rows}))
     monkeypatch.setattr(accuracy, "HERE", tmp_path)
+    monkeypatch.setattr(accuracy, "RUNS", tmp_path / "runs")
     asked = []
 
-    def run(config, overrides):
+    def run(config, overrides, out):
         asked.append(overrides)
         if len(asked) == 2:
             raise KeyboardInterrupt
@@ -55,6 +56,20 @@ def test_a_suite_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     table = (tmp_path / "results" / "toy.md").read_text()
     assert "| a | 2 | 50.0 ± 0.0 |" in table and "n/a" in table
     capsys.readouterr()
+
+
+def test_a_row_can_start_from_another_rows_phase_1(tmp_path, monkeypatch):
+    monkeypatch.setattr(accuracy, "RUNS", tmp_path)
+    small = ["method.epochs=[2, 1]", "method.pool_size=5", "train.precision=fp32"]
+    config, other = "configs/digits_lt/lpt.yaml", [*small, "method.topk=1"]
+    first, second, alone = tmp_path / "first", tmp_path / "second", tmp_path / "alone"
+    accuracy.run(config, small, first)
+    accuracy.share_phase1(first, second, config, other)
+    began = (second / "checkpoints" / "phase1.safetensors").stat().st_mtime_ns
+    shared = accuracy.run(config, other, second)
+    assert (second / "checkpoints" / "phase1.safetensors").stat().st_mtime_ns == began
+    whole = accuracy.run(config, other, alone)
+    assert {k: shared[k] for k in accuracy.COLUMNS} == {k: whole[k] for k in accuracy.COLUMNS}
 
 
 def test_intervals_are_student_ts():

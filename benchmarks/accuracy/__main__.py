@@ -3,7 +3,8 @@
     python -m benchmarks.accuracy --suite phase2 --seeds 0,1,2 data.root=... backbone.weights=...
 
 Each row of `suites/NAME.yaml` is a config with overrides. A row that is in the results with the same config hash
-is skipped, and every result is written when it is there, so a killed suite goes on where it was.
+is skipped, and every result is written when it is there, so a killed suite goes on where it was. Run folders stay in
+`runs/accuracy/NAME`. A row with `phase1_of: ROW`, from which it differs in phase 2 alone, starts from that phase 1.
 """
 
 import argparse
@@ -14,16 +15,16 @@ import platform
 import statistics
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from lpt.config import load_config
-from lpt.engine.checkpoint import write_whole
+from lpt.engine.checkpoint import load_checkpoint, save_checkpoint, write_whole
 
 HERE = Path(__file__).parent
+RUNS = Path("runs/accuracy")
 COLUMNS = ("class_accuracy", "many", "medium", "few", "worst_class", "ece")
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t, two-sided, by number of seeds
 
@@ -50,7 +51,11 @@ def main() -> None:
             if any(done["config_hash"] == key for done in results):
                 continue
             print(f"{row['method']}  seed {seed}", flush=True)
-            report = run(row["config"], overrides)
+            folder = RUNS / given.suite
+            out = folder / f"{row['method']}-seed{seed}-{key}"
+            if "phase1_of" in row and not out.exists():
+                share_phase1(next(folder.glob(f"{row['phase1_of']}-seed{seed}-*")), out, row["config"], overrides)
+            report = run(row["config"], overrides, out)
             results.append({**report, "method": row["method"], "setting": row.get("set", []), "config_hash": key})
             write_whole(place, json.dumps(results, indent=1).encode())
             write_whole(place.with_suffix(".md"), table(given.suite, rows, results).encode())
@@ -64,12 +69,23 @@ def config_hash(config: str, overrides: list[str]) -> str:
     return hashlib.sha256(resolved.run_hash("", "").encode()).hexdigest()[:12]
 
 
-def run(config: str, overrides: list[str]) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "run"
-        command = [sys.executable, "-m", "lpt", "train", config, *overrides, "--out", str(out)]
-        subprocess.run(command, check=True)
-        report = json.loads((out / "report.json").read_text())
+def share_phase1(source: Path, out: Path, config: str, overrides: list[str]) -> None:
+    """Makes `out` a run whose phase 1 is done: the checkpoints that the run in `source` had at that point."""
+    report, resolved = json.loads((source / "report.json").read_text()), load_config(config, overrides)
+    identity = (report["data"]["split_sha256"], f"{report['backbone']['fingerprint']} in {report['precision']}")
+    theirs, ours = load_config(source / "config.yaml").run_hash(*identity), resolved.run_hash(*identity)
+    for name in ("class_means", "phase1"):
+        place = Path("checkpoints") / f"{name}.safetensors"
+        state = load_checkpoint(source / place, run_hash=theirs)
+        assert state is not None and state.finished, f"{source / place} is not a finished phase"
+        save_checkpoint(out / place, state, run_hash=ours)
+    write_whole(out / "config.yaml", resolved.to_yaml().encode())
+
+
+def run(config: str, overrides: list[str], out: Path) -> dict[str, Any]:
+    command = [sys.executable, "-m", "lpt", "train", config, *overrides, "--out", str(out), "--resume"]
+    subprocess.run(command, check=True)
+    report = json.loads((out / "report.json").read_text())
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     return {**report, "commit": commit, "processor": processor()}
 

@@ -61,14 +61,11 @@ class TimmViT(Backbone):
             return block(tokens)
         attn = block.attn
 
-        # Every token is a key and a value; only the kept ones ask.
-        normed = block.norm1(tokens)
-        if keep is None or keep >= tokens.shape[1]:
-            query, key, value = _heads(attn.qkv(normed), 3, attn)
-        else:
-            tokens = tokens[:, :keep]
-            (query,) = _heads(F.linear(normed[:, :keep], *_rows(attn.qkv, 0, 1)), 1, attn)
-            key, value = _heads(F.linear(normed, *_rows(attn.qkv, 1, 3)), 2, attn)
+        # Every token is a key and a value; only the kept ones ask. Queries are projected alone: as a part of one
+        # tensor with keys and values they would keep those in memory beside their copies below.
+        normed, tokens = block.norm1(tokens), tokens[:, :keep]
+        (query,) = _heads(F.linear(normed[:, :keep], *_rows(attn.qkv, 0, 1)), 1, attn)
+        key, value = _heads(F.linear(normed, *_rows(attn.qkv, 1, 3)), 2, attn)
         query, key = attn.q_norm(query), attn.k_norm(key)
 
         # A prompt only answers: its own queries, projection and MLP would be thrown away.

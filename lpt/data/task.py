@@ -33,6 +33,14 @@ class Images:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over ids and pixels, in this order."""
+        digest = hashlib.sha256("\n".join(self.ids).encode())
+        digest.update(f"{tuple(self.pixels.shape)}".encode())
+        digest.update(self.pixels.numpy().tobytes())
+        return digest.hexdigest()
+
     def take(self, indices: Tensor) -> Tensor:
         """[B] → uint8 [B 3 h w]."""
         return self.pixels[indices]

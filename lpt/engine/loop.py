@@ -101,6 +101,8 @@ class Fit:
     seed: int = 0
     history: History = field(default_factory=History)
     checkpoints: Path | None = None
+    feature_cache: Path | None = None
+    """A folder for features of fixed views, which several runs may share (`lpt.evaluate.features`)."""
     run_hash: str = ""
     accelerator: Any = None
     dtype: torch.dtype = torch.float32
@@ -126,9 +128,14 @@ class Fit:
         lr: float,
         weight_decay: float,
         warmup: Warmup = "linear",
+        features: Tensor | None = None,
         on_epoch: EpochEnd | None = None,
     ) -> None:
-        """Trains what `requires_grad` in `model`; returns when `steps` are done (at once if they were before)."""
+        """Trains what `requires_grad` in `model`; returns when `steps` are done (at once if they were before).
+
+        A stage that trains the head alone gives the `features` [N D'] of all training images: a batch's views are
+        rows of them, and the backbone does not run.
+        """
         self._start()
         rank, world = 0, 1
         if self.accelerator is not None:
@@ -168,16 +175,16 @@ class Fit:
         model.train()
         sums: dict[str, float] = {}
         with ThreadPoolExecutor(1) as ahead:
-            waiting = ahead.submit(self._pixels, streams, first, rank, world) if first < steps else None
+            waiting = ahead.submit(self._pixels, streams, features, first, rank, world) if first < steps else None
             for t in range(first, steps):
                 progress = Progress(phase, t, steps, steps_per_epoch, self.seed, rank, world)
                 assert waiting is not None
                 with clock.charge("wait"):
                     pixels = waiting.result()
                     if t + 1 < steps:
-                        waiting = ahead.submit(self._pixels, streams, t + 1, rank, world)
+                        waiting = ahead.submit(self._pixels, streams, features, t + 1, rank, world)
                 with clock.charge("views"):
-                    batches = self._views(pixels, progress, device)
+                    batches = self._views(pixels, progress, device, features is None)
                 with clock.charge("compute"):
                     rate = lr_at(t, steps=steps, steps_per_epoch=steps_per_epoch, lr=lr, warmup=warmup)
                     for group in optim.param_groups:
@@ -228,22 +235,25 @@ class Fit:
             self.on_start = None
 
     def _pixels(
-        self, streams: Mapping[str, Sampler], t: int, rank: int, world: int
+        self, streams: Mapping[str, Sampler], features: Tensor | None, t: int, rank: int, world: int
     ) -> dict[str, tuple[Tensor, Tensor]]:
         """Runs ahead in a thread: files decode (or memory is gathered) while the step before is computed."""
         out = {}
         for name, sampler in streams.items():
             mine = sampler.batch(t)[rank::world]
-            out[name] = (self.images.take(mine), self.images.labels[mine])
+            found = self.images.take(mine) if features is None else features[mine]
+            out[name] = (found, self.images.labels[mine])
         return out
 
     def _views(
-        self, pixels: dict[str, tuple[Tensor, Tensor]], progress: Progress, device: torch.device
+        self, pixels: dict[str, tuple[Tensor, Tensor]], progress: Progress, device: torch.device, draw: bool
     ) -> dict[str, Batch]:
         batches = {}
-        for name, (images, labels) in pixels.items():
-            chance = progress.uniform(f"view/{name}", len(images), 5).to(device)
-            views = self.preprocess.train(images.to(device, non_blocking=True), chance, dtype=self.dtype)
+        for name, (found, labels) in pixels.items():
+            views = found.to(device, non_blocking=True)
+            if draw:
+                chance = progress.uniform(f"view/{name}", len(views), 5).to(device)
+                views = self.preprocess.train(views, chance, dtype=self.dtype)
             batches[name] = Batch(views, labels.to(device, non_blocking=True))
         return batches
 

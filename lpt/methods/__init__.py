@@ -8,10 +8,11 @@ from lpt.classifier import PromptedClassifier
 from lpt.data.task import Task
 from lpt.engine.loop import Fit
 from lpt.errors import LptError, did_you_mean
-from lpt.methods import lpt
+from lpt.methods import baselines, lpt
 
 METHODS: dict[str, Callable[..., Any]] = {
     "lpt": lpt.tune,
+    "linear_probe": baselines.linear_probe,
 }
 
 

@@ -22,7 +22,7 @@ from lpt.data.task import Task
 from lpt.engine.loop import Batch, Fit, Progress
 from lpt.engine.optim import Optimizer, Warmup, scaled_lr
 from lpt.errors import LptError
-from lpt.evaluate import queries
+from lpt.evaluate import features
 from lpt.heads import CosineHead, class_means
 from lpt.losses import GCL, CrossEntropy, LogitAdjusted, cloud_noise
 from lpt.matching import key_usage, kmeans_keys
@@ -104,10 +104,13 @@ def tune(
     # The two streams and their losses.
     counts, labels, B = task.counts.to(device), task.train.labels, fit.batch_size
     instance = InstanceBalanced if instance_stream == "epoch" else InstancePerStep
-    streams = {
-        "balanced": ClassBalanced(labels, num_classes=len(task.classes), batch_size=B, seed=fit.seed),
-        "instance": instance(labels, batch_size=B, seed=fit.seed),
-    }
+
+    def streams(number: Literal[1, 2]) -> dict[str, Any]:
+        seed = 2 * fit.seed + number - 1  # each phase sees the images in an order of its own
+        return {
+            "balanced": ClassBalanced(labels, num_classes=len(task.classes), batch_size=B, seed=seed),
+            "instance": instance(labels, batch_size=B, seed=seed),
+        }
 
     def loss_of(gammas: tuple[float, float], prior: bool) -> Any:
         if loss == "ce":
@@ -162,7 +165,7 @@ def tune(
             f"phase{number}",
             model,
             step,
-            streams,
+            streams(number),
             steps=epochs[number - 1] * per_epoch,
             steps_per_epoch=per_epoch,
             optimizer=optimizer,
@@ -174,9 +177,9 @@ def tune(
 
     # Phase 1: the shared prompt and the head.
     if head_init == "class_mean":
-        head_start = fit.once("class_means", lambda: class_means(queries(model, task.train), labels, len(task.classes)))
+        found = fit.once("class_means", lambda: class_means(features(model, task.train), labels, len(task.classes)))
         with torch.no_grad():
-            head.weight.copy_(head_start)
+            head.weight.copy_(found)
     model.only_train("shared.", "head.")
     if epochs[0]:
         phase(1, None)
@@ -185,7 +188,7 @@ def tune(
 
     # Phase 2: group prompts, their keys, and the head that phase 1 left.
     if query_centering == "mean" or key_init == "kmeans":
-        found = fit.once("queries", lambda: queries(model, task.train))
+        found = fit.once("queries", lambda: features(model, task.train))
         if query_centering == "mean":
             pool.centre.copy_(found.mean(0))
         if key_init == "kmeans":

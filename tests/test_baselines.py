@@ -1,0 +1,75 @@
+"""The linear probe: a head on features that are computed once."""
+
+import pytest
+import torch
+from conftest import small_backbone, toy_task
+
+import lpt
+from lpt.engine.loop import Fit
+from lpt.evaluate import features
+from lpt.history import History
+from lpt.methods import METHODS
+from lpt.prompt_file import load_prompt, save_prompt
+
+
+def probed(task=None, backbone=None, folder=None, **settings):
+    task, backbone, history = task or toy_task(), backbone or small_backbone(), History()
+    fit = Fit(task.train, backbone.preprocess, 16, history=history, feature_cache=folder)
+    model = METHODS["linear_probe"](task, backbone, fit, **settings)
+    return model.only_train().eval(), history
+
+
+@pytest.mark.parametrize("head", ["linear", "cosine"])
+@pytest.mark.parametrize("loss", ["ce", "la"])
+def test_it_learns_on_frozen_features(head, loss):
+    task = toy_task((40, 20, 10, 5), test_per_class=20)
+    model, history = probed(task, small_backbone(width=64), head=head, loss=loss, epochs=20, lr=1e-2)
+    assert history.lines[-1]["loss"] < history.lines[0]["loss"]
+    assert lpt.evaluate(model, task.test, task.counts)["accuracy"] > 0.5  # chance is 0.25
+
+
+def test_the_backbone_runs_once_for_every_training_image(monkeypatch, tmp_path):
+    backbone, task = small_backbone(), toy_task()
+    seen = []
+    embed = backbone.embed
+    monkeypatch.setattr(backbone, "embed", lambda views: (seen.append(len(views)), embed(views))[1])
+    first, _ = probed(task, backbone, tmp_path, epochs=5)
+    assert sum(seen) == len(task.train)
+    again, _ = probed(task, backbone, tmp_path, epochs=5)
+    assert sum(seen) == len(task.train)  # the second run reads the file
+    assert torch.equal(first.head.weight, again.head.weight)
+
+
+def test_a_linear_probe_is_logistic_regression():
+    """Full batches until convergence, against scikit-learn's own solver of the same convex problem."""
+    from sklearn.linear_model import LogisticRegression
+
+    task, backbone = toy_task((20, 12)), small_backbone()
+    fit = Fit(task.train, backbone.preprocess, len(task.train))
+    model = METHODS["linear_probe"](task, backbone, fit, epochs=1500, lr=0.05, weight_decay=0.0, optimizer="adamw")
+    found = features(model, task.train)
+    ours = torch.nn.functional.cross_entropy(model.head(found), task.train.labels).item()
+    theirs = LogisticRegression(C=1e8, max_iter=5000).fit(found.numpy(), task.train.labels.numpy())
+    assert ours < 0.05 and theirs.score(found.numpy(), task.train.labels.numpy()) == 1.0
+    assert (model.head(found).argmax(1) == task.train.labels).all()
+
+
+def test_logit_adjustment_moves_predictions_to_the_tail():
+    task, backbone = toy_task((60, 4), test_per_class=30), small_backbone()
+    predicted = {}
+    for loss in ("ce", "la"):
+        model, _ = probed(task, backbone, loss=loss, epochs=3)
+        predicted[loss] = (model.head(features(model, task.test)).argmax(1) == 1).sum().item()
+    assert predicted["la"] > predicted["ce"]
+
+
+@pytest.mark.parametrize("head", ["linear", "cosine"])
+def test_its_prompt_file_reloads_to_the_same_bits(tmp_path, head):
+    task, backbone = toy_task(), small_backbone()
+    model, _ = probed(task, backbone, head=head)
+    save_prompt(tmp_path / "p.safetensors", model, method="linear_probe", counts=task.counts, storage="fp32")
+    again = load_prompt(tmp_path / "p.safetensors", backbone)
+    views = backbone.preprocess.test(task.test.pixels)
+    assert type(again.head) is type(model.head)
+    assert torch.equal(again(views).logits, model(views).logits)
+    assert again.head.scale == model.head.scale

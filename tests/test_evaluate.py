@@ -1,0 +1,134 @@
+"""Predictions, and the two caches: what is kept is what would be computed, and nothing stale is used."""
+
+import pytest
+import torch
+from conftest import prompted, small_backbone, toy_images, toy_task
+
+from lpt import evaluate as public_evaluate
+from lpt.evaluate import PrefixCache, evaluate, features, predict
+
+LABELS = torch.arange(7).repeat(5)
+
+
+@pytest.fixture
+def count_blocks(monkeypatch):
+    """How many blocks have run so far, as a list that grows."""
+
+    def watch(backbone):
+        ran = []
+        block = backbone.block
+        monkeypatch.setattr(backbone, "block", lambda i, *a, **k: (ran.append(i), block(i, *a, **k))[1])
+        return ran
+
+    return watch
+
+
+def test_a_second_evaluation_runs_one_tail_and_gives_the_same_bits(count_blocks):
+    backbone = small_backbone()
+    model, images, cache = prompted(backbone).only_train("pool.", "head."), toy_images(LABELS), PrefixCache()
+    ran = count_blocks(backbone)
+    plain = predict(model, images, batch_size=16)
+    assert len(ran) == 3 * (2 + 2 + 2)  # three batches: prefix, query, tail
+    first = predict(model, images, batch_size=16, cache=cache)
+    ran.clear()
+    second = predict(model, images, batch_size=16, cache=cache)
+    assert ran == 3 * [2, 3]
+    for found in (first, second):
+        assert torch.equal(found.logits, plain.logits) and torch.equal(found.ids, plain.ids)
+
+
+def test_what_trains_is_seen_through_the_cache_and_a_moved_shared_prompt_empties_it():
+    model, images, cache = prompted(small_backbone()).only_train("pool.", "head."), toy_images(LABELS), PrefixCache()
+    before = predict(model, images, cache=cache).logits
+    for tensor in (model.pool.tokens, model.pool.keys, model.head.weight, model.shared.tokens, model.pool.centre):
+        with torch.no_grad():
+            tensor.add_(torch.randn_like(tensor))
+        after = predict(model, images, cache=cache).logits
+        assert torch.equal(after, predict(model, images).logits) and not torch.equal(after, before)
+        before = after
+
+
+def test_other_images_another_view_and_another_model_are_not_mixed_up():
+    backbone, cache = small_backbone(), PrefixCache()
+    model, images = prompted(backbone).only_train(), toy_images(LABELS)
+    predict(model, images, cache=cache)
+    others = toy_images(LABELS, seed=5)
+    assert torch.equal(predict(model, others, cache=cache).logits, predict(model, others).logits)
+    predict(model, images, cache=cache)
+    backbone.preprocess = backbone.preprocess.with_(mean=(0.1, 0.2, 0.3))
+    assert torch.equal(predict(model, images, cache=cache).logits, predict(model, images).logits)
+    second = prompted(small_backbone(seed=9)).only_train()
+    assert torch.equal(predict(second, images, cache=cache).logits, predict(second, images).logits)
+
+
+def test_the_cache_stays_below_its_limit_and_is_right_above_it(count_blocks):
+    backbone = small_backbone()
+    model, images = prompted(backbone).only_train(), toy_images(LABELS)
+    whole = PrefixCache()
+    want = predict(model, images, batch_size=10, cache=whole).logits
+    small = PrefixCache(limit=whole.bytes // 2)
+    predict(model, images, batch_size=10, cache=small)
+    assert 0 < small.bytes <= small.limit
+    assert torch.equal(predict(model, images, batch_size=10, cache=small).logits, want)
+
+
+def test_nothing_is_kept_while_the_shared_prompt_trains():
+    model, images, cache = prompted(small_backbone(), pool=False), toy_images(LABELS), PrefixCache()
+    predict(model.only_train("shared.", "head."), images, cache=cache)
+    assert cache.bytes == 0
+    model = prompted(small_backbone()).only_train("shared.", "pool.", "head.")
+    predict(model, images, cache=cache)
+    assert cache.bytes == 0
+
+
+def test_features_are_computed_once_and_a_stale_file_is_never_read(tmp_path, count_blocks):
+    backbone = small_backbone()
+    model, images = prompted(backbone, pool=False).only_train(), toy_images(LABELS)
+    want = features(model, images)
+    ran = count_blocks(backbone)
+    assert torch.equal(features(model, images, folder=tmp_path), want) and ran
+    ran.clear()
+    assert torch.equal(features(model, images, folder=tmp_path), want) and not ran
+    (file,) = tmp_path.iterdir()
+
+    def is_new():
+        ran.clear()
+        found = features(model, images, folder=tmp_path)
+        assert torch.equal(found, features(model, images)) and ran
+        return found
+
+    with torch.no_grad():
+        model.shared.tokens.add_(1.0)
+    is_new()
+    backbone.preprocess = backbone.preprocess.with_(interpolation="bilinear")
+    is_new()
+    images = toy_images(LABELS, seed=2)
+    is_new()
+    images = images.subset(reversed(range(len(LABELS))))
+    is_new()
+    backbone.to(torch.bfloat16)
+    is_new()
+    backbone.fingerprint = "another"
+    is_new()
+    assert len(list(tmp_path.iterdir())) == 7
+    file.write_bytes(file.read_bytes()[:100])  # a damaged file is computed again
+    fresh, images = prompted(small_backbone(), pool=False).only_train(), toy_images(LABELS)
+    assert torch.equal(features(fresh, images, folder=tmp_path), want)
+
+
+def test_a_training_view_setting_does_not_make_features_stale(tmp_path):
+    backbone, images = small_backbone(), toy_images(LABELS)
+    model = prompted(backbone, pool=False).only_train()
+    features(model, images, folder=tmp_path)
+    backbone.preprocess = backbone.preprocess.with_(min_area=0.3, flip=False)
+    features(model, images, folder=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_predictions_from_features_are_those_of_the_whole_model(tmp_path):
+    model, images = prompted(small_backbone(), pool=False).only_train(), toy_images(LABELS)
+    assert torch.equal(predict(model, images, folder=tmp_path).logits, predict(model, images).logits)
+    task = toy_task()
+    model = prompted(small_backbone(), pool=False, num_classes=4).only_train()
+    stored = evaluate(model, task.test, task.counts, group_rule="thirds", folder=tmp_path)
+    assert stored == public_evaluate(model, task.test, task.counts, group_rule="thirds")
