@@ -4,18 +4,18 @@ All mistakes are found at once, each with its path and a suggestion.
 """
 
 import hashlib
-import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, Field
 
 from lpt.data import DATA
 from lpt.errors import ConfigError, did_you_mean
 from lpt.methods import METHODS
+from lpt.settings import settings_of, validated
 
 
 class BackboneSettings(BaseModel):
@@ -38,6 +38,8 @@ class TrainSettings(BaseModel):
     seed: int = Field(default=0, ge=0)
     device: str = "auto"
     storage: Literal["fp16", "fp32"] = "fp16"
+    compile: bool = False
+    """Blocks through torch.compile: exact up to rounding, a minute or two of compiling first."""
     feature_cache: str | None = None
     """A folder where features of fixed views are kept for later runs."""
 
@@ -97,7 +99,7 @@ def resolve(raw: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
         resolved[section] = settings
         mistakes += wrong
     for section, model in (("backbone", BackboneSettings), ("train", TrainSettings)):
-        settings, wrong = _validated(section, model, tree.get(section, {}))
+        settings, wrong = validated(section, model, tree.get(section, {}))
         resolved[section] = settings
         mistakes += wrong
     sections = list(Config.model_fields)
@@ -131,17 +133,6 @@ def nested(overrides: Sequence[str]) -> dict[str, dict[str, Any]]:
     return tree
 
 
-def settings_of(function: Callable[..., Any]) -> type[BaseModel]:
-    """The keyword arguments of a `tune` or of a dataset function, as a schema; the signature is the one truth."""
-    hints = get_type_hints(function, include_extras=True)
-    fields: dict[str, Any] = {}
-    for name, parameter in inspect.signature(function).parameters.items():
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY or name == "root":
-            default = ... if parameter.default is inspect.Parameter.empty else parameter.default
-            fields[name] = (hints[name], default)
-    return create_model(function.__name__, __config__=ConfigDict(extra="forbid", allow_inf_nan=False), **fields)
-
-
 def _named(section: str, given: Any, table: Mapping[str, Callable[..., Any]]) -> tuple[dict[str, Any], list[str]]:
     if not isinstance(given, dict) or "name" not in given:
         return {}, [f"{section}.name is missing: one of {', '.join(table)}"]
@@ -149,28 +140,8 @@ def _named(section: str, given: Any, table: Mapping[str, Callable[..., Any]]) ->
     if not isinstance(name, str) or name not in table:
         return {}, [f"{section}.name: {name!r} is unknown ({', '.join(table)}){did_you_mean(str(name), table)}"]
     rest = {key: value for key, value in given.items() if key != "name"}
-    settings, mistakes = _validated(section, settings_of(table[name]), rest)
+    settings, mistakes = validated(section, settings_of(table[name]), rest)
     return {"name": name, **(settings if isinstance(settings, dict) else {})}, mistakes
-
-
-def _validated(section: str, model: type[BaseModel], given: Any) -> tuple[dict[str, Any], list[str]]:
-    if not isinstance(given, dict):
-        return {}, [f"{section}: expected settings, got {given!r}"]
-    try:
-        return model.model_validate(given).model_dump(mode="json"), []
-    except ValidationError as error:
-        return {}, [_mistake(section, model, one) for one in error.errors()]
-
-
-def _mistake(section: str, model: type[BaseModel], error: Any) -> str:
-    where = ".".join([section, *(str(part) for part in error["loc"])])
-    if error["type"] == "extra_forbidden":
-        known = ["name", *model.model_fields]
-        key = str(error["loc"][-1])
-        return f"{where}: there is no such setting{did_you_mean(key, known) or '; there are ' + ', '.join(known)}"
-    if error["type"] == "missing":
-        return f"{where} is missing"
-    return f"{where}: got {error['input']!r}; {error['msg'][0].lower()}{error['msg'][1:]}"
 
 
 def _override(tree: dict[str, Any], text: str) -> str | None:

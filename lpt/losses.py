@@ -5,6 +5,7 @@ argument. Everything is computed in fp32 whatever the logits' precision.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -83,13 +84,17 @@ class GCL:
         if len(self.counts) < 2:
             raise LptError("a task with one class has nothing to tell apart: a GCL loss needs at least 2 classes")
 
+    @cached_property
+    def _push(self) -> Tensor:
+        """a M̂_j, how far noise of size 1 pushes each logit down [C]."""
+        return self.cloud * tail_margins(self.counts)
+
     def __call__(self, logits: Tensor, labels: Tensor, noise: Tensor | None = None) -> Tensor:
         num_classes = logits.shape[1]
         target = F.one_hot(labels, num_classes).bool()
         clouded = logits if logits.dtype == torch.float64 else logits.float()
         if noise is not None and self.cloud:
-            push = self.cloud * tail_margins(self.counts).to(clouded)
-            clouded = clouded - push * noise.to(clouded).clamp(-1, 1).abs()
+            clouded = clouded - self._push.to(clouded) * noise.to(clouded).clamp(-1, 1).abs()
         onehot = target.to(clouded)
         clouded = self.scale * (clouded - self.margin * onehot)
         log_p = clouded.log_softmax(dim=1)

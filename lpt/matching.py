@@ -90,3 +90,16 @@ def key_usage(ids: Tensor, num_keys: int) -> dict[str, object]:
         "perplexity": round(math.exp(entropy), 4),
         "dead_keys": int((share < 0.01).sum()),
     }
+
+
+def class_keys(ids: Tensor, labels: Tensor, num_classes: int, num_keys: int) -> list[int]:
+    """The key that each class's images chose most often, -1 for a class that was not seen. ids [N k], labels [N].
+
+    >>> class_keys(torch.tensor([[2, 0], [2, 1], [0, 1]]), torch.tensor([0, 0, 2]), 3, 4)
+    [2, -1, 0]
+    """
+    table = torch.zeros(num_classes, num_keys, dtype=torch.long)
+    table.index_put_((labels[:, None].expand_as(ids), ids), torch.ones_like(ids), accumulate=True)
+    best = table.argmax(1)
+    best[table.sum(1) == 0] = -1
+    return best.tolist()

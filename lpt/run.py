@@ -60,6 +60,8 @@ def train(
     task = load_task(**config.data)
     precision = pick_precision(config.train.precision, device)
     backbone = _backbone(config).to(device, PRECISIONS[precision])
+    if config.train.compile:
+        backbone.compile_blocks()
     manifest = task.manifest()
     identity = (manifest["sha256"], f"{backbone.fingerprint} in {precision}")
     run_hash = config.run_hash(*identity)

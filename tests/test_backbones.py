@@ -363,3 +363,30 @@ def test_the_real_deit_weights_fit(deit_tiny_weights):
     for i in range(backbone.depth):
         tokens = backbone.block(i, tokens)
     assert torch.equal(backbone.pool(tokens), backbone.vit(views))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # torch's own, while it traces
+def test_compiled_blocks_give_the_same_numbers():
+    backbone = lively(timm_vit.untrained("vit_tiny_patch16_224", image_size=64, depth=3))
+    tokens, prompt = normal(2, 17, 192), normal(2, 192, seed=1).requires_grad_()
+
+    def run():
+        found = tokens
+        for i in range(3):
+            found = backbone.block(i, found, prompt, keep=1 if i == 2 else None)
+        (gradient,) = torch.autograd.grad(found.square().sum(), [prompt])
+        return found, gradient
+
+    plain = run()
+    backbone.compile_blocks()
+    for mine, theirs in zip(run(), plain, strict=True):
+        assert ((mine - theirs).norm() / theirs.norm()).item() <= 1e-5
+
+
+def test_compiling_without_a_compiler_is_refused(monkeypatch):
+    backbone = timm_vit.untrained("vit_tiny_patch16_224", image_size=32, depth=1)
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(BackboneError, match="needs a C\\+\\+ compiler"):
+        backbone.compile_blocks()

@@ -45,10 +45,13 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--compile", action="store_true", help="ours through torch.compile")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     device = pick_device(given.device)
     exact = model_on(untrained(given.backbone, image_size=given.image_size).to(device))
+    if given.compile:  # the published procedure runs timm's own blocks, which this leaves alone
+        exact.backbone.compile_blocks()
     result: dict[str, Any] = {
         "backbone": given.backbone,
         "image_size": given.image_size,
@@ -63,12 +66,14 @@ def main() -> None:
         ).stdout.strip(),
         "versions": versions(),
         "command": f"python -m benchmarks.speed --backbone {given.backbone} --image-size {given.image_size} "
-        f"--batch {given.batch} --pairs {given.pairs} --device {given.device}",
+        f"--batch {given.batch} --pairs {given.pairs} --device {given.device}" + " --compile" * given.compile,
     }
     result |= compare(exact, exact, given.batch, given.pairs, device)
     show("fp32 against published in fp32", result)
     if pick_precision("auto", device) == "bf16":
         half = model_on(untrained(given.backbone, image_size=given.image_size).to(device, torch.bfloat16))
+        if given.compile:
+            half.backbone.compile_blocks()
         result["bf16"] = compare(exact, half, given.batch, given.pairs, device)
         show("bf16 against published in fp32", result["bf16"])
     if given.json:

@@ -64,6 +64,9 @@ class Backbone(nn.Module, ABC):
     def pool(self, tokens: Tensor) -> Tensor:
         """Final norm and pooling. [B P+N D] (or only its first `reads` tokens) → feature [B D'] in fp32."""
 
+    def compile_blocks(self) -> None:
+        """From now on `block` may run through torch.compile; a backbone that cannot stays as it is."""
+
     @property
     def dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype

@@ -5,6 +5,8 @@ Shapes: tokens [B P+N D], prompt [n D] or [B n D], keys and values [B heads n D/
 
 import contextlib
 import logging
+import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ class TimmViT(Backbone):
         self.depth, self.width, self.prefix = len(vit.blocks), vit.embed_dim, vit.num_prefix_tokens
         self.feature_width = vit.num_features
         self.reads = 1 if vit.global_pool == "token" else None
+        self._run = _run
         self.freeze()
 
     def embed(self, images: Tensor) -> Tensor:
@@ -59,25 +62,35 @@ class TimmViT(Backbone):
         prompts = [prompt] if isinstance(prompt, Tensor | KeyValue) else list(prompt)
         if not prompts and keep is None:
             return block(tokens)
-        attn = block.attn
-
-        # Every token is a key and a value; only the kept ones ask. Queries are projected alone: as a part of one
-        # tensor with keys and values they would keep those in memory beside their copies below.
-        normed, tokens = block.norm1(tokens), tokens[:, :keep]
-        (query,) = _heads(F.linear(normed[:, :keep], *_rows(attn.qkv, 0, 1)), 1, attn)
-        key, value = _heads(F.linear(normed, *_rows(attn.qkv, 1, 3)), 2, attn)
-        query, key = attn.q_norm(query), attn.k_norm(key)
-
         # A prompt only answers: its own queries, projection and MLP would be thrown away.
-        if prompts:
-            more = [p if isinstance(p, KeyValue) else self.keys_values(i, p) for p in prompts]
-            batch = len(tokens)
-            key = torch.cat([key, *(p.key.expand(batch, -1, -1, -1) for p in more)], dim=2)
-            value = torch.cat([value, *(p.value.expand(batch, -1, -1, -1) for p in more)], dim=2)
+        answers = [p if isinstance(p, KeyValue) else self.keys_values(i, p) for p in prompts]
+        return self._run(block, tokens, answers, keep)
 
-        mixed = attend(query, key, value).transpose(1, 2).reshape(*tokens.shape[:2], attn.attn_dim)
-        tokens = tokens + block.ls1(attn.proj(attn.norm(mixed)))
-        return tokens + block.ls2(block.mlp(block.norm2(tokens)))
+    def compile_blocks(self) -> None:
+        """Needs a C++ compiler on CPUs. The same numbers up to rounding; the first steps wait for the compiler."""
+        if next(self.parameters()).device.type == "cpu" and not (os.environ.get("CXX") or shutil.which("g++")):
+            raise BackboneError("train.compile needs a C++ compiler on a CPU: install g++, or set train.compile=false")
+        self._run = torch.compile(_run)
+
+
+def _run(block: Any, tokens: Tensor, prompts: list[KeyValue], keep: int | None) -> Tensor:
+    """A block of timm over `tokens`, which also attend to `prompts`; all blocks of a model share one compiled graph.
+
+    Every token is a key and a value; only the first `keep` ask. Queries are projected alone: as a part of one tensor
+    with keys and values they would keep those in memory beside their copies below.
+    """
+    attn = block.attn
+    normed, tokens = block.norm1(tokens), tokens[:, :keep]
+    (query,) = _heads(F.linear(normed[:, :keep], *_rows(attn.qkv, 0, 1)), 1, attn)
+    key, value = _heads(F.linear(normed, *_rows(attn.qkv, 1, 3)), 2, attn)
+    query, key = attn.q_norm(query), attn.k_norm(key)
+    if prompts:
+        batch = len(tokens)
+        key = torch.cat([key, *(p.key.expand(batch, -1, -1, -1) for p in prompts)], dim=2)
+        value = torch.cat([value, *(p.value.expand(batch, -1, -1, -1) for p in prompts)], dim=2)
+    mixed = attend(query, key, value).transpose(1, 2).reshape(*tokens.shape[:2], attn.attn_dim)
+    tokens = tokens + block.ls1(attn.proj(attn.norm(mixed)))
+    return tokens + block.ls2(block.mlp(block.norm2(tokens)))
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -193,7 +193,8 @@ class Fit:
                     optim.zero_grad(set_to_none=True)
                     logged["loss"].backward()
                     self._share_gradients(list(trained.values()), world)
-                    values = {k: float(v.detach()) for k, v in logged.items()}
+                    numbers = torch.stack([v.detach().float() for v in logged.values()]).tolist()  # waits once
+                    values = dict(zip(logged, numbers, strict=True))
                     _check_finite(values["loss"], progress, rate, place)
                     optim.step()
                 for key, value in values.items():

@@ -7,8 +7,9 @@ from lpt.backbones.base import Backbone
 from lpt.classifier import PromptedClassifier
 from lpt.data.task import Task
 from lpt.engine.loop import Fit
-from lpt.errors import LptError, did_you_mean
+from lpt.errors import ConfigError, LptError, did_you_mean
 from lpt.methods import baselines, lpt
+from lpt.settings import settings_of, validated
 
 METHODS: dict[str, Callable[..., Any]] = {
     "lpt": lpt.tune,
@@ -28,10 +29,13 @@ def tune(
 ) -> PromptedClassifier:
     """Adapts `backbone` to `task` in this process, without a run folder. `settings` are the method's own.
 
-    Raises LptError for an unknown method; a setting that the method does not have is a TypeError.
+    Raises LptError for an unknown method, ConfigError for settings that it does not have or take, all at once.
     """
     if method not in METHODS:
         raise LptError(f"method {method!r} is unknown ({', '.join(METHODS)}){did_you_mean(method, METHODS)}")
+    _, mistakes = validated("method", settings_of(METHODS[method]), settings)
+    if mistakes:
+        raise ConfigError(mistakes)
     fit = Fit(task.train, backbone.preprocess, batch_size, seed=seed, dtype=backbone.dtype, say=say)
     model = METHODS[method](task, backbone, fit, **settings)
     return model.only_train().eval()

@@ -25,7 +25,7 @@ from lpt.errors import LptError
 from lpt.evaluate import features
 from lpt.heads import CosineHead, class_means
 from lpt.losses import GCL, CrossEntropy, LogitAdjusted, cloud_noise
-from lpt.matching import key_usage, kmeans_keys
+from lpt.matching import class_keys, key_usage, kmeans_keys
 from lpt.prompts import DeepPrompt, PromptPool
 from lpt.samplers import ClassBalanced, InstanceBalanced, InstancePerStep, instance_weight
 
@@ -120,7 +120,7 @@ def tune(
         return GCL(counts, scale, margin, noise, *gammas, label_smoothing, agcl_form, asymmetric=loss == "agcl")
 
     losses = {"balanced": loss_of(gammas_bal, False), "instance": loss_of(gammas_ins, True)}
-    chosen: list[Tensor] = []  # of this epoch, for the key usage
+    chosen: list[tuple[Tensor, Tensor]] = []  # ids and labels of this epoch, for the key usage
 
     def step(model: PromptedClassifier, batches: dict[str, Batch], progress: Progress) -> dict[str, Tensor]:
         """L = A(balanced) - β S_key + η [A(instance) - β S_key], both streams in one forward (LPT §2.6)."""
@@ -143,12 +143,13 @@ def tune(
             logged[stream] = value
             total = total + weights[stream] * value
         if output.ids is not None:
-            chosen.append(output.ids.cpu())
+            chosen.append((output.ids, torch.cat([batch.labels for batch in batches.values()])))
         return {"loss": total, **logged}
 
     def usage(model: PromptedClassifier, progress: Progress) -> Mapping[str, Any]:
-        found = key_usage(torch.cat(chosen), pool_size)
+        ids, of = (torch.cat(parts).cpu() for parts in zip(*chosen, strict=True))
         chosen.clear()
+        found = key_usage(ids, pool_size) | {"class_keys": class_keys(ids, of, len(task.classes), pool_size)}
         # All images on the same keys have perplexity topk; a pool hardly larger than that cannot collapse.
         limit = max(COLLAPSED, 1.5 * topk)
         if isinstance(p := found["perplexity"], float) and p < limit < pool_size:

@@ -1,0 +1,41 @@
+"""Settings: the schema of a function's keyword arguments is its signature, and every mistake gets a sentence."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, get_type_hints
+
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+
+from lpt.errors import did_you_mean
+
+
+def settings_of(function: Callable[..., Any]) -> type[BaseModel]:
+    """The keyword arguments of a `tune` or of a dataset function, as a schema."""
+    hints = get_type_hints(function, include_extras=True)
+    fields: dict[str, Any] = {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY or name == "root":
+            default = ... if parameter.default is inspect.Parameter.empty else parameter.default
+            fields[name] = (hints[name], default)
+    return create_model(function.__name__, __config__=ConfigDict(extra="forbid", allow_inf_nan=False), **fields)
+
+
+def validated(section: str, model: type[BaseModel], given: Any) -> tuple[dict[str, Any], list[str]]:
+    """`given` checked and filled in with the defaults, and what is wrong with it, a sentence each."""
+    if not isinstance(given, dict):
+        return {}, [f"{section}: expected settings, got {given!r}"]
+    try:
+        return model.model_validate(given).model_dump(mode="json"), []
+    except ValidationError as error:
+        return {}, [_mistake(section, model, one) for one in error.errors()]
+
+
+def _mistake(section: str, model: type[BaseModel], error: Any) -> str:
+    where = ".".join([section, *(str(part) for part in error["loc"])])
+    if error["type"] == "extra_forbidden":
+        known = ["name", *model.model_fields]
+        key = str(error["loc"][-1])
+        return f"{where}: there is no such setting{did_you_mean(key, known) or '; there are ' + ', '.join(known)}"
+    if error["type"] == "missing":
+        return f"{where} is missing"
+    return f"{where}: got {error['input']!r}; {error['msg'][0].lower()}{error['msg'][1:]}"
