@@ -14,7 +14,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from lpt.classifier import PromptedClassifier
-from lpt.data.task import Images
+from lpt.data.task import Files, Images
 from lpt.engine.checkpoint import write_whole
 from lpt.matching import key_usage
 from lpt.metrics import summarise
@@ -40,7 +40,7 @@ class PrefixCache:
         self._state: tuple[object, ...] = ()
         self._kept: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
-    def get(self, model: PromptedClassifier, images: Images, part: Tensor) -> tuple[Tensor, Tensor | None]:
+    def get(self, model: PromptedClassifier, images: Images | Files, part: Tensor) -> tuple[Tensor, Tensor | None]:
         """(tokens [B P+N D], query [B D']) of rows `part` of `images`; no query where the model has no use for it."""
         state = model.prefix_state
         if state is None:
@@ -66,7 +66,7 @@ class PrefixCache:
 @torch.no_grad()
 def predict(
     model: PromptedClassifier,
-    images: Images,
+    images: Images | Files,
     *,
     batch_size: int = 128,
     cache: PrefixCache | None = None,
@@ -99,7 +99,9 @@ def predict(
 
 
 @torch.no_grad()
-def features(model: PromptedClassifier, images: Images, *, folder: Path | None = None, batch_size: int = 128) -> Tensor:
+def features(
+    model: PromptedClassifier, images: Images | Files, *, folder: Path | None = None, batch_size: int = 128
+) -> Tensor:
     """The features [N D'] of the test views under the shared prompt, if there is one (LPT's queries).
 
     What trains a head alone, its class means, and the start of the keys need them once. With a `folder` they are
@@ -121,7 +123,7 @@ def features(model: PromptedClassifier, images: Images, *, folder: Path | None =
 
 def evaluate(
     model: PromptedClassifier,
-    images: Images,
+    images: Images | Files,
     counts: Tensor,
     *,
     group_rule: str = "lt20",
@@ -137,12 +139,14 @@ def evaluate(
     return metrics
 
 
-def _views(model: PromptedClassifier, images: Images, part: Tensor) -> Tensor:
-    pixels = images.take(part).to(next(model.parameters()).device, non_blocking=True)
-    return model.backbone.preprocess.test(pixels, dtype=model.backbone.dtype)
+def _views(model: PromptedClassifier, images: Images | Files, part: Tensor) -> Tensor:
+    device, backbone, found = next(model.parameters()).device, model.backbone, images.take(part)
+    if isinstance(found, Tensor):
+        return backbone.preprocess.test(found.to(device, non_blocking=True), dtype=backbone.dtype)
+    return backbone.preprocess.normalised(backbone.preprocess.cut(found).to(device), dtype=backbone.dtype)
 
 
-def _identity(model: PromptedClassifier, images: Images) -> str:
+def _identity(model: PromptedClassifier, images: Images | Files) -> str:
     digest = hashlib.sha256(images.digest.encode())
     backbone = model.backbone
     digest.update(f"{backbone.fingerprint} {backbone.dtype} {backbone.preprocess.test_view}".encode())
@@ -158,7 +162,7 @@ def _place() -> tuple[int, int]:
     return 0, 1
 
 
-def _mine(images: Images) -> Tensor:
+def _mine(images: Images | Files) -> Tensor:
     """The rows that this process predicts."""
     rank, world = _place()
     return torch.arange(len(images))[rank::world]

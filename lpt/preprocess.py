@@ -1,14 +1,27 @@
-"""Pixels: uint8 images in, normalised float views out, a whole batch at a time on the compute device.
+"""Pixels: images in, normalised float views out.
+
+Small images lie in memory as uint8 and become views a whole batch at a time on the compute device. Files are decoded
+and cut by Pillow in threads, to bytes of the view's size, and only normalised there. Both cut the same way.
 
 Shapes: images [B 3 h w] uint8, views [B 3 S S] float.
 """
 
+import io
 import math
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
+
+from lpt.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -55,14 +68,52 @@ class Preprocess:
         The numbers are an argument, so a view is a pure function of them and of the image.
         """
         h, w = images.shape[-2:]
+        left, top, width, height, flipped = self._crop(chance, w, h)
+        rows = self._resampling(top, height, h, self.size)
+        columns = self._resampling(left, width, w, self.size)
+        columns = torch.where(flipped[:, None, None], columns.flip(1), columns)
+        return self._resampled(images, rows, columns).to(dtype)
+
+    def _crop(self, chance: Tensor, w: int, h: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """(left, top, width, height, flipped) [B] of training views of w × h images."""
         area = self.min_area + (1 - self.min_area) * chance[:, 0]
         ratio = torch.exp((2 * chance[:, 1] - 1) * math.log(4 / 3) / 2)
         width, height = w * (area.sqrt() * ratio).clamp(max=1), h * (area.sqrt() / ratio).clamp(max=1)
-        rows = self._resampling(chance[:, 3] * (h - height), height, h, self.size)
-        columns = self._resampling(chance[:, 2] * (w - width), width, w, self.size)
-        if self.flip:
-            columns = torch.where((chance[:, 4] < 0.5)[:, None, None], columns.flip(1), columns)
-        return self._resampled(images, rows, columns).to(dtype)
+        flipped = chance[:, 4] < (0.5 if self.flip else 0.0)
+        return chance[:, 2] * (w - width), chance[:, 3] * (h - height), width, height, flipped
+
+    # Files: the same two views, cut by Pillow.
+
+    def cut(self, files: Sequence["File"], chance: Tensor | None = None) -> Tensor:
+        """Image files as bytes of a view's size: test views, or training views from `chance` [B 5]. → uint8
+        [B 3 S S].
+
+        JPEGs much larger than the view are decoded at the smallest of their scales that is still twice as large, as
+        Pillow's thumbnails are. Raises DataError, with its name, for an image that cannot be decoded.
+        """
+        rows = [None] * len(files) if chance is None else list(chance.split(1))
+        return torch.stack(list(_workers().map(self._cut, files, rows)))
+
+    def _cut(self, file: "File", chance: Tensor | None) -> Tensor:
+        resample = Image.Resampling.BILINEAR if self.interpolation == "bilinear" else Image.Resampling.BICUBIC
+        short = math.floor(self.size / self.crop_ratio)
+        least = short if chance is None else math.ceil(self.size / math.sqrt(self.min_area))
+        image = decoded(file, least=2 * least)
+        w, h = image.size
+        if chance is not None:
+            left, top, width, height, flipped = (value.item() for value in self._crop(chance, w, h))
+            box = (left, top, min(left + width, w), min(top + height, h))
+            view = image.resize((self.size, self.size), resample, box=box)
+            view = ImageOps.mirror(view) if flipped else view
+        else:
+            view = image.resize((int(short * w / min(w, h)), int(short * h / min(w, h))), resample)
+            left, top = round((view.width - self.size) / 2), round((view.height - self.size) / 2)
+            view = view.crop((left, top, left + self.size, top + self.size))
+        return torch.from_numpy(np.array(view)).permute(2, 0, 1)
+
+    def normalised(self, views: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
+        """(x/255 - mean)/std of what `cut` returns."""
+        return self._normalised(views.float()).to(dtype)
 
     def _resampling(self, start: Tensor, length: Tensor, old: int, new: int, first: int = 0) -> Tensor:
         """The matrices [B S old] that resample pixels [start, start + length) of `old` ones to `new` ones, of which
@@ -79,8 +130,40 @@ class Preprocess:
         return weight / weight.sum(-1, keepdim=True)
 
     def _resampled(self, images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        """rows · image · columnsᵀ, then (x/255 - mean)/std as one multiply-add. → [B 3 S S]."""
-        views = (rows[:, None] @ (images.float() @ columns[:, None].mT)).clamp_(0, 255)
+        """rows · image · columnsᵀ, normalised. → [B 3 S S]."""
+        return self._normalised((rows[:, None] @ (images.float() @ columns[:, None].mT)).clamp_(0, 255))
+
+    def _normalised(self, views: Tensor) -> Tensor:
+        """(x/255 - mean)/std as one multiply-add, in place."""
         mean = views.new_tensor(self.mean).view(1, 3, 1, 1)
         std = views.new_tensor(self.std).view(1, 3, 1, 1)
         return views.mul_(1 / (255 * std)).sub_(mean / std)
+
+
+class File(NamedTuple):
+    """An encoded image: its name, for errors, and where it is, or its bytes."""
+
+    name: str
+    content: str | Path | bytes
+
+
+def decoded(file: File, *, least: int = 0) -> Image.Image:
+    """The whole image, upright as its EXIF data says, as 8-bit RGB; a large JPEG may come smaller, with its shorter
+    side still at least `least`. Raises DataError."""
+    content = io.BytesIO(file.content) if isinstance(file.content, bytes) else file.content
+    try:
+        with Image.open(content) as image:
+            if least:
+                image.draft("RGB", (least, least))
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I"):  # 16 bits a pixel
+                upright = Image.fromarray((np.asarray(upright).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+            return upright.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"image {file.name} cannot be decoded ({error})") from None
+
+
+@cache
+def _workers() -> ThreadPoolExecutor:
+    """Pillow releases the interpreter while it decodes and resizes, so threads suffice."""
+    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="images")

@@ -27,6 +27,7 @@ from lpt.errors import ConfigError, DataError, LptError, PromptFileError, did_yo
 from lpt.evaluate import PrefixCache, evaluate
 from lpt.history import History
 from lpt.methods import METHODS
+from lpt.preprocess import File
 from lpt.prompt_file import DTYPES, Header, load_prompt, read_prompt, save_prompt
 from lpt.report import markdown
 
@@ -242,38 +243,33 @@ def predict_files(
     model: PromptedClassifier, paths: Sequence[Path], *, topk: int = 5, batch_size: int = 32
 ) -> Iterator[dict[str, Any]]:
     """For each image `{"image", "classes", "probabilities"}`, or `{"image", "error"}` where it cannot be read."""
-    device = next(model.parameters()).device
+    device, preprocess = next(model.parameters()).device, model.backbone.preprocess
     topk = min(topk, len(model.classes))
+
+    def cut(some: Sequence[Path]) -> torch.Tensor:
+        return preprocess.cut([File(str(path), path) for path in some])
+
     for first in range(0, len(paths), batch_size):
-        views, answers = [], []
-        for path in paths[first : first + batch_size]:
-            answers.append({"image": str(path)})
-            try:
-                pixels = decode(path).to(device)
-                views.append(model.backbone.preprocess.test(pixels[None], dtype=model.backbone.dtype))
-            except DataError as error:
-                answers[-1]["error"] = str(error)
+        part = paths[first : first + batch_size]
+        answers: list[dict[str, Any]] = [{"image": str(path)} for path in part]
+        try:
+            views = [cut(part)]
+        except DataError:  # one of them, or more: find out which
+            views = []
+            for path, answer in zip(part, answers, strict=True):
+                try:
+                    views.append(cut([path]))
+                except DataError as error:
+                    answer["error"] = str(error)
         good = [a for a in answers if "error" not in a]
-        if views:
+        if good:
             with torch.no_grad():
-                top = model.probabilities(model(torch.cat(views)).logits).topk(topk)
+                batch = preprocess.normalised(torch.cat(views).to(device), dtype=model.backbone.dtype)
+                top = model.probabilities(model(batch).logits).topk(topk)
             for answer, values, ids in zip(good, top.values.tolist(), top.indices.tolist(), strict=True):
                 answer["classes"] = [model.classes[i] for i in ids]
                 answer["probabilities"] = values
         yield from answers
-
-
-def decode(path: Path) -> torch.Tensor:
-    """An image file as RGB uint8 [3 h w], upright as its EXIF data says. Raises DataError with its name."""
-    import numpy as np
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(path) as image:
-            pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"image {path} cannot be decoded ({error})") from None
-    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def image_files(paths: Sequence[Path]) -> list[Path]:

@@ -4,7 +4,7 @@ Shapes: pixels [N 3 h w] uint8, labels [N], counts [C].
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Annotated, Any
@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from lpt.errors import DataError
+from lpt.preprocess import File
 
 Count = Annotated[int, Field(ge=0)]
 
@@ -49,6 +50,47 @@ class Images:
         chosen = torch.as_tensor(list(indices), dtype=torch.long)
         return Images(self.pixels[chosen], self.labels[chosen], tuple(self.ids[i] for i in chosen.tolist()))
 
+    def content(self, rows: np.ndarray) -> bytes:
+        """What a split's hash covers beside ids and labels: the pixels."""
+        return self.pixels[torch.from_numpy(rows)].numpy().tobytes()
+
+
+@dataclass(frozen=True)
+class Files:
+    """Labelled image files, read when they are asked for.
+
+    `source(i)` is the path of image i, or its encoded bytes; `version` changes when a file does.
+    """
+
+    source: Callable[[int], str | bytes]
+    labels: Tensor
+    ids: tuple[str, ...]
+    version: str
+
+    def __post_init__(self) -> None:
+        assert len(self.labels) == len(self.ids)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over ids, in this order, and the files' version."""
+        return hashlib.sha256("\n".join([self.version, *self.ids]).encode()).hexdigest()
+
+    def take(self, indices: Tensor) -> list[File]:
+        """[B] → encoded images, for `Preprocess.cut`."""
+        return [File(self.ids[i], self.source(i)) for i in indices.tolist()]
+
+    def subset(self, indices: Iterable[int]) -> "Files":
+        chosen = [int(i) for i in indices]
+        source = self.source
+        return Files(lambda i: source(chosen[i]), self.labels[chosen], tuple(self.ids[i] for i in chosen), self.version)
+
+    def content(self, rows: np.ndarray) -> bytes:
+        """Nothing: the hash of a split of files is over ids and labels, so that a long list starts at once."""
+        return b""
+
 
 @dataclass(frozen=True)
 class Task:
@@ -56,9 +98,9 @@ class Task:
 
     name: str
     classes: tuple[str, ...]
-    train: Images
-    test: Images
-    val: Images | None = None
+    train: Images | Files
+    test: Images | Files
+    val: Images | Files | None = None
     group_rule: str = "lt20"
     facts: Mapping[str, Any] = field(default_factory=dict)
 
@@ -78,7 +120,8 @@ class Task:
         return round((present.max() / present.min()).item(), 4)
 
     def manifest(self) -> dict[str, Any]:
-        """What exactly is in the split: facts, counts, ids and a SHA-256 over ids, roles, labels and pixels.
+        """What exactly is in the split: facts, counts, ids and a SHA-256 over ids, roles, labels and, where they lie
+        in memory, pixels.
 
         The hash depends on neither file-system order nor working directory: rows are sorted by role and id.
         """
@@ -90,7 +133,7 @@ class Task:
             order = np.argsort(np.array(images.ids))
             for i in order.tolist():
                 digest.update(f"{role}\t{images.ids[i]}\t{self.classes[int(images.labels[i])]}\n".encode())
-            digest.update(images.pixels[torch.from_numpy(order)].numpy().tobytes())
+            digest.update(images.content(order))
             parts[role] = {"images": len(images), "ids": [images.ids[i] for i in order.tolist()]}
         return {
             "name": self.name,

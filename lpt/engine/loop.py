@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -75,12 +75,21 @@ class Sampler(Protocol):
 
 
 class Images(Protocol):
-    """Training images: labels [N] and, for indices [B], uint8 pixels [B 3 h w]."""
+    """Training images: labels [N] and, for indices [B], uint8 pixels [B 3 h w] or a list of encoded files."""
 
     @property
     def labels(self) -> Tensor: ...
 
-    def take(self, indices: Tensor) -> Tensor: ...
+    def take(self, indices: Tensor) -> Any: ...
+
+
+class Drawn(NamedTuple):
+    """A stream's part of a batch before it is a view: pixels and their `chance` [B 5], or bytes cut from files, or
+    features."""
+
+    found: Tensor
+    chance: Tensor | None
+    labels: Tensor
 
 
 Step = Callable[[Any, dict[str, Batch], Progress], Mapping[str, Tensor]]
@@ -175,16 +184,16 @@ class Fit:
         model.train()
         sums: dict[str, float] = {}
         with ThreadPoolExecutor(1) as ahead:
-            waiting = ahead.submit(self._pixels, streams, features, first, rank, world) if first < steps else None
+            progress = Progress(phase, first, steps, steps_per_epoch, self.seed, rank, world)
+            waiting = ahead.submit(self._draw, streams, features, progress)
             for t in range(first, steps):
-                progress = Progress(phase, t, steps, steps_per_epoch, self.seed, rank, world)
-                assert waiting is not None
                 with clock.charge("wait"):
-                    pixels = waiting.result()
+                    drawn = waiting.result()
+                    following = replace(progress, step=t + 1)
                     if t + 1 < steps:
-                        waiting = ahead.submit(self._pixels, streams, features, t + 1, rank, world)
+                        waiting = ahead.submit(self._draw, streams, features, following)
                 with clock.charge("views"):
-                    batches = self._views(pixels, progress, device, features is None)
+                    batches = self._views(drawn, device)
                 with clock.charge("compute"):
                     rate = lr_at(t, steps=steps, steps_per_epoch=steps_per_epoch, lr=lr, warmup=warmup)
                     for group in optim.param_groups:
@@ -216,6 +225,7 @@ class Fit:
                     sums = {}
                 if done == steps or clock.due("save", self.checkpoint_seconds):
                     save(done)
+                progress = following
                 images = len(streams) * self.batch_size
                 self.show(phase, done, steps, clock.rate(images, done - first, steps - done, values["loss"]))
 
@@ -235,26 +245,28 @@ class Fit:
             self.on_start()
             self.on_start = None
 
-    def _pixels(
-        self, streams: Mapping[str, Sampler], features: Tensor | None, t: int, rank: int, world: int
-    ) -> dict[str, tuple[Tensor, Tensor]]:
-        """Runs ahead in a thread: files decode (or memory is gathered) while the step before is computed."""
+    def _draw(self, streams: Mapping[str, Sampler], features: Tensor | None, progress: Progress) -> dict[str, Drawn]:
+        """Runs ahead in a thread: files are decoded (or memory is gathered) while the step before is computed."""
         out = {}
         for name, sampler in streams.items():
-            mine = sampler.batch(t)[rank::world]
-            found = self.images.take(mine) if features is None else features[mine]
-            out[name] = (found, self.images.labels[mine])
+            mine = sampler.batch(progress.step)[progress.rank :: progress.world]
+            labels = self.images.labels[mine]
+            if features is not None:
+                out[name] = Drawn(features[mine], None, labels)
+                continue
+            found, chance = self.images.take(mine), progress.uniform(f"view/{name}", len(mine), 5)
+            cut = None if isinstance(found, Tensor) else self.preprocess.cut(found, chance)
+            out[name] = Drawn(found, chance, labels) if cut is None else Drawn(cut, None, labels)
         return out
 
-    def _views(
-        self, pixels: dict[str, tuple[Tensor, Tensor]], progress: Progress, device: torch.device, draw: bool
-    ) -> dict[str, Batch]:
+    def _views(self, drawn: Mapping[str, Drawn], device: torch.device) -> dict[str, Batch]:
         batches = {}
-        for name, (found, labels) in pixels.items():
+        for name, (found, chance, labels) in drawn.items():
             views = found.to(device, non_blocking=True)
-            if draw:
-                chance = progress.uniform(f"view/{name}", len(views), 5).to(device)
-                views = self.preprocess.train(views, chance, dtype=self.dtype)
+            if chance is not None:
+                views = self.preprocess.train(views, chance.to(device), dtype=self.dtype)
+            elif views.dtype == torch.uint8:
+                views = self.preprocess.normalised(views, dtype=self.dtype)
             batches[name] = Batch(views, labels.to(device, non_blocking=True))
         return batches
 
