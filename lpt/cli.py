@@ -1,4 +1,4 @@
-"""The mouth: `lpt train | evaluate | predict | inspect | list`. Mistakes are one sentence and exit code 2."""
+"""The mouth: `lpt train | evaluate | predict | inspect | doctor | list`. Mistakes are one sentence and exit code 2."""
 
 import json
 import sys
@@ -118,6 +118,34 @@ def inspect(prompt: Annotated[Path, typer.Argument(help="a prompt file")]) -> No
     for name, value in header.metrics.items():
         print(f"measured  {name} " + (f"{value:.4f}" if name == "nll" else percent(value)))
     print("versions  " + ", ".join(f"{k} {v}" for k, v in header.versions.items()))
+
+
+@app.command()
+def doctor(
+    root: Annotated[str, typer.Argument(help="a folder of images, or a Hub dataset id")],
+    settings: Overrides = None,
+) -> None:
+    """Before training: the tail, unreadable files, what leaks from train to test; exit code 1 where there is a problem.
+
+    backbone.name=NAME adds which of the classes that backbone has been trained to tell apart.
+    """
+    from lpt.config import check_data, nested
+    from lpt.data import load_task
+    from lpt.doctor import examine
+
+    given = nested(settings or [])
+    if wrong := sorted(given.keys() - {"data", "backbone"}):
+        raise ConfigError([f"{section}: there is no such section here (data, backbone)" for section in wrong])
+    task = load_task(**check_data({"name": "folder", "root": root, **given.get("data", {})}))
+    found = examine(task, backbone=given.get("backbone", {}).get("name"))
+    for line in found.facts:
+        print(line)
+    for kind, lines in (("note", found.notes), ("problem", found.problems)):
+        for line in lines:
+            print(f"{kind}: {line}")
+    print(f"{len(found.problems)} problems" if found.problems else "nothing stands in the way of training")
+    if found.problems:
+        raise typer.Exit(1)
 
 
 @app.command("list")

@@ -321,6 +321,7 @@ def describe_task(task: Task, say: Say) -> None:
     say(
         f"{task.name} ({task.facts.get('variant')}): {len(task.train)} training images of {len(task.classes)} "
         f"classes, {int(task.counts.max())} to {int(task.counts.min())} each{held}, {len(task.test)} test images"
+        + (f" ({task.facts['test_part']})" if "test_part" in task.facts else "")
     )
 
 

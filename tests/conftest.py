@@ -1,6 +1,11 @@
 """What tests share: the real data beside the checkout, and a small frozen backbone with random weights."""
 
+import os
+import tempfile
 from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # both before anything imports `datasets`
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="lpt-tests-")
 
 import pytest
 import torch

@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -64,3 +66,11 @@ def test_the_python_of_the_readme_runs(tmp_path, cifar100_root, deit_tiny_weight
 def test_the_public_names_are_few_and_there():
     names = [n for n in re.findall(r" as (\w+)\n", Path(lpt.__file__).read_text())]
     assert 10 <= len(names) <= 16 and all(hasattr(lpt, n) for n in names)
+
+
+def test_importing_lpt_costs_what_torch_costs():
+    """Heavy libraries are imported inside the function that needs them."""
+    heavy = {"timm", "datasets", "pandas", "matplotlib", "faiss", "sklearn", "accelerate", "torchvision", "open_clip"}
+    command = [sys.executable, "-c", "import sys, lpt; print(*sys.modules)"]
+    loaded = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    assert "torch" in loaded and heavy.isdisjoint(loaded)

@@ -5,13 +5,15 @@ from typing import Any
 
 from lpt.data.cifar import cifar10_lt, cifar100_lt
 from lpt.data.digits import digits_lt
-from lpt.data.task import Images, Task
+from lpt.data.folder import folder
+from lpt.data.task import Files, Images, Task
 from lpt.errors import DataError, did_you_mean
 
 DATA: dict[str, Callable[..., Task]] = {
     "cifar100-lt": cifar100_lt,
     "cifar10-lt": cifar10_lt,
     "digits-lt": digits_lt,
+    "folder": folder,
 }
 
 
@@ -22,4 +24,4 @@ def load_task(name: str, **settings: Any) -> Task:
     return DATA[name](**settings)
 
 
-__all__ = ["DATA", "Images", "Task", "load_task"]
+__all__ = ["DATA", "Files", "Images", "Task", "load_task"]

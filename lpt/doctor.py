@@ -1,0 +1,149 @@
+"""What to know about a dataset before training on it: its tail, its broken files, and what leaks from train to test."""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import torch
+
+from lpt.data.task import Files, Images, Task
+from lpt.errors import DataError
+from lpt.longtail import shot_groups
+from lpt.preprocess import decoded
+
+LABELLED = {"in1k": "imagenet-1k", "in12k": "imagenet-12k", "in21k": "imagenet-21k-goog", "in22k": "imagenet-22k"}
+"""What a timm tag says about labels seen, and timm's name of that label set."""
+
+
+@dataclass
+class Findings:
+    """`problems` make numbers wrong or runs fail; `notes` are worth knowing. A sentence each."""
+
+    facts: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def examine(task: Task, *, backbone: str | None = None) -> Findings:
+    """Looks at every image once. `backbone` is a name such as timm:deit_tiny_patch16_224.fb_in1k, for label overlap."""
+    found = Findings()
+    _tail(task, found)
+    _images(task, found)
+    if backbone:
+        _labels(task.classes, backbone, found)
+    return found
+
+
+def _tail(task: Task, found: Findings) -> None:
+    counts, order = task.counts, task.counts.argsort(descending=True, stable=True).tolist()
+    parts = {"training": task.train, "held-out": task.val, "test": task.test}
+    sizes = ", ".join(f"{len(part)} {name}" for name, part in parts.items() if part is not None)
+    groups = ", ".join(f"{name} {len(ids)}" for name, ids in shot_groups(counts, task.group_rule).items())
+    found.facts += [
+        f"{len(task.classes)} classes; images: {sizes}" + (f" ({p})" if (p := task.facts.get("test_part")) else ""),
+        f"imbalance factor {task.imbalance_factor:g}: {_counted(task, order[:3])} ... {_counted(task, order[-3:])}",
+        f"groups by training count ({task.group_rule}): {groups} classes",
+    ]
+    if absent := task.absent_classes():
+        found.problems.append(f"{len(absent)} classes have no training image: {_some(absent)}")
+    if rare := [task.classes[k] for k in order if counts[k] == 1]:
+        found.notes.append(f"{len(rare)} classes have a single training image: {_some(rare)}")
+    tested = torch.bincount(task.test.labels, minlength=len(task.classes))
+    if untested := [task.classes[k] for k in order if tested[k] == 0]:
+        found.notes.append(f"{len(untested)} classes have no test image and count in no mean: {_some(untested)}")
+    if int(tested.max()) > 1.5 * max(int(tested[tested > 0].min()), 1):
+        found.notes.append(
+            f"the test part is not balanced ({int(tested[tested > 0].min())} to {int(tested.max())} images a class): "
+            "read `class mean`, not `all`"
+        )
+
+
+def _images(task: Task, found: Findings) -> None:
+    """Unreadable files, and the same pixels in training and test or under two labels."""
+    seen: dict[bytes, list[tuple[str, str, int]]] = defaultdict(list)
+    broken: list[str] = []
+    sides: list[int] = []
+    for role, part in (("training", task.train), ("held-out", task.val), ("test", task.test)):
+        if part is None:
+            continue
+        for i, (digest, side) in enumerate(_digests(part)):
+            if isinstance(digest, str):
+                broken.append(digest)
+            else:
+                seen[digest].append((role, part.ids[i], int(part.labels[i])))
+                sides.append(side)
+    if broken:
+        found.problems.append(f"{len(broken)} files cannot be read: {_some(broken, '; ')}")
+    if sides:
+        found.facts.append(f"shorter sides from {min(sides)} to {max(sides)} pixels")
+    copies = [group for group in seen.values() if len(group) > 1]
+    leaks = [g for g in copies if {"training"} < {role for role, _, _ in g}]
+    if leaks:
+        pairs = [f"{_first(g, 'training')} = {next(n for r, n, _ in g if r != 'training')}" for g in leaks]
+        found.problems.append(f"{len(leaks)} images are in training and in another part: {_some(pairs)}")
+    two = [g for g in copies if len({label for _, _, label in g}) > 1]
+    if two:
+        pairs = [" = ".join(f"{n} ({task.classes[label]})" for _, n, label in g[:2]) for g in two]
+        found.problems.append(f"{len(two)} images stand under two classes: {_some(pairs)}")
+    same = [g for g in copies if g not in leaks and g not in two]
+    if same:
+        pairs = [" = ".join(n for _, n, _ in g[:2]) for g in same]
+        found.notes.append(f"{len(same)} images are there more than once within a part: {_some(pairs)}")
+
+
+def _digests(part: Images | Files) -> Iterator[tuple[bytes | str, int]]:
+    """(hash of the pixels, shorter side) of each image in order, or (its error, 0)."""
+
+    def one(i: int) -> tuple[bytes | str, int]:
+        (found,) = part.take(torch.tensor([i]))
+        if isinstance(found, torch.Tensor):
+            return hashlib.sha256(found.numpy().tobytes()).digest(), min(found.shape[-2:])
+        try:
+            image = decoded(found)
+        except DataError as error:
+            return str(error), 0
+        return hashlib.sha256(f"{image.size}".encode() + image.tobytes()).digest(), min(image.size)
+
+    with ThreadPoolExecutor() as pool:
+        yield from pool.map(one, range(len(part)))
+
+
+def _labels(classes: Sequence[str], backbone: str, found: Findings) -> None:
+    tag = backbone.rpartition(".")[2].lower() if "." in backbone else ""
+    sets = [name for short, name in LABELLED.items() if short in tag]
+    if not sets:
+        found.notes.append(f"what labels {backbone} was trained with is not in its name: overlap not checked")
+    for name in sets:
+        if shared := seen_labels(classes, name):
+            found.notes.append(
+                f"{backbone} was trained with the labels of {name}, which has {len(shared)} of these {len(classes)} "
+                f"classes: {_some(shared)}; accuracy on them is not that of unseen labels"
+            )
+
+
+def seen_labels(classes: Sequence[str], name: str) -> list[str]:
+    """Those of `classes` that are also labels of the set `name` of timm (imagenet-1k, ...), by name."""
+    from timm.data.imagenet_info import ImageNetInfo
+
+    info = ImageNetInfo(name)
+    known = {
+        word.strip().lower()
+        for label in info.label_names()
+        for word in info.label_name_to_description(label).split(",")
+    }
+    return [c for c in classes if c.replace("_", " ").lower() in known]
+
+
+def _counted(task: Task, classes: Sequence[int]) -> str:
+    return ", ".join(f"{task.classes[k]} {int(task.counts[k])}" for k in classes)
+
+
+def _first(group: Sequence[tuple[str, str, int]], role: str) -> str:
+    return next(name for r, name, _ in group if r == role)
+
+
+def _some(items: Sequence[str], between: str = ", ", most: int = 5) -> str:
+    rest = len(items) - most
+    return between.join(items[:most]) + (f"{between}and {rest} more" if rest > 0 else "")

@@ -1,0 +1,101 @@
+"""What the doctor finds in a folder that was made ill on purpose."""
+
+import sys
+
+import pytest
+import torch
+from conftest import toy_task
+from PIL import Image
+from test_folder import fill, picture
+
+import lpt
+from lpt.cli import main
+from lpt.doctor import examine, seen_labels
+
+
+@pytest.fixture
+def folder(tmp_path):
+    fill(tmp_path / "p" / "train", {"tench": 6, "Cat of mine": 3, "owl": 1})
+    fill(tmp_path / "p" / "test", {"tench": 2, "Cat of mine": 2}, seed=7)
+    return tmp_path / "p"
+
+
+def found(folder, **changes):
+    return examine(lpt.load_task("folder", root=str(folder)), **changes)
+
+
+def test_a_healthy_folder_has_no_problem(folder):
+    findings = found(folder)
+    assert findings.problems == []
+    facts = "\n".join(findings.facts)
+    assert "3 classes; images: 10 training, 4 test" in facts
+    assert "imbalance factor 6: tench 6, Cat of mine 3, owl 1" in facts
+    assert "shorter sides from 40 to 40 pixels" in facts
+    notes = "\n".join(findings.notes)
+    assert "1 classes have a single training image: owl" in notes and "no test image" in notes
+
+
+def test_unreadable_files_are_counted_and_named(folder):
+    (folder / "train/tench/1.png").write_bytes(b"no image")
+    (folder / "test/tench/0.png").write_bytes((folder / "test/tench/0.png").read_bytes()[:80])
+    (problem,) = found(folder).problems
+    assert problem.startswith("2 files cannot be read") and "train/tench/1.png" in problem and "test/tench/0" in problem
+
+
+def test_a_leak_is_found_even_when_the_file_was_encoded_anew(folder):
+    Image.open(folder / "train/tench/2.png").save(folder / "test/tench/copy.bmp")
+    (problem,) = found(folder).problems
+    assert "1 images are in training and in another part: train/tench/2.png = test/tench/copy.bmp" in problem
+
+
+def test_one_image_under_two_classes_and_plain_copies(folder):
+    image = Image.open(folder / "train/tench/2.png")
+    image.save(folder / "train/owl/same.png")
+    picture(55).save(folder / "train/owl/a.png")
+    picture(55).save(folder / "train/owl/b.png")
+    findings = found(folder)
+    (problem,) = findings.problems
+    assert "1 images stand under two classes" in problem and "(tench)" in problem and "(owl)" in problem
+    assert any("1 images are there more than once within a part" in note for note in findings.notes)
+
+
+def test_labels_that_the_backbone_has_seen(folder):
+    notes = "\n".join(found(folder, backbone="timm:deit_tiny_patch16_224.fb_in1k").notes)
+    assert "imagenet-1k, which has 1 of these 3 classes: tench" in notes
+    assert "overlap not checked" in "\n".join(found(folder, backbone="timm:deit_tiny_patch16_224").notes)
+    assert seen_labels(["goldfish", "great_white_shark", "sofa bed"], "imagenet-1k") == [
+        "goldfish",
+        "great_white_shark",
+    ]
+
+
+def test_a_task_in_memory_is_examined_too():
+    from dataclasses import replace
+
+    task = toy_task((20, 5, 3))
+    assert examine(task).problems == []
+    leaky = replace(task, test=task.train.subset(range(4)))
+    assert "4 images are in training and in another part" in examine(leaky).problems[0]
+    labels = torch.tensor([0] * 5 + [1] * 3)
+    absent = replace(task, train=replace(task.train.subset(range(8)), labels=labels))
+    assert any("1 classes have no training image: class 2" in p for p in examine(absent).problems)
+
+
+def test_the_command_says_it_and_exits_with_1_on_problems(folder, monkeypatch, capsys):
+    def doctor(*words):
+        monkeypatch.setattr(sys, "argv", ["lpt", "doctor", *map(str, words)])
+        try:
+            main()
+        except SystemExit as stop:
+            return stop.code or 0, capsys.readouterr()
+        return 0, capsys.readouterr()
+
+    code, said = doctor(folder)
+    assert code == 0 and "nothing stands in the way" in said.out and "note: " in said.out
+    (folder / "train/tench/1.png").write_bytes(b"no image")
+    code, said = doctor(folder, "backbone.name=timm:vit_base_patch16_224.augreg_in21k")
+    assert code == 1 and "problem: 1 files cannot be read" in said.out
+    code, said = doctor(folder / "absent")
+    assert code == 2 and "does not exist" in said.err
+    code, said = doctor(folder, "train.seed=3")
+    assert code == 2 and "there is no such section here" in said.err
