@@ -1,4 +1,4 @@
-"""The mouth: `lpt train | evaluate | predict | inspect | doctor | list`. Mistakes are one sentence and exit code 2."""
+"""The mouth: one command for each door of `run.py`. Mistakes are one sentence and exit code 2."""
 
 import json
 import sys
@@ -41,7 +41,7 @@ def train(
     print(f"groups by training count ({report['group_rule']}): {sizes} classes; per cent on the test set")
     if "prompt_bytes" in report:
         print(f"prompt file  {out / 'prompt.safetensors'}  {report['prompt_bytes']:,} bytes")
-        print(f"report       {out / 'report.md'}  {report['seconds']:.0f} s")
+        print(f"report       {out / 'report.html'}  {report['seconds']:.0f} s")
 
 
 @app.command()
@@ -118,6 +118,17 @@ def inspect(prompt: Annotated[Path, typer.Argument(help="a prompt file")]) -> No
     for name, value in header.metrics.items():
         print(f"measured  {name} " + (f"{value:.4f}" if name == "nll" else percent(value)))
     print("versions  " + ", ".join(f"{k} {v}" for k, v in header.versions.items()))
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="the folder of a finished run")],
+    against: Annotated[list[Path] | None, typer.Option(metavar="RUN", help="another run on the same classes")] = None,
+) -> None:
+    """Write RUN/report.html once more, with other runs beside it (--against, up to three times)."""
+    from lpt import run
+
+    print(f"report  {run.report_again(folder, against=against or [])}")
 
 
 @app.command()

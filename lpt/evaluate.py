@@ -129,10 +129,15 @@ def evaluate(
     group_rule: str = "lt20",
     batch_size: int = 128,
     cache: PrefixCache | None = None,
-    folder: Path | None = None,
 ) -> dict[str, Any]:
-    """The metrics of `report.json` for `images`, with groups by the training `counts` [C]; `predict` for the rest."""
-    predictions = predict(model, images, batch_size=batch_size, cache=cache, folder=folder)
+    """The metrics of `report.json` for `images`, with groups by the training `counts` [C]."""
+    return measure(model, predict(model, images, batch_size=batch_size, cache=cache), counts, group_rule=group_rule)
+
+
+def measure(
+    model: PromptedClassifier, predictions: Predictions, counts: Tensor, *, group_rule: str = "lt20"
+) -> dict[str, Any]:
+    """The metrics of predictions that `model` has made."""
     metrics = summarise(model.probabilities(predictions.logits), predictions.labels, counts, group_rule=group_rule)
     if predictions.ids is not None and model.pool is not None:
         metrics["key_usage"] = key_usage(predictions.ids, len(model.pool.keys))

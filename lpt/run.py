@@ -3,6 +3,7 @@
 Here device, precision, processes, history, evaluation and the out-folder are bound once, for every method.
 """
 
+import contextlib
 import json
 import resource
 import shlex
@@ -14,19 +15,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 
 from lpt.backbones import load_backbone
 from lpt.backbones.base import Backbone
 from lpt.classifier import PromptedClassifier
 from lpt.config import Config, check_data, load_config
 from lpt.data import load_task
-from lpt.data.task import Task
+from lpt.data.task import Files, Images, Task
 from lpt.engine.checkpoint import write_whole
 from lpt.engine.loop import Fit
 from lpt.errors import ConfigError, DataError, LptError, PromptFileError, did_you_mean
-from lpt.evaluate import PrefixCache, evaluate
+from lpt.evaluate import PrefixCache, evaluate, measure, predict
 from lpt.history import History
 from lpt.methods import METHODS
+from lpt.page import html
 from lpt.preprocess import File
 from lpt.prompt_file import DTYPES, Header, load_prompt, read_prompt, save_prompt
 from lpt.report import markdown
@@ -109,7 +114,8 @@ def train(
     # What is evaluated is what is stored: rounded first, so that the file reloads to the same bits.
     model.round_to(DTYPES[config.train.storage])
     model.only_train().eval()
-    metrics = evaluate(model, task.test, task.counts, group_rule=task.group_rule, folder=feature_cache)
+    predictions = predict(model, task.test, folder=feature_cache)
+    metrics = measure(model, predictions, task.counts, group_rule=task.group_rule)
     data = {
         "name": task.name,
         "variant": task.facts.get("variant"),
@@ -152,11 +158,67 @@ def train(
             "seconds": round(spent, 1),
             "peak_memory_bytes": peak_memory(device),
         }
-        command = shlex.join(["lpt", "train", str(out / "config.yaml"), "--out", f"{out}-again"])
-        write_whole(out / "report.md", markdown(report, classes=task.classes, command=command).encode())
+        top = model.probabilities(predictions.logits).max(1)
+        made = {"labels": predictions.labels, "predicted": top.indices, "confidence": top.values.float()}
+        write_whole(out / "predictions.safetensors", to_bytes({k: v.contiguous() for k, v in made.items()}))
+        write_whole(out / "report.md", markdown(report, classes=task.classes, command=_command(out)).encode())
         write_whole(out / "report.json", json.dumps(report, indent=1).encode())
+        write_page(out, test=task.test)
     accelerator.wait_for_everyone()
     return report
+
+
+def write_page(out: Path, *, test: Images | Files | None = None, against: Sequence[Path] = ()) -> Path:
+    """`report.html` from what a finished run has left in `out`, beside the runs `against`; returns its path.
+
+    Raises LptError where a folder holds no finished run, or one on other classes.
+    """
+
+    def finished(folder: Path) -> tuple[dict[str, Any], list[str]]:
+        try:
+            classes = json.loads((folder / "split.json").read_text())["classes"]
+            return json.loads((folder / "report.json").read_text()), classes
+        except (OSError, ValueError, KeyError):
+            raise LptError(f"{folder} holds no finished run: report.json or split.json cannot be read") from None
+
+    report, classes = finished(out)
+    others: dict[str, dict[str, Any]] = {}
+    for folder in against:
+        other, theirs = finished(folder)
+        if theirs != classes:
+            raise LptError(f"{folder} is a run on {len(theirs)} other classes: only runs on the same can be compared")
+        others[folder.name] = other
+    try:
+        predictions = load_file(out / "predictions.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise LptError(f"{out / 'predictions.safetensors'} cannot be read ({error})") from None
+    text = html(
+        report,
+        classes=classes,
+        predictions=predictions,
+        history=History(out / "history.jsonl").lines,
+        config=(out / "config.yaml").read_text(),
+        command=_command(out),
+        test=test,
+        against=others,
+    )
+    write_whole(out / "report.html", text.encode())
+    return out / "report.html"
+
+
+def report_again(out: Path, *, against: Sequence[Path] = ()) -> Path:
+    """`report.html` once more, with the images if the data is still where the run's config says."""
+    test = None
+    if (out / "config.yaml").exists():
+        with contextlib.suppress(DataError):
+            task = load_task(**load_config(out / "config.yaml").data)
+            stored = json.loads((out / "split.json").read_text()) if (out / "split.json").exists() else {}
+            test = task.test if task.manifest()["sha256"] == stored.get("sha256") else None
+    return write_page(out, test=test, against=against)
+
+
+def _command(out: Path) -> str:
+    return shlex.join(["lpt", "train", str(out / "config.yaml"), "--out", f"{out}-again"])
 
 
 def open_prompt(
