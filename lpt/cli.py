@@ -22,12 +22,49 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="go on with the run in --out")] = False,
 ) -> None:
     """Run a method and fill a folder with its prompt file, report and history."""
-    from lpt import run
     from lpt.config import load_config
-    from lpt.report import table
 
     resolved = load_config(config, settings or [])
     out = out or Path("runs") / f"{resolved.data['name'].replace('-', '_')}_{resolved.method['name']}"
+    _train(resolved, out, resume)
+
+
+@app.command()
+def fit(
+    root: Annotated[str, typer.Argument(help="a folder of images, or a Hub dataset id")],
+    settings: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="the run's folder; default runs/<folder>")] = None,
+    save: Annotated[Path | None, typer.Option(metavar="FILE", help="write the config there, too")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with the run in --out")] = False,
+) -> None:
+    """Pick settings from the class counts and the hardware, print them as a config, and train."""
+    import yaml
+
+    from lpt import run
+    from lpt.config import check_data, nested, resolve
+    from lpt.data import load_task
+    from lpt.engine.checkpoint import write_whole
+    from lpt.suggest import suggest
+
+    given = nested(settings or [])
+    data = check_data({"name": "folder", "root": root, **given.get("data", {})})
+    device = run.pick_device(given.get("train", {}).get("device", "auto"))
+    config, reasons = suggest(load_task(**data), device, backbone=given.get("backbone", {}).get("name"))
+    config = {"backbone": {}, "data": {k: v for k, v in data.items() if v is not None}} | config
+    for section, values in given.items():
+        config.setdefault(section, {}).update(values)
+    resolved = resolve(config)
+    text = "".join(f"# {reason}\n" for reason in reasons) + yaml.safe_dump(config, sort_keys=False)
+    print(text)
+    if save:
+        write_whole(save, text.encode())
+    _train(resolved, out or Path("runs") / (Path(root).name or "folder"), resume)
+
+
+def _train(resolved: Any, out: Path, resume: bool) -> None:
+    from lpt import run
+    from lpt.report import table
+
     try:
         with _Progress() as progress:
             report = run.train(resolved, out, resume=resume, say=progress.say, show=progress.show)
