@@ -90,8 +90,16 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def resolve(raw: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
-    """Checks a config given as nested dicts, fills in every default, and returns it."""
+    """Checks a config given as nested dicts, fills in every default, and returns it.
+
+    Where `data.name` or `method.name` is overridden by another one, what the config says of the first does not apply
+    and is left out.
+    """
     tree = {key: dict(value) if isinstance(value, Mapping) else value for key, value in raw.items()}
+    names = nested([text for text in overrides if text.startswith(("data.name=", "method.name="))])
+    for section, given in names.items():
+        if isinstance(tree.get(section), dict) and tree[section].get("name") != given["name"]:
+            tree[section] = {}
     mistakes = [m for text in overrides if (m := _override(tree, text))]
     resolved: dict[str, Any] = {}
     for section, table in (("data", DATA), ("method", METHODS)):

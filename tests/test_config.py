@@ -105,3 +105,14 @@ def test_the_run_hash_sees_settings_but_not_places():
     others = [resolve(RAW, [o]).run_hash("s", "f") for o in ("train.seed=1", "method.beta=0.1", "data.seed=1")]
     hashes = {base.run_hash("s", "f"), base.run_hash("t", "f"), base.run_hash("s", "g"), *others}
     assert len(hashes) == 6
+
+
+def test_another_dataset_or_method_leaves_out_what_the_config_says_of_the_first():
+    path = ROOT / "configs/cifar100_lt/lpt_deit_tiny.yaml"
+    config = load_config(path, ["data.root=photos", "data.name=folder", "method.epochs=3", "method.name=linear_probe"])
+    assert config.data["name"] == "folder" and config.data["root"] == "photos"
+    assert config.method["epochs"] == 3 and config.method["head"] == "linear"
+    assert load_config(path, ["data.name=cifar100-lt"]).data["imbalance_factor"] == 100
+    assert load_config(path, ["data.name=cifar10-lt"]).data["imbalance_factor"] == 100  # its own default
+    with pytest.raises(ConfigError, match="data.imbalance_factor"):
+        load_config(path, ["data.name=folder", "data.imbalance_factor=10"])
