@@ -114,5 +114,5 @@ def test_another_dataset_or_method_leaves_out_what_the_config_says_of_the_first(
     assert config.method["epochs"] == 3 and config.method["head"] == "linear"
     assert load_config(path, ["data.name=cifar100-lt"]).data["imbalance_factor"] == 100
     assert load_config(path, ["data.name=cifar10-lt"]).data["imbalance_factor"] == 100  # its own default
-    with pytest.raises(ConfigError, match="data.imbalance_factor"):
+    with pytest.raises(ConfigError, match=r"data\.imbalance_factor"):
         load_config(path, ["data.name=folder", "data.imbalance_factor=10"])
