@@ -1,34 +1,39 @@
 """Where phase 2's accuracy goes: each of the two passes alone, on images seen, held out and of the test set.
 
-    python -m benchmarks.accuracy.anatomy PROMPT data.root=DIR backbone.weights=FILE
+    python -m benchmarks.accuracy.anatomy PROMPT... data.root=DIR backbone.weights=FILE
 
-PROMPT was trained with `method.query_head=true`, so it holds phase 1's opinion beside phase 2's. Held out are 20
+Each PROMPT, one for every seed, was trained with `method.query_head=true`, so it holds phase 1's opinion beside phase
+2's; the table has mean ± half width of the 95 % t-interval over them. Held out are 20
 images a class that the long tail leaves out (the largest class has none left and is shown its own).
 """
 
 import sys
+from typing import Any
 
 import torch
 
+from benchmarks.accuracy.__main__ import interval
 from lpt.config import nested
 from lpt.data import Images, load_task
 from lpt.metrics import summarise
-from lpt.report import percent
 from lpt.run import open_prompt
 
 
 def main() -> None:
-    path, settings = sys.argv[1], nested(sys.argv[2:])
-    model, header = open_prompt(path, weights=settings["backbone"].get("weights"))
-    data = header.data["settings"] | settings["data"]
-    task, held = load_task(**data), load_task(**(data | {"val_per_class": 20})).val
-    assert held is not None
+    settings = nested([word for word in sys.argv[1:] if "=" in word])
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for path in (word for word in sys.argv[1:] if "=" not in word):
+        model, header = open_prompt(path, weights=settings["backbone"].get("weights"))
+        data = header.data["settings"] | settings["data"]
+        task, held = load_task(**data), load_task(**(data | {"val_per_class": 20})).val
+        for name, images in (("training", task.train), ("held out", held), ("test", task.test)):
+            for which, logits in passes(model, images).items():
+                metrics = summarise(model.probabilities(logits), images.labels, task.counts, group_rule=task.group_rule)
+                found.setdefault((name, which), []).append(metrics)
     print("| images | pass | all | class mean | many | medium | few |\n|---|---|---:|---:|---:|---:|---:|")
-    for name, images in (("training", task.train), ("held out", held), ("test", task.test)):
-        for which, logits in passes(model, images).items():
-            found = summarise(model.probabilities(logits), images.labels, task.counts, group_rule=task.group_rule)
-            keys = ("accuracy", "class_accuracy", "many", "medium", "few")
-            print(f"| {name} | {which} | " + " | ".join(percent(found[k]) for k in keys) + " |", flush=True)
+    for (name, which), runs in found.items():
+        keys = ("accuracy", "class_accuracy", "many", "medium", "few")
+        print(f"| {name} | {which} | " + " | ".join(interval([100 * r[k] for r in runs]) for k in keys) + " |")
 
 
 @torch.no_grad()
