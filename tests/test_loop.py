@@ -59,6 +59,24 @@ def fit(folder=None, *, steps=11, optimizer="adamw", step=step, model=None, **ch
     return model, bound
 
 
+def in_parts(model, batches, progress):
+    """The same loss as `step`, image by image."""
+    (batch,) = batches.values()
+    noise = progress.normal("noise", len(batch.labels), 3)
+    for row in range(len(batch.labels)):
+        logits = batch.views[row : row + 1].flatten(1) @ model.weight.T + 0.1 * noise[row : row + 1]
+        value = nn.functional.cross_entropy(logits, batch.labels[row : row + 1]) / len(batch.labels)
+        assert row == 0 or model.weight.grad is not None  # the part before has gone backward
+        yield {"loss": value}
+
+
+def test_a_step_in_parts_is_the_step():
+    (whole, bound), (parts, again) = fit(), fit(step=in_parts)
+    torch.testing.assert_close(parts.weight, whole.weight, rtol=1e-4, atol=1e-6)
+    losses = [[line["loss"] for line in b.history.lines] for b in (bound, again)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
 class Killed(Exception):
     pass
 

@@ -5,7 +5,7 @@ import torch
 from conftest import small_backbone, toy_task
 
 import lpt
-from lpt.engine.loop import Fit
+from lpt.engine.loop import Fit, Progress
 from lpt.errors import LptError
 from lpt.history import History
 from lpt.methods import METHODS
@@ -141,3 +141,42 @@ def test_the_query_head_is_phase_1s_and_speaks_in_eval_mode_only(tmp_path):
     lpt.save_prompt(tmp_path / "p.safetensors", both, method="lpt", counts=task.counts)
     again = lpt.load_prompt(tmp_path / "p.safetensors", both.backbone)
     assert torch.equal(again(views).logits, both(views).logits)
+
+
+def test_one_step_has_the_gradients_of_the_formula():
+    """The whole step against LPT §2.6, written plainly: one forward of both streams, one sum, one backward."""
+    from lpt.losses import GCL, cloud_noise
+
+    task, backbone = toy_task(), small_backbone()
+    taken = {}
+
+    class Once(Fit):
+        def __call__(self, phase, model, step, streams, **settings):
+            if phase == "phase1":
+                return super().__call__(phase, model, step, streams, **settings)
+            progress = Progress(phase, 3, 12, 4, self.seed)
+            drawn = self._draw(streams, None, progress)
+            batches = self._views(drawn, torch.device("cpu"))
+            for part in step(model, batches, progress):
+                part["loss"].backward()
+            taken.update(model=model, batches=batches, progress=progress)
+            taken["mine"] = {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
+            model.zero_grad(set_to_none=True)
+            raise StopIteration
+
+    fit = Once(task.train, backbone.preprocess, 8)
+    with pytest.raises(StopIteration):
+        METHODS["lpt"](task, backbone, fit, **(SETTINGS | dict(head_dropout=0.0, query_centering="mean")))
+    model, progress = taken["model"], taken["progress"]
+    total = 0.0
+    for stream, gammas, weight in (("balanced", (0.0, 4.0), 1.0), ("instance", (0.5, 8.0), 0.5)):
+        batch = taken["batches"][stream]
+        output = model(batch.views)
+        cloud = cloud_noise(progress.normal(f"cloud/{stream}", 8, 4))
+        a = GCL(task.counts, 20.0, 0.1, 0.5, *gammas)(output.logits, batch.labels, cloud)
+        total = total + weight * (a - 0.5 * output.similarity.sum(1).mean())
+    total.backward()
+    theirs = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
+    assert theirs.keys() == taken["mine"].keys() == {"pool.tokens", "pool.keys", "head.weight"}
+    for name, gradient in theirs.items():
+        torch.testing.assert_close(taken["mine"][name], gradient, rtol=1e-4, atol=1e-6)

@@ -1,6 +1,8 @@
 """The loop: one for every method and phase.
 
-A step is a function `(model, {stream: batch}, progress) -> {"loss": scalar, ...scalars to log}`. Batches are
+A step is a function `(model, {stream: batch}, progress) -> {"loss": scalar, ...scalars to log}`. It may also yield
+several of them, parts of one sum: each part's backward has run before the next one is computed, so that activations
+of one part are held at a time. Batches are
 drawn from (seed, step), views, noise and dropout from (seed, phase, step), so that a run goes on after a kill exactly
 as it would have.
 """
@@ -8,7 +10,7 @@ as it would have.
 import hashlib
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -92,7 +94,8 @@ class Drawn(NamedTuple):
     labels: Tensor
 
 
-Step = Callable[[Any, dict[str, Batch], Progress], Mapping[str, Tensor]]
+Part = Mapping[str, Tensor]
+Step = Callable[[Any, dict[str, Batch], Progress], Part | Iterator[Part]]
 EpochEnd = Callable[[Any, Progress], Mapping[str, Any]]
 
 
@@ -198,11 +201,15 @@ class Fit:
                     rate = lr_at(t, steps=steps, steps_per_epoch=steps_per_epoch, lr=lr, warmup=warmup)
                     for group in optim.param_groups:
                         group["lr"] = rate
-                    logged = step(model, batches, progress)
                     optim.zero_grad(set_to_none=True)
-                    logged["loss"].backward()
+                    found = step(model, batches, progress)
+                    logged: dict[str, Tensor] = {}
+                    for part in (found,) if isinstance(found, Mapping) else found:
+                        part["loss"].backward()
+                        for key, value in part.items():
+                            logged[key] = logged.get(key, 0) + value.detach().float()
                     self._share_gradients(list(trained.values()), world)
-                    numbers = torch.stack([v.detach().float() for v in logged.values()]).tolist()  # waits once
+                    numbers = torch.stack(list(logged.values())).tolist()  # waits for the device once
                     values = dict(zip(logged, numbers, strict=True))
                     _check_finite(values["loss"], progress, rate, place)
                     optim.step()
@@ -228,6 +235,7 @@ class Fit:
                 progress = following
                 images = len(streams) * self.batch_size
                 self.show(phase, done, steps, clock.rate(images, done - first, steps - done, values["loss"]))
+        optim.zero_grad(set_to_none=True)  # what the next phase does not train must not keep a gradient
 
     def once(self, name: str, make: Callable[[], Tensor]) -> Tensor:
         """What `make` returns, kept beside the checkpoints: a resumed run need not compute it again."""

@@ -9,7 +9,7 @@ Shapes: views [B 3 H W], logits [B C], queries [N D'].
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 import torch
@@ -122,29 +122,31 @@ def tune(
     losses = {"balanced": loss_of(gammas_bal, False), "instance": loss_of(gammas_ins, True)}
     chosen: list[tuple[Tensor, Tensor]] = []  # ids and labels of this epoch, for the key usage
 
-    def step(model: PromptedClassifier, batches: dict[str, Batch], progress: Progress) -> dict[str, Tensor]:
-        """L = A(balanced) - β S_key + η [A(instance) - β S_key], both streams in one forward (LPT §2.6)."""
-        views = torch.cat([batch.views for batch in batches.values()])
-        mask = None
-        if head_dropout:
-            keep = [progress.uniform(f"drop/{s}", len(b.labels), backbone.feature_width) for s, b in batches.items()]
-            mask = (torch.cat(keep) >= head_dropout).float().to(device) / (1 - head_dropout)
-        output = model(views, feature_mask=mask)
-        eta = instance_weight(eta0, progress.epoch / progress.epochs)
-        weights = {"balanced": 1.0, "instance": eta}
-        total, logged, first = torch.zeros((), device=device), {}, 0
+    def step(model: PromptedClassifier, batches: dict[str, Batch], progress: Progress) -> Iterator[dict[str, Tensor]]:
+        """L = A(balanced) - β S_key + η [A(instance) - β S_key] (LPT §2.6), a part for each stream.
+
+        What needs no gradient runs once for both streams; the tails, one after the other, hold one stream's
+        activations at a time.
+        """
+        tokens = model.prefix(torch.cat([batch.views for batch in batches.values()]))
+        queries = None if model.pool is None else model.query(tokens)
+        eta, first = instance_weight(eta0, progress.epoch / progress.epochs), 0
         for stream, batch in batches.items():
             rows = slice(first, first := first + len(batch.labels))
+            mask = None
+            if head_dropout:
+                keep = progress.uniform(f"drop/{stream}", len(batch.labels), backbone.feature_width) >= head_dropout
+                mask = keep.float().to(device) / (1 - head_dropout)
+            query = None if queries is None else queries[rows]
+            output = model.tail(tokens[rows], query=query, feature_mask=mask)
             cloud = cloud_noise(progress.normal(f"cloud/{stream}", len(batch.labels), len(task.classes)))
-            value = losses[stream](output.logits[rows], batch.labels, cloud.to(device))
-            if output.similarity is not None:
-                logged[f"key_{stream}"] = key_term = output.similarity[rows].sum(1).mean()
+            value = losses[stream](output.logits, batch.labels, cloud.to(device))
+            logged = {}
+            if output.similarity is not None and output.ids is not None:
+                logged[f"key_{stream}"] = key_term = output.similarity.sum(1).mean()
                 value = value - beta * key_term
-            logged[stream] = value
-            total = total + weights[stream] * value
-        if output.ids is not None:
-            chosen.append((output.ids, torch.cat([batch.labels for batch in batches.values()])))
-        return {"loss": total, **logged}
+                chosen.append((output.ids, batch.labels))
+            yield {"loss": value if stream == "balanced" else eta * value, stream: value, **logged}
 
     def usage(model: PromptedClassifier, progress: Progress) -> Mapping[str, Any]:
         ids, of = (torch.cat(parts).cpu() for parts in zip(*chosen, strict=True))
