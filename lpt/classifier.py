@@ -83,7 +83,7 @@ class PromptedClassifier(nn.Module):
         return Output(logits, feature, similarity, ids)
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """softmax(scale · cosine) [B C], the scale being the head's."""
+        """softmax(scale · logits) [B C], the scale being the head's (1 for a linear one)."""
         return (self.head.scale * logits).softmax(dim=1)
 
     def _match(self, query: Tensor, pool: PromptPool) -> tuple[Tensor, Tensor]:

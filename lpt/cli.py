@@ -41,20 +41,24 @@ def fit(
     import yaml
 
     from lpt import run
-    from lpt.config import check_data, nested, resolve
+    from lpt.config import check_data, merged, nested, resolve
     from lpt.data import load_task
     from lpt.engine.checkpoint import write_whole
     from lpt.suggest import suggest
 
     given = nested(settings or [])
     data = check_data({"name": "folder", "root": root, **given.get("data", {})})
-    device = run.pick_device(given.get("train", {}).get("device", "auto"))
-    config, reasons = suggest(load_task(**data), device, backbone=given.get("backbone", {}).get("name"))
-    config = {"backbone": {}, "data": {k: v for k, v in data.items() if v is not None}} | config
-    for section, values in given.items():
-        config.setdefault(section, {}).update(values)
-    resolved = resolve(config)
-    text = "".join(f"# {reason}\n" for reason in reasons) + yaml.safe_dump(config, sort_keys=False)
+    run.check_loading(
+        {"train": {k: v for k, v in given.get("train", {}).items() if k == "device"}}, sections=("train",)
+    )
+    suggested, reasons = suggest(load_task(**data), run.pick_device(given.get("train", {}).get("device", "auto")))
+    tree = {"data": {k: v for k, v in data.items() if v is not None}, **suggested}
+    resolved = resolve(tree, settings or [])
+    changed = {text.partition("=")[0] for text in settings or []}
+    untrue = {"method.epochs": {"method.name", "train.batch_size"}, "method.pool_size": {"method.name"}}
+    kept = {k: reason for k, reason in reasons.items() if not changed & {k, *untrue.get(k, ())}}
+    text = "".join(f"# {setting}: {reason}\n" for setting, reason in kept.items())
+    text += yaml.safe_dump(merged(tree, settings or [])[0], sort_keys=False)
     print(text)
     if save:
         write_whole(save, text.encode())
@@ -180,10 +184,12 @@ def doctor(
     from lpt.config import check_data, nested
     from lpt.data import load_task
     from lpt.doctor import examine
+    from lpt.run import check_loading
 
     given = nested(settings or [])
     if wrong := sorted(given.keys() - {"data", "backbone"}):
         raise ConfigError([f"{section}: there is no such section here (data, backbone)" for section in wrong])
+    check_loading({"backbone": given.get("backbone", {})}, sections=("backbone",))
     task = load_task(**check_data({"name": "folder", "root": root, **given.get("data", {})}))
     found = examine(task, backbone=given.get("backbone", {}).get("name"))
     for line in found.facts:

@@ -90,17 +90,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def resolve(raw: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
-    """Checks a config given as nested dicts, fills in every default, and returns it.
-
-    Where `data.name` or `method.name` is overridden by another one, what the config says of the first does not apply
-    and is left out.
-    """
-    tree = {key: dict(value) if isinstance(value, Mapping) else value for key, value in raw.items()}
-    names = nested([text for text in overrides if text.startswith(("data.name=", "method.name="))])
-    for section, given in names.items():
-        if isinstance(tree.get(section), dict) and tree[section].get("name") != given["name"]:
-            tree[section] = {}
-    mistakes = [m for text in overrides if (m := _override(tree, text))]
+    """Checks a config given as nested dicts, fills in every default, and returns it. Raises ConfigError."""
+    tree, mistakes = merged(raw, overrides)
     resolved: dict[str, Any] = {}
     for section, table in (("data", DATA), ("method", METHODS)):
         settings, wrong = _named(section, tree.get(section), table)
@@ -119,6 +110,22 @@ def resolve(raw: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
     if mistakes:
         raise ConfigError(mistakes)
     return Config.model_validate({key: resolved[key] for key in sections})
+
+
+def merged(raw: Mapping[str, Any], overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """(`raw` with its overrides, the overrides that make no sense).
+
+    Where `data.name` or `method.name` is overridden by another one, what `raw` says of the first does not apply and is
+    left out.
+    """
+    tree = {key: dict(value) if isinstance(value, Mapping) else value for key, value in raw.items()}
+    first = [text for text in overrides if text.startswith(("data.name=", "method.name="))]
+    for text in first:
+        section, name = text.partition(".")[0], text.partition("=")[2]
+        if isinstance(part := tree.get(section), dict) and part.get("name") != name:
+            part.clear()
+    rest = [text for text in overrides if text not in first]
+    return tree, [m for text in [*first, *rest] if (m := _override(tree, text))]
 
 
 def check_data(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -46,6 +46,8 @@ def _tail(task: Task, found: Findings) -> None:
         f"imbalance factor {task.imbalance_factor:g}: {_counted(task, order[:3])} ... {_counted(task, order[-3:])}",
         f"groups by training count ({task.group_rule}): {groups} classes",
     ]
+    if left_out := task.facts.get("left_out"):
+        found.problems.append(f"{len(left_out)} images belong to no class and are left out: {_some(left_out)}")
     if absent := task.absent_classes():
         found.problems.append(f"{len(absent)} classes have no training image: {_some(absent)}")
     if rare := [task.classes[k] for k in order if counts[k] == 1]:
@@ -79,10 +81,10 @@ def _images(task: Task, found: Findings) -> None:
     if sides:
         found.facts.append(f"shorter sides from {min(sides)} to {max(sides)} pixels")
     copies = [group for group in seen.values() if len(group) > 1]
-    leaks = [g for g in copies if {"training"} < {role for role, _, _ in g}]
+    leaks = [g for g in copies if len({role for role, _, _ in g}) > 1]
     if leaks:
-        pairs = [f"{_first(g, 'training')} = {next(n for r, n, _ in g if r != 'training')}" for g in leaks]
-        found.problems.append(f"{len(leaks)} images are in training and in another part: {_some(pairs)}")
+        pairs = [f"{g[0][1]} ({g[0][0]}) = {g[-1][1]} ({g[-1][0]})" for g in leaks]
+        found.problems.append(f"{len(leaks)} images are in more than one part: {_some(pairs)}")
     two = [g for g in copies if len({label for _, _, label in g}) > 1]
     if two:
         pairs = [" = ".join(f"{n} ({task.classes[label]})" for _, n, label in g[:2]) for g in two]
@@ -138,10 +140,6 @@ def seen_labels(classes: Sequence[str], name: str) -> list[str]:
 
 def _counted(task: Task, classes: Sequence[int]) -> str:
     return ", ".join(f"{task.classes[k]} {int(task.counts[k])}" for k in classes)
-
-
-def _first(group: Sequence[tuple[str, str, int]], role: str) -> str:
-    return next(name for r, name, _ in group if r == role)
 
 
 def _some(items: Sequence[str], between: str = ", ", most: int = 5) -> str:

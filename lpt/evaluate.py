@@ -41,7 +41,7 @@ class PrefixCache:
         self._kept: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def get(self, model: PromptedClassifier, images: Images | Files, part: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(tokens [B P+N D], query [B D']) of rows `part` of `images`; no query where the model has no use for it."""
+        """(tokens [B P+N D], query [B D']) of rows `part` of `images`; no query where nothing is kept."""
         state = model.prefix_state
         if state is None:
             return model.prefix(_views(model, images, part)), None
@@ -105,8 +105,8 @@ def features(
     """The features [N D'] of the test views under the shared prompt, if there is one (LPT's queries).
 
     What trains a head alone, its class means, and the start of the keys need them once. With a `folder` they are
-    kept there, in a file named by a hash over all they depend on: the backbone's weights and precision, the view,
-    the prompt and the images themselves. Other features have another name, so a stale file is never read.
+    kept there, in a file named by a hash over all they depend on: the backbone's weights, precision and device, torch's
+    version, the view, the prompt and the images themselves. Others have another name: a stale file is never read.
     """
     place = folder / f"features-{_identity(model, images)}.safetensors" if folder else None
     if place and place.exists():
@@ -154,7 +154,9 @@ def _views(model: PromptedClassifier, images: Images | Files, part: Tensor) -> T
 def _identity(model: PromptedClassifier, images: Images | Files) -> str:
     digest = hashlib.sha256(images.digest.encode())
     backbone = model.backbone
-    digest.update(f"{backbone.fingerprint} {backbone.dtype} {backbone.preprocess.test_view}".encode())
+    where = next(model.parameters()).device.type
+    facts = (backbone.fingerprint, backbone.dtype, where, torch.__version__, backbone.preprocess.test_view)
+    digest.update(repr(facts).encode())
     if model.shared is not None:
         digest.update(model.shared.tokens.detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()[:20]

@@ -73,7 +73,7 @@ def accuracy_by_rank(
         axes.plot(x, _smooth(accuracy), color=INK, lw=2, label="this run")
         for style, (name, values) in zip(("--", ":", "-."), list(against.items())[:3], strict=False):
             theirs = np.array([np.nan if a is None else 100 * a for a in values])[order]
-            axes.plot(x, _smooth(theirs), color=OTHER, lw=1.8, ls=style, label=name)
+            axes.plot(x, _smooth(theirs), color=OTHER, lw=1.8, ls=style, label=_name(name))
         axes.set(xlabel="class, from most to fewest training images", ylabel="accuracy, %", ylim=(-3, 103))
         axes.legend(frameon=False, ncols=6, loc="lower center", bbox_to_anchor=(0.5, 1), fontsize=9, columnspacing=0.8)
     return out[0]
@@ -92,7 +92,7 @@ def groups(rows: Mapping[str, Mapping[str, float | None]]) -> str:
                 wide = 0 if value is None else 100 * value
                 axes.barh(at, wide, size * 0.92, color=colour, alpha=1 if i == 0 else 0.35)
                 text = "n/a" if value is None else f"{wide:.1f}"
-                axes.text(wide + 0.8, at, f"{text}  {label}", va="center", fontsize=10)
+                axes.text(wide + 0.8, at, f"{text}  {_name(label)}", va="center", fontsize=10)
         axes.set(yticks=range(len(names)), yticklabels=["class mean", *GROUPS], xlim=(0, 125), xlabel="accuracy, %")
         axes.set_xticks(range(0, 101, 20))
         axes.invert_yaxis()
@@ -150,9 +150,16 @@ def curves(history: Sequence[Mapping[str, Any]]) -> str:
                 right.plot(xs, values, ls="--", color=colour, label=f"held out, {key.replace('_', ' ')}")
             right.set(ylabel="held-out accuracy, %")
             right.legend(frameon=False, loc="upper right", fontsize=10)
-        axes.set(xlabel="step", ylabel="training loss", xlim=(0, None), ylim=(0, None))
+        lowest = min(line["loss"] for line in history)  # LPT's key term can take it below zero
+        axes.set(xlabel="step", ylabel="training loss", xlim=(0, None), ylim=(min(0.0, lowest), None))
         axes.legend(frameon=False, loc="lower left", fontsize=10)
     return out[0]
+
+
+def _name(text: str) -> str:
+    """As matplotlib takes it for text: short, no formula, and no leading underscore, which would hide it."""
+    short = text if len(text) <= 32 else "…" + text[-31:]
+    return short.replace("$", r"\$").lstrip("_") or "run"
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
@@ -160,7 +167,8 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     half = max(1, len(values) // 24)
     known = ~np.isnan(values)
     ones = np.ones(2 * half + 1)
-    total = np.convolve(np.where(known, values, 0), ones, mode="same")
-    number = np.convolve(known.astype(float), ones, mode="same")
+    middle = slice(half, half + len(values))
+    total = np.convolve(np.where(known, values, 0), ones)[middle]
+    number = np.convolve(known.astype(float), ones)[middle]
     with np.errstate(invalid="ignore"):
         return total / number

@@ -106,9 +106,12 @@ class Preprocess:
             view = image.resize((self.size, self.size), resample, box=box)
             view = ImageOps.mirror(view) if flipped else view
         else:
-            view = image.resize((int(short * w / min(w, h)), int(short * h / min(w, h))), resample)
-            left, top = round((view.width - self.size) / 2), round((view.height - self.size) / 2)
-            view = view.crop((left, top, left + self.size, top + self.size))
+            # Resize and centre crop in one: the whole resized image of a long one may not fit into memory.
+            wide, high = int(short * w / min(w, h)), int(short * h / min(w, h))
+            left, top = round((wide - self.size) / 2), round((high - self.size) / 2)
+            x, y = w / wide, h / high
+            box = (left * x, top * y, min((left + self.size) * x, w), min((top + self.size) * y, h))
+            view = image.resize((self.size, self.size), resample, box=box)
         return torch.from_numpy(np.array(view)).permute(2, 0, 1)
 
     def normalised(self, views: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -156,11 +159,18 @@ def decoded(file: File, *, least: int = 0) -> Image.Image:
             if least:
                 image.draft("RGB", (least, least))
             upright = ImageOps.exif_transpose(image)
-            if upright.mode.startswith("I"):  # 16 bits a pixel
-                upright = Image.fromarray((np.asarray(upright).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-            return upright.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            return (_eight_bits(upright) if upright.mode[0] in "IF" else upright).convert("RGB")
+    except Exception as error:  # a decoder's error on a damaged file can be of any class
         raise DataError(f"image {file.name} cannot be decoded ({error})") from None
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Greys of 16 or 32 bits, or floats: scaled by the smallest of 1 (floats), 255, 65535 and the maximum that holds
+    them all. 16-bit files by 65535."""
+    grey = np.asarray(image).astype(np.float64).clip(min=0)
+    tops = [65535.0] if image.mode.startswith("I;16") else [1.0] * (image.mode == "F") + [255.0, 65535.0]
+    top = next((t for t in tops if grey.max() <= t), grey.max())
+    return Image.fromarray((grey * (255 / top)).round().clip(0, 255).astype(np.uint8))
 
 
 @cache

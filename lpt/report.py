@@ -42,8 +42,7 @@ def markdown(report: Mapping[str, Any], *, classes: Sequence[str], command: str)
     lines = [
         f"# {report['method']} on {data['name']}",
         "",
-        "Per cent on the test set; last weights. ECE, NLL and Brier from softmax(scale · cosine), the scale being "
-        f"{report['scale']:g}.",
+        f"Per cent on the test set; last weights. ECE, NLL and Brier from softmax({report['scale']:g} · logits).",
         "",
         table([(report["method"], report)]),
         "",

@@ -24,6 +24,7 @@ from lpt.backbones.base import Backbone
 from lpt.classifier import PromptedClassifier
 from lpt.config import Config, check_data, load_config
 from lpt.data import load_task
+from lpt.data.folder import SUFFIXES
 from lpt.data.task import Files, Images, Task
 from lpt.engine.checkpoint import write_whole
 from lpt.engine.loop import Fit
@@ -182,26 +183,34 @@ def write_page(out: Path, *, test: Images | Files | None = None, against: Sequen
             raise LptError(f"{folder} holds no finished run: report.json or split.json cannot be read") from None
 
     report, classes = finished(out)
+    if len(against) > 3:
+        raise LptError(f"{len(against)} runs are too many beside one: give up to 3")
     others: dict[str, dict[str, Any]] = {}
     for folder in against:
         other, theirs = finished(folder)
         if theirs != classes:
             raise LptError(f"{folder} is a run on {len(theirs)} other classes: only runs on the same can be compared")
-        others[folder.name] = other
+        whole = folder.resolve()
+        alone = sum(o.resolve().name == whole.name for o in against) == 1
+        name = whole.name if alone else f"{whole.parent.name}/{whole.name}"
+        others[name if other["data"] == report["data"] else f"{name} (another split)"] = other
     try:
         predictions = load_file(out / "predictions.safetensors")
     except (OSError, SafetensorError) as error:
         raise LptError(f"{out / 'predictions.safetensors'} cannot be read ({error})") from None
-    text = html(
-        report,
-        classes=classes,
-        predictions=predictions,
-        history=History(out / "history.jsonl").lines,
-        config=(out / "config.yaml").read_text(),
-        command=_command(out),
-        test=test,
-        against=others,
-    )
+    try:
+        text = html(
+            report,
+            classes=classes,
+            predictions=predictions,
+            history=History(out / "history.jsonl").lines,
+            config=(out / "config.yaml").read_text(),
+            command=_command(out),
+            test=test,
+            against=others,
+        )
+    except KeyError as error:
+        raise LptError(f"{out} was written by another version of lpt: its report has no {error}") from None
     write_whole(out / "report.html", text.encode())
     return out / "report.html"
 
@@ -210,7 +219,7 @@ def report_again(out: Path, *, against: Sequence[Path] = ()) -> Path:
     """`report.html` once more, with the images if the data is still where the run's config says."""
     test = None
     if (out / "config.yaml").exists():
-        with contextlib.suppress(DataError):
+        with contextlib.suppress(LptError, OSError, ValueError):  # a page without pictures is better than none
             task = load_task(**load_config(out / "config.yaml").data)
             stored = json.loads((out / "split.json").read_text()) if (out / "split.json").exists() else {}
             test = task.test if task.manifest()["sha256"] == stored.get("sha256") else None
@@ -336,13 +345,10 @@ def predict_files(
 
 def image_files(paths: Sequence[Path]) -> list[Path]:
     """Files as they are, folders as the images inside them, sorted. Raises DataError for a path that is not there."""
-    from PIL import Image
-
-    Image.init()
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in Image.EXTENSION and p.is_file())
+            inside = sorted(p for p in path.rglob("*") if p.name.lower().endswith(SUFFIXES) and p.is_file())
             if not inside:
                 raise DataError(f"folder {path} holds no image")
             found += inside
@@ -385,6 +391,8 @@ def describe_task(task: Task, say: Say) -> None:
         f"classes, {int(task.counts.max())} to {int(task.counts.min())} each{held}, {len(task.test)} test images"
         + (f" ({task.facts['test_part']})" if "test_part" in task.facts else "")
     )
+    if left_out := task.facts.get("left_out"):
+        say(f"warning: {len(left_out)} images belong to no class and are left out, for example {left_out[0]}")
 
 
 def versions() -> dict[str, str]:

@@ -41,17 +41,21 @@ def test_the_backbone_runs_once_for_every_training_image(monkeypatch, tmp_path):
 
 
 def test_a_linear_probe_is_logistic_regression():
-    """Full batches until convergence, against scikit-learn's own solver of the same convex problem."""
+    """Full batches until convergence against scikit-learn's own solver, on labels that no head can separate."""
+    from dataclasses import replace
+
     from sklearn.linear_model import LogisticRegression
 
-    task, backbone = toy_task((20, 12)), small_backbone()
-    fit = Fit(task.train, backbone.preprocess, len(task.train))
-    model = METHODS["linear_probe"](task, backbone, fit, epochs=1500, lr=0.05, weight_decay=0.0, optimizer="adamw")
+    task, backbone = toy_task((60, 30, 10)), small_backbone(width=8)
+    mixed = task.train.labels[torch.randperm(100, generator=torch.Generator().manual_seed(0))]
+    task = replace(task, train=replace(task.train, labels=mixed))
+    fit = Fit(task.train, backbone.preprocess, 100)
+    model = METHODS["linear_probe"](task, backbone, fit, epochs=3000, lr=0.05, weight_decay=0.0)
     found = features(model, task.train)
-    ours = torch.nn.functional.cross_entropy(model.head(found), task.train.labels).item()
-    theirs = LogisticRegression(C=1e8, max_iter=5000).fit(found.numpy(), task.train.labels.numpy())
-    assert ours < 0.05 and theirs.score(found.numpy(), task.train.labels.numpy()) == 1.0
-    assert (model.head(found).argmax(1) == task.train.labels).all()
+    theirs = LogisticRegression(C=1e8, max_iter=20_000, tol=1e-8).fit(found.numpy(), mixed.numpy())
+    best = -torch.tensor(theirs.predict_log_proba(found.numpy())).gather(1, mixed[:, None]).mean().item()
+    ours = torch.nn.functional.cross_entropy(model.head(found), mixed).item()
+    assert best > 0.3 and best - 1e-3 <= ours <= best + 5e-3
 
 
 def test_logit_adjustment_moves_predictions_to_the_tail():

@@ -68,6 +68,10 @@ def test_a_row_can_start_from_another_rows_phase_1(tmp_path, monkeypatch):
     began = (second / "checkpoints" / "phase1.safetensors").stat().st_mtime_ns
     shared = accuracy.run(config, other, second)
     assert (second / "checkpoints" / "phase1.safetensors").stat().st_mtime_ns == began
+    with pytest.raises(AssertionError, match="differ in phase 1"):
+        accuracy.share_phase1(first, tmp_path / "third", config, [*small, "method.loss=ce"])
+    with pytest.raises(SystemExit, match="has to be run first"):
+        accuracy.share_phase1(tmp_path / "absent", tmp_path / "third", config, other)
     whole = accuracy.run(config, other, alone)
     assert {k: shared[k] for k in accuracy.COLUMNS} == {k: whole[k] for k in accuracy.COLUMNS}
 

@@ -45,7 +45,16 @@ def test_unreadable_files_are_counted_and_named(folder):
 def test_a_leak_is_found_even_when_the_file_was_encoded_anew(folder):
     Image.open(folder / "train/tench/2.png").save(folder / "test/tench/copy.bmp")
     (problem,) = found(folder).problems
-    assert "1 images are in training and in another part: train/tench/2.png = test/tench/copy.bmp" in problem
+    assert "1 images are in more than one part: train/tench/2.png (training) = test/tench/copy.bmp (test)" in problem
+
+
+def test_a_leak_between_val_and_test_and_images_without_a_class(folder):
+    fill(folder / "val", {"tench": 2}, seed=5)
+    Image.open(folder / "val/tench/0.png").save(folder / "test/tench/leak.png")
+    picture(99).save(folder / "test" / "stray.png")
+    problems = found(folder).problems
+    assert any("1 images belong to no class and are left out: test/stray.png" in p for p in problems)
+    assert any("val/tench/0.png (held-out) = test/tench/leak.png (test)" in p for p in problems)
 
 
 def test_one_image_under_two_classes_and_plain_copies(folder):
@@ -75,7 +84,7 @@ def test_a_task_in_memory_is_examined_too():
     task = toy_task((20, 5, 3))
     assert examine(task).problems == []
     leaky = replace(task, test=task.train.subset(range(4)))
-    assert "4 images are in training and in another part" in examine(leaky).problems[0]
+    assert "4 images are in more than one part" in examine(leaky).problems[0]
     labels = torch.tensor([0] * 5 + [1] * 3)
     absent = replace(task, train=replace(task.train.subset(range(8)), labels=labels))
     assert any("1 classes have no training image: class 2" in p for p in examine(absent).problems)
@@ -97,5 +106,7 @@ def test_the_command_says_it_and_exits_with_1_on_problems(folder, monkeypatch, c
     assert code == 1 and "problem: 1 files cannot be read" in said.out
     code, said = doctor(folder / "absent")
     assert code == 2 and "does not exist" in said.err
+    code, said = doctor(folder, "backbone.nmae=x")
+    assert code == 2 and "backbone.nmae" in said.err
     code, said = doctor(folder, "train.seed=3")
     assert code == 2 and "there is no such section here" in said.err

@@ -5,7 +5,7 @@ import torch
 from conftest import prompted, small_backbone, toy_images, toy_task
 
 from lpt import evaluate as public_evaluate
-from lpt.evaluate import PrefixCache, evaluate, features, predict
+from lpt.evaluate import PrefixCache, features, measure, predict
 
 LABELS = torch.arange(7).repeat(5)
 
@@ -130,5 +130,5 @@ def test_predictions_from_features_are_those_of_the_whole_model(tmp_path):
     assert torch.equal(predict(model, images, folder=tmp_path).logits, predict(model, images).logits)
     task = toy_task()
     model = prompted(small_backbone(), pool=False, num_classes=4).only_train()
-    stored = evaluate(model, task.test, task.counts, group_rule="thirds", folder=tmp_path)
+    stored = measure(model, predict(model, task.test, folder=tmp_path), task.counts, group_rule="thirds")
     assert stored == public_evaluate(model, task.test, task.counts, group_rule="thirds")

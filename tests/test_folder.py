@@ -135,14 +135,108 @@ def test_what_is_no_dataset_is_told(tmp_path):
     (tmp_path / "file.jpg").write_text("hello")
     for root, says in (
         (None, "data.root is missing"),
-        (tmp_path / "absent" / "x", "does not exist"),
-        (tmp_path / "empty", "cannot be read"),
-        (tmp_path / "text", "cannot be read"),
+        (tmp_path / "absent" / "x", "^data.root [^ ]* does not exist$"),
+        (tmp_path / "empty", "^data.root .* holds no image"),
+        (tmp_path / "text", "holds no image"),
         (tmp_path / "file.jpg", "is a file"),
         ("someone/nothing", "cannot be read as a dataset"),
     ):
         with pytest.raises(DataError, match=says):
             lpt.load_task("folder", root=None if root is None else str(root))
+
+
+def test_parts_with_something_beside_them(tmp_path):
+    place = tmp_path / "p"
+    fill(place / "Train", CLASSES), fill(place / "TEST", {"cat": 2})
+    (place / "__pycache__").mkdir()
+    (place / "docs").mkdir()
+    (place / "docs" / "notes.txt").write_text("no image")
+    task = lpt.load_task("folder", root=str(place))
+    assert task.counts.tolist() == [6, 3, 2] and len(task.test) == 2
+    picture(5).save(place / "docs" / "figure.png")
+    with pytest.raises(DataError, match="beside them docs, which holds images too"):
+        lpt.load_task("folder", root=str(place))
+    shutil.rmtree(place / "docs")
+    fill(place / "val", {"cat": 1}), fill(place / "validation", {"cat": 1})
+    with pytest.raises(DataError, match="two folders for one part, val and validation"):
+        lpt.load_task("folder", root=str(place))
+
+
+def test_links_brackets_and_nested_folders_are_read_and_strays_are_told(tmp_path):
+    place = fill(tmp_path / "ro[ot] *", {"a [1]": 3, "b {2}": 3, "c d": 3})
+    fill(tmp_path / "elsewhere", {"x": 4})
+    (place / "linked").symlink_to(tmp_path / "elsewhere" / "x")
+    (place / "linked" / "loop").symlink_to(place)
+    fill(place / "birds", {"robin": 2, "wren": 2})  # one class, birds
+    picture(1).save(place / "stray.png")
+    (place / ".hidden").mkdir()
+    picture(2).save(place / ".hidden" / "x.png")
+    picture(3).save(place / "c d" / "photo.AVIF", format="AVIF")
+    task = lpt.load_task("folder", root=str(place))
+    assert task.classes == ("a [1]", "b {2}", "birds", "c d", "linked")
+    assert len(task.train) + len(task.test) == 3 + 3 + 4 + 4 + 4
+    assert task.facts["left_out"] == ["stray.png"]
+    assert Preprocess(size=8).cut(task.train.take(torch.arange(len(task.train)))).shape[0] == len(task.train)
+
+
+def test_metadata_that_does_not_fit_its_files(tmp_path):
+    place = tmp_path / "p[1]"
+    place.mkdir()
+    for i in range(4):
+        picture(i).save(place / f"{i}.png")
+
+    def says(text, match):
+        (place / "metadata.csv").write_text(text)
+        with pytest.raises(DataError, match=match):
+            lpt.load_task("folder", root=str(place))
+
+    says("file_name,label\n0.png,a\ngone.png,b\n", "names 1 files that are not there, the first is .*gone.png")
+    says("file_name,label\n0.png,a\n0.png,a\n1.png,b\n", "lists an image twice: 0.png")
+    says("file_name,label\n0.png,a\n1.png,\n", "1 rows without a label")
+    says("file_name,x,y\n0.png,a,b\n", r"which holds the label\? Set data.label_column")
+    says("name,label\n0.png,a\n", "it needs file_name and a class")
+    (place / "metadata.csv").write_text("file_name,label\n0.png,a\n1.png,a\n2.png,b\n")
+    assert lpt.load_task("folder", root=str(place)).facts["left_out"] == ["3.png"]
+
+
+def parquet(place, name, cells, labels, kind=None):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    place.mkdir(exist_ok=True)
+    image = pa.array(cells, kind or pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+    pq.write_table(pa.table({"image": image, "label": pa.array(labels)}), place / f"{name}.parquet")
+
+
+def test_parquet_with_holes(tmp_path):
+    import pyarrow as pa
+
+    def cell(i):
+        return {"bytes": _png(torch.from_numpy(np.array(picture(i))).permute(2, 0, 1)), "path": None}
+
+    good = [cell(i) for i in range(6)]
+    for cells, kind in (([*good[:5], None], None), ([*good[:5], {"bytes": b"", "path": None}], None)):
+        parquet(tmp_path / "p", "train", cells, [0, 1] * 3, kind)
+        with pytest.raises(DataError, match="1 train rows hold no image, the first is row 5"):
+            lpt.load_task("folder", root=str(tmp_path / "p"))
+    parquet(tmp_path / "q", "train", list(range(6)), [0, 1] * 3, pa.int64())
+    with pytest.raises(DataError, match="holds no images"):
+        lpt.load_task("folder", root=str(tmp_path / "q"))
+    parquet(tmp_path / "r", "train", good, [0, 1] * 3)
+    before = lpt.load_task("folder", root=str(tmp_path / "r")).manifest()["sha256"]
+    parquet(tmp_path / "r", "test", good[:2], [-1, -1])  # withheld labels: not a test part
+    again = lpt.load_task("folder", root=str(tmp_path / "r"))
+    assert again.manifest()["sha256"] == before and "split off" in again.facts["test_part"]
+    shutil.rmtree(tmp_path / "r")
+    parquet(tmp_path / "r", "train", good[::-1], [0, 1] * 3)  # other images, the same labels
+    assert lpt.load_task("folder", root=str(tmp_path / "r")).manifest()["sha256"] != before
+
+
+def test_nothing_to_test_on_and_nothing_to_hold_out(tmp_path):
+    with pytest.raises(DataError, match="has no image to test on"):
+        lpt.load_task("folder", root=str(fill(tmp_path / "p", {"a": 1, "b": 1})))
+    with pytest.raises(DataError, match=r"no class of .* has a second training image"):
+        lpt.load_task("folder", root=str(fill(tmp_path / "q", {"a": 2, "b": 2})), val_per_class=3)
 
 
 def test_one_class_is_no_task(tmp_path):
@@ -158,7 +252,7 @@ def as_files(images):
         Image.fromarray(images.pixels[i].permute(1, 2, 0).numpy()).save(buffer, "PNG")
         return buffer.getvalue()
 
-    return Files(source, images.labels, images.ids, "1")
+    return Files(source, images.labels, images.ids, images.ids)
 
 
 @pytest.mark.parametrize("mode", ["bicubic", "bilinear"])
@@ -207,6 +301,54 @@ def test_images_are_upright_and_16_bits_become_8():
     assert found.shape == (3, 4, 3) and np.array_equal(found[..., 0], (np.arange(12).reshape(3, 4) * 5000) // 256)
 
 
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "I", "I;16", "F"])
+def test_every_kind_of_pixel_becomes_rgb(mode):
+    grey = (np.arange(48, dtype=np.uint8) * 5).reshape(6, 8)
+    if mode == "F":
+        image = Image.fromarray(grey.astype(np.float32) / 255)
+    elif mode in ("I", "I;16"):
+        image = Image.fromarray(grey.astype(np.int32) if mode == "I" else grey.astype(np.uint16) * 257)
+    else:
+        image = Image.fromarray(grey).convert("RGB").convert("P" if mode == "PA" else mode)
+        image = image.convert(mode)
+    buffer = io.BytesIO()
+    image.save(buffer, "TIFF" if mode not in ("PA", "HSV") else "PNG") if mode not in ("PA", "HSV") else image.convert(
+        "RGBA" if mode == "PA" else "RGB"
+    ).save(buffer, "PNG")
+    found = np.array(decoded(File("x", buffer.getvalue())))
+    assert found.shape == (6, 8, 3) and found.dtype == np.uint8
+    if mode != "1":
+        assert abs(found.astype(int).mean(2) - grey).max() <= (40 if mode.startswith("P") else 8)  # a palette is coarse
+
+
+def test_a_long_thin_image_takes_no_memory():
+    import resource
+
+    buffer = io.BytesIO()
+    Image.new("L", (60_000, 1), 128).save(buffer, "PNG")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for chance in (None, torch.full((1, 5), 0.5)):
+        assert Preprocess(size=224).cut([File("x", buffer.getvalue())], chance).shape == (1, 3, 224, 224)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "PPM", "JPEG2000", "DDS"])
+def test_damaged_files_are_refused_or_decoded_and_nothing_else(kind):
+    buffer = io.BytesIO()
+    picture(1).save(buffer, kind)
+    whole, rng = buffer.getvalue(), np.random.default_rng(0)
+    for _ in range(60):
+        damaged = bytearray(whole)
+        for at in rng.integers(0, len(whole), 3):
+            damaged[at] = rng.integers(256)
+        if rng.random() < 0.3:
+            damaged = damaged[: rng.integers(len(whole))]
+        try:
+            assert decoded(File("x", bytes(damaged))).mode == "RGB"
+        except DataError as error:
+            assert str(error).startswith("image x cannot be decoded")
+
+
 def test_a_broken_image_is_named(flat):
     (flat / "cat" / "2.png").write_bytes((flat / "cat" / "2.png").read_bytes()[:60])
     task = lpt.load_task("folder", root=str(flat))
@@ -230,10 +372,14 @@ def test_training_on_files_is_training_on_memory_up_to_rounding():
 
 
 def test_a_changed_file_has_another_digest(flat):
-    before = lpt.load_task("folder", root=str(flat)).train.digest
-    assert lpt.load_task("folder", root=str(flat)).train.digest == before
-    os.utime(flat / "cat" / "0.png", ns=(1, 1))
-    assert lpt.load_task("folder", root=str(flat)).train.digest != before
+    task = lpt.load_task("folder", root=str(flat))
+    assert lpt.load_task("folder", root=str(flat)).train.digest == task.train.digest
+    os.utime(flat / task.train.ids[0], ns=(1, 1))
+    touched = lpt.load_task("folder", root=str(flat))
+    assert touched.train.digest != task.train.digest  # no cache is trusted
+    assert touched.manifest()["sha256"] == task.manifest()["sha256"]  # and it is the same split
+    picture(77, 30, 30).save(flat / task.train.ids[0])
+    assert lpt.load_task("folder", root=str(flat)).manifest()["sha256"] != task.manifest()["sha256"]
 
 
 def test_the_command_line_trains_evaluates_and_predicts_on_a_folder(flat, tmp_path, monkeypatch, capsys):

@@ -64,6 +64,11 @@ def test_another_run_stands_beside_it(finished, tmp_path):
     shutil.copytree(finished, other)
     path = run.report_again(copy, against=[other])
     assert path == copy / "report.html" and path.read_text().count("the other") >= 4  # one bar for each group, a line
+    shutil.copytree(finished, tmp_path / "x" / "the other")
+    named = run.report_again(copy, against=[other, tmp_path / "x" / "the other"]).read_text()
+    assert f"{tmp_path.name}/the other"[-31:] in named and "x/the other" in named  # two runs of one name stay two
+    with pytest.raises(LptError, match="4 runs are too many"):
+        run.report_again(copy, against=[other] * 4)
     split = json.loads((other / "split.json").read_text())
     (other / "split.json").write_text(json.dumps(split | {"classes": ["a", "b"]}))
     with pytest.raises(LptError, match="a run on 2 other classes"):
@@ -114,3 +119,18 @@ def test_files_give_thumbnails_and_a_broken_one_is_left_out(finished):
 def test_the_same_run_gives_the_same_page(finished):
     arguments, report = parts(finished)
     assert html(report, **arguments) == html(report, **arguments)
+
+
+def test_a_report_of_another_version_is_told(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "mine")
+    report = json.loads((finished / "report.json").read_text())
+    del report["ece"]
+    (tmp_path / "mine" / "report.json").write_text(json.dumps(report))
+    with pytest.raises(LptError, match="another version of lpt: its report has no 'ece'"):
+        run.report_again(tmp_path / "mine")
+
+
+def test_names_that_matplotlib_reads_as_formulas_or_hides():
+    row = {"class_accuracy": 0.5, "many": 0.5, "medium": 0.2, "few": 0.3}
+    assert "frac" in plots.groups({"this run": row, r"$\frac$": row, "_mine": row})
+    assert "mine" in plots.accuracy_by_rank([3, 1], [0.5, 0.2], "thirds", {"_mine": [0.4, 0.1]})

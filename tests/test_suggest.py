@@ -19,12 +19,20 @@ from lpt.suggest import BACKBONES, STEPS, suggest
 def test_every_suggestion_is_a_valid_config_within_the_budget(kind, counts):
     task = toy_task(counts, test_per_class=1)
     config, reasons = suggest(task, torch.device(kind))
+    assert "backbone.name" in reasons and config["backbone"]["name"] == BACKBONES[kind]
     resolved = resolve({**config, "data": {"name": "folder", "root": "photos"}})
     epochs, batch = resolved.method["epochs"], resolved.train.batch_size
     steps = sum(epochs) * max(1, len(task.train) // batch)
     assert steps <= 1.5 * STEPS[kind] and min(epochs) >= 1
     assert 2 <= resolved.method["pool_size"] <= max(2, min(20, len(counts)))
-    assert BACKBONES[kind] in reasons[0] and str(steps) in reasons[1]
+    assert f"{steps} steps" in reasons["method.epochs"]
+
+
+def test_a_large_set_gets_three_epochs():
+    from types import SimpleNamespace
+
+    task = SimpleNamespace(train=range(1_280_000), classes=range(1000))
+    assert sum(suggest(task, torch.device("cpu"))[0]["method"]["epochs"]) == 3
 
 
 def lpt(monkeypatch, capsys, *words):
@@ -47,6 +55,7 @@ def test_fit_prints_a_config_that_gives_the_same_run(tmp_path, monkeypatch, caps
     printed = yaml.safe_load(said[: said.index("folder (photos)")])
     assert printed == yaml.safe_load(saved.read_text()) and printed["method"]["epochs"] == [1, 1]
     assert (out / "report.html").exists() and (out / "prompt.safetensors").exists()
+    assert "# method.epochs" not in said and "# method.pool_size" in said  # no reason for what was overridden
     assert load_config(saved).model_dump() == load_config(out / "config.yaml").model_dump()
 
 
@@ -54,8 +63,17 @@ def test_fit_tells_what_is_wrong(tmp_path, monkeypatch, capsys):
     code, _, err = lpt(monkeypatch, capsys, "fit", tmp_path / "absent")
     assert code == 2 and "does not exist" in err
     photos = fill(tmp_path / "photos", {"cat": 4, "dog": 3})
+    code, _, err = lpt(monkeypatch, capsys, "fit", photos, "train.device=[1]")
+    assert code == 2 and "train.device" in err
     code, _, err = lpt(monkeypatch, capsys, "fit", photos, "method.epoch=3", "--out", tmp_path / "run")
     assert code == 2 and "method.epoch" in err and not (tmp_path / "run").exists()
+
+
+def test_fit_with_another_method(tmp_path, monkeypatch, capsys):
+    photos = fill(tmp_path / "photos", {"cat": 4, "dog": 3})
+    words = ["method.name=linear_probe", "backbone.name=untrained:vit_tiny_patch16_224", "backbone.image_size=32"]
+    code, said, err = lpt(monkeypatch, capsys, "fit", photos, *words, "--out", tmp_path / "run")
+    assert code == 0 and "linear_probe" in said and "pool_size" not in said, err
 
 
 @pytest.fixture(scope="module")

@@ -54,7 +54,10 @@ def main() -> None:
             folder = RUNS / given.suite
             out = folder / f"{row['method']}-seed{seed}-{key}"
             if "phase1_of" in row and not out.exists():
-                share_phase1(next(folder.glob(f"{row['phase1_of']}-seed{seed}-*")), out, row["config"], overrides)
+                of = next(other for other in rows if other["method"] == row["phase1_of"])
+                theirs = [*of.get("set", []), f"train.seed={seed}", *given.overrides]
+                source = folder / f"{of['method']}-seed{seed}-{config_hash(of['config'], theirs)}"
+                share_phase1(source, out, row["config"], overrides)
             report = run(row["config"], overrides, out)
             results.append({**report, "method": row["method"], "setting": row.get("set", []), "config_hash": key})
             write_whole(place, json.dumps(results, indent=1).encode())
@@ -69,17 +72,33 @@ def config_hash(config: str, overrides: list[str]) -> str:
     return hashlib.sha256(resolved.run_hash("", "").encode()).hexdigest()[:12]
 
 
+PHASE2 = ("pool_init", "pool_size", "topk", "key_init", "query_centering", "query_head", "beta", "prefix_blocks")
+"""Settings of LPT that its phase 1 does not see."""
+
+
 def share_phase1(source: Path, out: Path, config: str, overrides: list[str]) -> None:
-    """Makes `out` a run whose phase 1 is done: the checkpoints that the run in `source` had at that point."""
-    report, resolved = json.loads((source / "report.json").read_text()), load_config(config, overrides)
+    """Makes `out` a run whose phase 1 is done: the checkpoint that the run in `source` had at that point."""
+    if not (source / "report.json").exists():
+        sys.exit(f"{source} has to be run first: its phase 1 is to be shared")
+    report, theirs, ours = (
+        json.loads((source / "report.json").read_text()),
+        load_config(source / "config.yaml"),
+        load_config(config, overrides),
+    )
+    seen = [{**c.model_dump(), "method": phase1_settings(c.method)} for c in (theirs, ours)]
+    assert seen[0] == seen[1], f"{source} and {config} {overrides} differ in phase 1"
     identity = (report["data"]["split_sha256"], f"{report['backbone']['fingerprint']} in {report['precision']}")
-    theirs, ours = load_config(source / "config.yaml").run_hash(*identity), resolved.run_hash(*identity)
-    for name in ("class_means", "phase1"):
-        place = Path("checkpoints") / f"{name}.safetensors"
-        state = load_checkpoint(source / place, run_hash=theirs)
-        assert state is not None and state.finished, f"{source / place} is not a finished phase"
-        save_checkpoint(out / place, state, run_hash=ours)
-    write_whole(out / "config.yaml", resolved.to_yaml().encode())
+    place = Path("checkpoints") / "phase1.safetensors"
+    state = load_checkpoint(source / place, run_hash=theirs.run_hash(*identity))
+    assert state is not None and state.finished, f"{source / place} is not a finished phase"
+    save_checkpoint(out / place, state, run_hash=ours.run_hash(*identity))
+    write_whole(out / "config.yaml", ours.to_yaml().encode())
+
+
+def phase1_settings(method: dict[str, Any]) -> dict[str, Any]:
+    """Of two values for two phases, the first."""
+    first = {k: v[0] if k in ("epochs", "lr") else v for k, v in method.items()}
+    return {k: v for k, v in first.items() if k not in PHASE2}
 
 
 def run(config: str, overrides: list[str], out: Path) -> dict[str, Any]:

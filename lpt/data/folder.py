@@ -1,10 +1,12 @@
-"""Your own images: a folder of class folders, a folder with metadata.csv or .jsonl, parquet files, or a Hub dataset.
+"""Your own images: class folders, images with metadata.csv or .jsonl, parquet files, or a dataset of the Hub.
 
-All are read through `datasets`; images are decoded when a batch needs them.
+Tables are read through `datasets`; images are decoded when a batch needs them.
 """
 
+import glob
 import hashlib
 import os
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -13,10 +15,27 @@ import torch
 from pydantic import Field
 
 from lpt.data.task import Count, Files, Task, hold_out
-from lpt.errors import DataError, did_you_mean
+from lpt.errors import DataError, LptError, did_you_mean
 from lpt.longtail import shot_groups
 
 PARTS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test",)}
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm", ".pgm", ".jp2")
+"""What is an image by its name; other files in a folder are passed over."""
+METADATA = ("metadata.csv", "metadata.jsonl")
+LABELS = ("label", "fine_label", "labels", "class", "category", "species")
+
+
+class Part(NamedTuple):
+    """Encoded images of one part by number, and for each an id, a class name and a print of its content. `order` is
+    the dataset's own order of its classes, `left_out` what lies beside them and belongs to none."""
+
+    source: Callable[[int], str | bytes]
+    ids: list[str]
+    names: list[str]
+    prints: list[str]
+    stamp: str = ""
+    order: Sequence[str] = ()
+    left_out: Sequence[str] = ()
 
 
 def folder(
@@ -31,28 +50,36 @@ def folder(
     """Your own images: ROOT/<class>/*.jpg, also inside train/, val/ and test/; metadata.csv; parquet; a Hub id.
 
     Without a test part (nor a val part, which then serves as one) a stratified share of `test_share` is split off with
-    `seed`; a class with one image keeps it for training. Groups are many/medium/few by count where none of them is
-    empty, else rank thirds.
+    `seed`; a class with one image keeps it for training. `val_per_class` holds out training images where there is no
+    val part. Groups are many/medium/few by count where none of them is empty, else rank thirds.
     """
     if root is None:
         raise DataError("data.root is missing: give a folder with one folder of images for each class")
-    found = _read(root)
-    if "train" not in found:
-        raise DataError(f"data.root {root} has no training part, only {', '.join(found)}")
-    parts = {role: _part(root, role, rows, image_column, label_column) for role, rows in found.items()}
+    parts = _read(root, image_column, label_column)
+    if "train" not in parts:
+        raise DataError(f"data.root {root} has no training part, only {', '.join(parts) or 'nothing'}")
     classes = _in_order(parts["train"].order, {name for part in parts.values() for name in part.names})
-    made = {role: _files(part, classes) for role, part in parts.items()}
+    made = {role: _files(root, part, classes) for role, part in parts.items()}
     train, val, test, split = made["train"], made.get("val"), made.get("test"), "as given"
     if test is None and val is not None:
         test, val, split = val, None, "the val part is the test set"
     if test is None:
         train, test = _split_off(train, test_share, seed)
         split = f"{test_share:g} of each class split off as test set with seed {seed}"
+    if len(test) == 0:
+        raise DataError(f"data.root {root} has no image to test on: a class needs two images to give one away")
     if val is None and val_per_class:
-        kept, held = hold_out(np.arange(len(train)), np.arange(len(train)), train.labels.numpy(), val_per_class, seed)
+        every = np.arange(len(train))
+        kept, held = hold_out(every, every, train.labels.numpy(), val_per_class, seed)
+        if len(held) == 0:
+            raise DataError(
+                f"data.val_per_class {val_per_class}: no class of {root} has a second training image to give"
+            )
         train, val = train.subset(kept.tolist()), train.subset(held.tolist())
     counts = torch.bincount(train.labels, minlength=len(classes))
     rule = "lt20" if all(len(group) for group in shot_groups(counts).values()) else "thirds"
+    left_out = [name for part in parts.values() for name in part.left_out]
+    facts = {"variant": Path(root).resolve().name, "profile": "natural", "seed": seed, "test_part": split}
     return Task(
         name="folder",
         classes=tuple(classes),
@@ -60,134 +87,216 @@ def folder(
         val=val,
         test=test,
         group_rule=rule,
-        facts={"variant": Path(root).name, "profile": "natural", "seed": seed, "test_part": split},
+        facts=facts | ({"left_out": left_out} if left_out else {}),
     )
 
 
-class Part(NamedTuple):
-    """Rows of `datasets` with encoded images in `column`, an id and a class name for each, and the names' own order."""
-
-    rows: Any
-    column: str
-    ids: list[str]
-    names: list[str]
-    order: list[str]
-
-
-def _read(root: str) -> dict[str, Any]:
-    """The parts train, val and test that are there, as `datasets` reads them."""
-    import datasets
-    from datasets.exceptions import DatasetsError
-
+def _read(root: str, image_column: str | None, label_column: str | None) -> dict[str, Part]:
+    """The parts train, val and test that are there."""
     place = Path(root)
+    if place.is_dir():
+        images = list(_images(place))
+        if not images and any(place.rglob("*.parquet")):
+            return _tables(root, image_column, label_column)
+        if not images:
+            raise DataError(f"data.root {root} holds no image ({', '.join(SUFFIXES)}) and no parquet file")
+        return _folders(place, images, label_column)
+    if place.exists():
+        raise DataError(f"data.root {root} is a file: give the folder that it lies in")
+    if root.count("/") == 1 and not root.startswith((".", "/", "~")):
+        return _tables(root, image_column, label_column)
+    raise DataError(f"data.root {root} does not exist")
+
+
+# Folders of images.
+
+
+def _images(place: Path) -> Iterator[tuple[str, ...]]:
+    """Image files below `place` as path parts, in order of name; hidden ones are passed over, links are followed."""
+    seen: set[str] = set()
+    for here, folders, files in os.walk(place, followlinks=True):
+        real = os.path.realpath(here)
+        if real in seen:  # a link to where we have been
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
+                yield (*Path(here).relative_to(place).parts, name)
+
+
+def _folders(place: Path, images: list[tuple[str, ...]], label_column: str | None) -> dict[str, Part]:
+    """A folder called train may be a part or a class: it is a part where images lie one folder deeper, or where a
+    metadata file describes them."""
+    inside: dict[str, list[tuple[str, ...]]] = {}
+    for parts in images:
+        if len(parts) > 1:
+            inside.setdefault(parts[0], []).append(parts)
+    roles: dict[str, list[str]] = {}
+    for name, own in inside.items():
+        role = next((r for r, names in PARTS.items() if name.lower() in names), None)
+        if role and (_metadata(place / name) or any(len(parts) > 2 for parts in own)):
+            roles.setdefault(role, []).append(name)
+    if "train" not in roles or _metadata(place):
+        return {"train": _part(place, place, images, label_column)}
+    if double := [names for names in roles.values() if len(names) > 1]:
+        raise DataError(f"data.root {place} has two folders for one part, {' and '.join(double[0])}: keep one of them")
+    if others := sorted(inside.keys() - {names[0] for names in roles.values()}):
+        raise DataError(
+            f"data.root {place} has parts ({', '.join(n[0] for n in roles.values())}) and beside them {others[0]}, "
+            "which holds images too: move it elsewhere"
+        )
+    return {role: _part(place, place / names[0], inside[names[0]], label_column) for role, names in roles.items()}
+
+
+def _metadata(place: Path) -> Path | None:
+    return next((place / name for name in METADATA if (place / name).is_file()), None)
+
+
+def _part(root: Path, place: Path, images: list[tuple[str, ...]], label_column: str | None) -> Part:
+    depth = len(place.relative_to(root).parts)
+    if table := _metadata(place):
+        files, names = _described(table, label_column)
+        listed = {path.relative_to(root).as_posix() for path in files if path.is_relative_to(root)}
+        left_out = ["/".join(parts) for parts in images if "/".join(parts) not in listed]
+    else:
+        inside = [parts for parts in images if len(parts) > depth + 1]
+        left_out = ["/".join(parts) for parts in images if len(parts) <= depth + 1]
+        files, names = [root.joinpath(*parts) for parts in inside], [parts[depth] for parts in inside]
+        if not files:
+            raise DataError(f"data.root {place} has images, but no class folders with images in them")
+    ids = [path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path) for path in files]
+    facts = [os.stat(path) for path in files]
+    stamp = hashlib.sha256(" ".join(str(f.st_mtime_ns) for f in facts).encode()).hexdigest()
+    paths = [str(path) for path in files]
+    return Part(lambda i: paths[i], ids, names, [str(f.st_size) for f in facts], stamp, (), left_out)
+
+
+def _described(table: Path, label_column: str | None) -> tuple[list[Path], list[str]]:
+    """(file, class name) of every row of a metadata file."""
+    kind = "csv" if table.suffix == ".csv" else "json"
+    rows = _load(str(table), kind, data_files={"train": glob.escape(str(table))})["train"]
+    if "file_name" not in rows.column_names:
+        raise DataError(f"{table} has columns {', '.join(rows.column_names)}: it needs file_name and a class")
+    others = [name for name in rows.column_names if name != "file_name"]
+    usual = [name for name in LABELS if name in others]
+    label = _column(str(table), "label", label_column, usual or (others if len(others) == 1 else []), others)
+    names = rows[label]
+    if (empty := sum(name is None for name in names)) > 0:
+        raise DataError(f"{table} has {empty} rows without a {label}; every image needs a class")
+    files = [table.parent / str(name) for name in rows["file_name"]]
+    if missing := [path for path in files if not path.is_file()]:
+        raise DataError(f"{table} names {len(missing)} files that are not there, the first is {missing[0]}")
+    return files, [str(name) for name in names]
+
+
+# Tables with encoded images.
+
+
+def _load(what: str, *words: str, **settings: Any) -> Any:
+    """`datasets.load_dataset`, quietly, with its many errors in one sentence."""
+    import datasets
+
     quiet = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
-        if place.is_dir():
-            found = _open_folder(place)
-        elif place.exists():
-            raise DataError(f"data.root {root} is a file: give the folder that it lies in")
-        elif root.count("/") == 1 and not root.startswith((".", "/", "~")):
-            found = datasets.load_dataset(root)
-        else:
-            raise DataError(f"data.root {root} does not exist")
-    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-        raise DataError(f"data.root {root} cannot be read as a dataset of images ({reason})") from None
+        return datasets.load_dataset(*words, **settings)
+    except LptError:
+        raise
+    except Exception as error:  # readers raise whatever their libraries do
+        reason = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0][:300]
+        raise DataError(f"data.root {what} cannot be read as a dataset of images ({reason})") from None
     finally:
         if quiet:
             datasets.enable_progress_bars()
-    named = {role: next((n for n in names if n in found), None) for role, names in PARTS.items()}
-    return {role: found[name] for role, name in named.items() if name is not None}
 
 
-def _open_folder(place: Path) -> Any:
-    """As `datasets` reads it; which folders are parts is decided here, since a class may be called train or test."""
-    import datasets
-
-    tables = sorted(p.name for p in place.rglob("*.parquet"))
-    inside = [p for p in sorted(place.iterdir()) if p.is_dir() and not p.name.startswith(".")]
-    if tables:
-        return datasets.load_dataset(str(place))
-    roles = {role: p for role, names in PARTS.items() for p in inside if p.name in names}
-    if len(roles) == len(inside) and "train" in roles:
-        files = {role: f"{p.name}/**" for role, p in roles.items()}
-    else:
-        files = {"train": "**"}
-    described = any(place.rglob("metadata.*"))  # names the classes itself
-    return datasets.load_dataset(
-        "imagefolder", data_dir=str(place), data_files=files, drop_labels=None if described else False
-    )
+def _tables(root: str, image_column: str | None, label_column: str | None) -> dict[str, Part]:
+    found = _load(root, str(Path(root).resolve()) if Path(root).is_dir() else root)
+    parts: dict[str, Part] = {}
+    for role, names in PARTS.items():
+        name = next((n for n in names if n in found), None)
+        if name and (part := _table(root, role, found[name], image_column, label_column)):
+            parts[role] = part
+    return parts
 
 
-def _part(root: str, role: str, rows: Any, image_column: str | None, label_column: str | None) -> Part:
+def _table(root: str, role: str, rows: Any, image_column: str | None, label_column: str | None) -> Part | None:
+    """None for a part other than train whose labels are withheld, as the Hub's test parts often are."""
     import datasets
 
     features = rows.features
     images = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
     labels = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
-    usual = [name for name in ("label", "fine_label", "labels", "class", "category", "species") if name in features]
-    image = _column(root, "image", image_column, images + [n for n in ("image", "img") if n in features], features)
-    label = _column(root, "label", label_column, labels + usual, features)
-    rows = rows.cast_column(image, datasets.Image(decode=False))
+    named = [name for name in ("image", "img") if name in features]
+    image = _column(root, "image", image_column, images + named, features)
+    label = _column(root, "label", label_column, labels + [n for n in LABELS if n in features], features)
     values, kind = rows[label], features[label]
-    if any(v is None or v == -1 for v in values):
-        raise DataError(f"data.root {root}: {role} has images without a {label}; every image needs a class")
+    unlabelled = sum(v is None or v == -1 for v in values)
+    if unlabelled == len(values) and role != "train":
+        return None
+    if unlabelled:
+        raise DataError(
+            f"data.root {root}: {unlabelled} of the {role} images have no {label}; every image needs a class"
+        )
+    try:
+        cells = rows.cast_column(image, datasets.Image(decode=False)).select_columns(image)
+        contents = [cell[image] for cell in cells]
+    except Exception:  # pyarrow's and datasets' own, for a column of another type
+        raise DataError(f"data.{image}: this column of {root} ({features[image]}) holds no images") from None
+    if empty := [i for i, c in enumerate(contents) if not c or not (c["bytes"] or c["path"])]:
+        raise DataError(f"data.root {root}: {len(empty)} {role} rows hold no image, the first is row {empty[0]}")
+    prints = [hashlib.sha256(c["bytes"]).hexdigest()[:16] if c["bytes"] else str(c["path"]) for c in contents]
+    del contents
+
+    def source(i: int) -> str | bytes:
+        cell = cells[i][image]
+        return cell["bytes"] or cell["path"]
+
     order = list(kind.names) if isinstance(kind, datasets.ClassLabel) else []
     names = [order[v] for v in values] if order else [str(v) for v in values]
-    base = Path(root).resolve()
-    ids = []
-    for i, cell in enumerate(rows.select_columns(image)):
-        path = None if cell[image]["bytes"] else Path(cell[image]["path"])
-        inside = path is not None and path.is_relative_to(base)
-        ids.append(path.relative_to(base).as_posix() if inside and path else f"{role}/{i:07d}")
-    return Part(rows.select_columns(image), image, ids, names, order)
+    return Part(source, [f"{role}/{i:07d}" for i in range(len(names))], names, prints, "", order)
 
 
-def _column(root: str, what: str, wanted: str | None, found: list[str], features: Any) -> str:
-    if wanted is not None and wanted not in features:
-        raise DataError(
-            f"data.{what}_column {wanted!r} is no column of {root} ({', '.join(features)})"
-            f"{did_you_mean(wanted, features)}"
-        )
+def _column(root: str, what: str, wanted: str | None, found: list[str], columns: Any) -> str:
+    if wanted is not None and wanted not in columns:
+        there = f"({', '.join(columns)}){did_you_mean(wanted, columns)}"
+        raise DataError(f"data.{what}_column {wanted!r} is no column of {root} {there}")
     if wanted is None and not found:
         raise DataError(
-            f"data.root {root} has columns {', '.join(features)}: which holds the {what}? Set data.{what}_column"
+            f"data.root {root} has columns {', '.join(columns)}: which holds the {what}? Set data.{what}_column"
         )
     return wanted or found[0]
 
 
-def _in_order(order: list[str], used: set[str]) -> list[str]:
+# From parts to a task.
+
+
+def _in_order(order: Sequence[str], used: set[str]) -> list[str]:
     """The dataset's own order of its classes; sorted where it has none, numbers as numbers."""
     if used <= set(order):
-        return order
+        return list(order)
     return sorted(used, key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name))
 
 
-def _files(part: Part, classes: list[str]) -> Files:
+def _files(root: str, part: Part, classes: list[str]) -> Files:
+    if len(set(part.ids)) < len(part.ids):
+        twice = next(name for name in part.ids if part.ids.count(name) > 1)
+        raise DataError(f"data.root {root} lists an image twice: {twice}")
     index = {name: k for k, name in enumerate(classes)}
-    rows, column = part.rows, part.column
-
-    def source(i: int) -> str | bytes:
-        cell = rows[i][column]
-        return cell["bytes"] or cell["path"]
-
-    digest = hashlib.sha256(str(rows._fingerprint).encode())
-    for cell in rows:
-        if not cell[column]["bytes"]:
-            facts = os.stat(cell[column]["path"])
-            digest.update(f"{facts.st_size} {facts.st_mtime_ns}\n".encode())
     labels = torch.tensor([index[name] for name in part.names])
-    return Files(source, labels, tuple(part.ids), digest.hexdigest())
+    return Files(part.source, labels, tuple(part.ids), tuple(part.prints), part.stamp)
 
 
 def _split_off(files: Files, share: float, seed: int) -> tuple[Files, Files]:
     """(training, test): of each class round(share · n) images, at least one where there are two or more."""
     rng = np.random.default_rng((seed, 13))
     by_id = np.argsort(np.array(files.ids))  # not the file system's order
+    labels = files.labels.numpy()
     test: list[int] = []
-    for k in np.unique(files.labels.numpy()):
-        own = rng.permutation(by_id[files.labels.numpy()[by_id] == k])
+    for k in np.unique(labels):
+        own = rng.permutation(by_id[labels[by_id] == k])
         test += own[: min(max(round(share * len(own)), 1), len(own) - 1)].tolist()
     kept = sorted(set(range(len(files))) - set(test))
     return files.subset(kept), files.subset(sorted(test))

@@ -59,24 +59,26 @@ class Images:
 class Files:
     """Labelled image files, read when they are asked for.
 
-    `source(i)` is the path of image i, or its encoded bytes; `version` changes when a file does.
+    `source(i)` is the path of image i, or its encoded bytes; `prints` say what is in each (a size, a hash) without
+    regard to where and when it was written; `stamp` changes also when a file is only written anew.
     """
 
     source: Callable[[int], str | bytes]
     labels: Tensor
     ids: tuple[str, ...]
-    version: str
+    prints: tuple[str, ...]
+    stamp: str = ""
 
     def __post_init__(self) -> None:
-        assert len(self.labels) == len(self.ids)
+        assert len(self.labels) == len(self.ids) == len(self.prints)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over ids, in this order, and the files' version."""
-        return hashlib.sha256("\n".join([self.version, *self.ids]).encode()).hexdigest()
+        """SHA-256 over ids, in this order, prints and stamp."""
+        return hashlib.sha256("\n".join([self.stamp, *self.ids, *self.prints]).encode()).hexdigest()
 
     def take(self, indices: Tensor) -> list[File]:
         """[B] → encoded images, for `Preprocess.cut`."""
@@ -84,12 +86,13 @@ class Files:
 
     def subset(self, indices: Iterable[int]) -> "Files":
         chosen = [int(i) for i in indices]
+        ids, prints = (tuple(of[i] for i in chosen) for of in (self.ids, self.prints))
         source = self.source
-        return Files(lambda i: source(chosen[i]), self.labels[chosen], tuple(self.ids[i] for i in chosen), self.version)
+        return Files(lambda i: source(chosen[i]), self.labels[chosen], ids, prints, self.stamp)
 
     def content(self, rows: np.ndarray) -> bytes:
-        """Nothing: the hash of a split of files is over ids and labels, so that a long list starts at once."""
-        return b""
+        """What a split's hash covers beside ids and labels: the prints, so that a long list starts at once."""
+        return "\n".join(self.prints[i] for i in rows.tolist()).encode()
 
 
 @dataclass(frozen=True)
@@ -120,8 +123,8 @@ class Task:
         return round((present.max() / present.min()).item(), 4)
 
     def manifest(self) -> dict[str, Any]:
-        """What exactly is in the split: facts, counts, ids and a SHA-256 over ids, roles, labels and, where they lie
-        in memory, pixels.
+        """What exactly is in the split: facts, counts, ids and a SHA-256 over ids, roles, labels and pixels (of files:
+        their sizes, or a hash of their bytes in a table).
 
         The hash depends on neither file-system order nor working directory: rows are sorted by role and id.
         """

@@ -77,10 +77,14 @@ class Sampler(Protocol):
 
 
 class Images(Protocol):
-    """Training images: labels [N] and, for indices [B], uint8 pixels [B 3 h w] or a list of encoded files."""
+    """Training images: labels [N], a digest of what they are, and for indices [B] uint8 pixels [B 3 h w] or a list of
+    encoded files."""
 
     @property
     def labels(self) -> Tensor: ...
+
+    @property
+    def digest(self) -> Any: ...
 
     def take(self, indices: Tensor) -> Any: ...
 
@@ -238,9 +242,10 @@ class Fit:
         optim.zero_grad(set_to_none=True)  # what the next phase does not train must not keep a gradient
 
     def once(self, name: str, make: Callable[[], Tensor]) -> Tensor:
-        """What `make` returns, kept beside the checkpoints: a resumed run need not compute it again."""
+        """What `make` returns of the training images, kept beside the checkpoints: a resumed run need not compute it
+        again, unless an image file was written anew."""
         self._start()
-        place = self.checkpoints / f"{name}.safetensors" if self.checkpoints else None
+        place = self.checkpoints / f"{name}-{self.images.digest[:12]}.safetensors" if self.checkpoints else None
         if place and (found := load_checkpoint(place, run_hash=self.run_hash)):
             return found.tensors["value"]
         value = make()

@@ -1,4 +1,4 @@
-"""Methods by name; each is a module with one function `tune`, whose keyword arguments are its settings."""
+"""Methods by name; each is one function whose keyword arguments are its settings."""
 
 from collections.abc import Callable
 from typing import Any
@@ -33,7 +33,7 @@ def tune(
     """
     if method not in METHODS:
         raise LptError(f"method {method!r} is unknown ({', '.join(METHODS)}){did_you_mean(method, METHODS)}")
-    _, mistakes = validated("method", settings_of(METHODS[method]), settings)
+    settings, mistakes = validated("method", settings_of(METHODS[method]), settings)
     if mistakes:
         raise ConfigError(mistakes)
     fit = Fit(task.train, backbone.preprocess, batch_size, seed=seed, dtype=backbone.dtype, say=say)

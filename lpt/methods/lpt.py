@@ -180,9 +180,9 @@ def tune(
 
     # Phase 1: the shared prompt and the head.
     if head_init == "class_mean":
-        found = fit.once("class_means", lambda: class_means(features(model, task.train), labels, len(task.classes)))
+        found = fit.once("features", lambda: features(model, task.train, folder=fit.feature_cache))
         with torch.no_grad():
-            head.weight.copy_(found)
+            head.weight.copy_(class_means(found, labels, len(task.classes)))
     model.only_train("shared.", "head.")
     if epochs[0]:
         phase(1, None)
@@ -191,7 +191,7 @@ def tune(
 
     # Phase 2: group prompts, their keys, and the head that phase 1 left.
     if query_centering == "mean" or key_init == "kmeans":
-        found = fit.once("queries", lambda: features(model, task.train))
+        found = fit.once("queries", lambda: features(model, task.train, folder=fit.feature_cache))
         if query_centering == "mean":
             pool.centre.copy_(found.mean(0))
         if key_init == "kmeans":
