@@ -1,0 +1,162 @@
+"""Pretrains `nano`, the backbone that comes with lpt: a small ViT at 32 px, distilled from DeiT-Tiny on CIFAR-100.
+
+    python -m benchmarks.nano.pretrain --data ../shared/data/cifar100 \\
+        --teacher ../shared/weights/deit_tiny_patch16_224.fp16.safetensors --epochs 30 --out runs/nano
+
+Targets are the labels of the full, balanced training set and, for each image and its mirror image, the teacher's
+feature, computed once. What is stored is the ViT alone, in fp16. Killed, it goes on at the last epoch.
+
+Shapes: images [N 3 32 32] uint8, features [2 N D] (as they are, then mirrored), logits [B 100].
+"""
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
+
+from lpt.backbones import load_backbone
+from lpt.backbones.nano import FILE, PREPROCESS, architecture
+from lpt.data.cifar import cifar100_lt
+from lpt.engine.checkpoint import write_whole
+from lpt.run import pick_device, pick_precision
+
+CLASSES = 100
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.nano.pretrain", description=__doc__.splitlines()[0])
+    parser.add_argument("--data", required=True, help="CIFAR-100, as data.root of cifar100-lt")
+    parser.add_argument("--teacher", required=True, help="safetensors of timm's deit_tiny_patch16_224")
+    parser.add_argument("--teacher-size", type=int, default=112)
+    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--images", type=int, help="only the first so many, for a trial")
+    parser.add_argument("--out", type=Path, default=Path("runs/nano"))
+    parser.add_argument("--install", action="store_true", help=f"write {FILE.name} into the package at the end")
+    given = parser.parse_args()
+    device = pick_device("auto")
+    dtype = torch.bfloat16 if pick_precision("auto", device) == "bf16" else torch.float32
+    task = cifar100_lt(given.data, imbalance_factor=1)  # all 500 images of every class
+    images, labels = task.train.pixels[: given.images], task.train.labels[: given.images]
+
+    torch.manual_seed(0)
+    features = teacher_features(given, images, device, dtype)
+    student = Student(features.shape[1]).to(device)
+    decay = [p for p in student.parameters() if p.dim() > 1]
+    plain = [p for p in student.parameters() if p.dim() <= 1]
+    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}])
+    place, first, spent = given.out / "state.pt", 0, 0.0
+    if place.exists():
+        state = torch.load(place, weights_only=True)
+        student.load_state_dict(state["student"])
+        optimizer.load_state_dict(state["optimizer"])
+        first, spent = state["epochs"], state["seconds"]
+
+    per_epoch = len(images) // given.batch
+    for epoch in range(first, given.epochs):
+        began, total = time.perf_counter(), 0.0
+        generator = torch.Generator().manual_seed(1000 + epoch)
+        order = torch.randperm(len(images), generator=generator)
+        for i in range(per_epoch):
+            rate = lr_at(epoch * per_epoch + i, given.epochs * per_epoch, per_epoch, given.lr)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            rows = order[i * given.batch : (i + 1) * given.batch]
+            views, mirrored = augmented(images[rows], generator)
+            target = features[rows + mirrored * len(images)].to(device).float()
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                logits, imitation = student(views.to(device))
+            loss = F.cross_entropy(logits.float(), labels[rows].to(device), label_smoothing=0.1)
+            loss = loss + 2 * (1 - F.cosine_similarity(imitation.float(), target)).mean()
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+            optimizer.step()
+            total += loss.item()
+        spent += time.perf_counter() - began
+        print(f"epoch {epoch + 1}/{given.epochs}  loss {total / max(per_epoch, 1):.4f}  {spent:.0f} s", flush=True)
+        given.out.mkdir(parents=True, exist_ok=True)
+        state = {"student": student.state_dict(), "optimizer": optimizer.state_dict()}
+        fresh = place.with_suffix(".tmp")
+        torch.save({**state, "epochs": epoch + 1, "seconds": spent}, fresh)
+        fresh.replace(place)
+
+    weights = {k: v.detach().cpu().half().contiguous() for k, v in student.vit.state_dict().items()}
+    content = to_bytes(weights, metadata={"format": "pt", "made": f"benchmarks.nano.pretrain, {given.epochs} epochs"})
+    write_whole(given.out / FILE.name, content)
+    if given.install:
+        write_whole(FILE, content)
+    student.eval()
+    result: dict[str, Any] = {"epochs": given.epochs, "seconds": round(spent), "bytes": len(content)}
+    with torch.no_grad():
+        views = PREPROCESS.test(task.test.pixels).to(device)
+        found = torch.cat([student(part)[0].argmax(1) for part in views.split(500)]).cpu()
+    result["test_accuracy_of_its_own_head"] = (found == task.test.labels).double().mean().item()
+    print(json.dumps(result))
+
+
+class Student(nn.Module):
+    """nano with a classifier and a map to the teacher's feature, both dropped afterwards."""
+
+    def __init__(self, teacher_width: int):
+        super().__init__()
+        self.vit: Any = architecture()
+        self.head = nn.Linear(self.vit.embed_dim, CLASSES)
+        self.imitate = nn.Linear(self.vit.embed_dim, teacher_width)
+
+    def forward(self, views: Tensor) -> tuple[Tensor, Tensor]:
+        feature = self.vit(views)
+        return self.head(feature), self.imitate(feature)
+
+
+@torch.no_grad()
+def teacher_features(given: argparse.Namespace, images: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Features of each image and of its mirror image [2 N D], kept in the out-folder."""
+    place = given.out / f"teacher-{given.teacher_size}-{len(images)}.safetensors"
+    if place.exists():
+        return load_file(place)["features"]
+    teacher = load_backbone("timm:deit_tiny_patch16_224", weights=given.teacher, image_size=given.teacher_size).to(
+        device, dtype
+    )
+    found = []
+    for part in torch.cat([images, images.flip(3)]).split(256):
+        tokens = teacher.embed(teacher.preprocess.test(part.to(device), dtype=dtype))
+        for i in range(teacher.depth):
+            tokens = teacher.block(i, tokens)
+        found.append(teacher.pool(tokens).half().cpu())
+    features = torch.cat(found)
+    write_whole(place, to_bytes({"features": features}))
+    return features
+
+
+def augmented(images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Shift by up to 4 pixels and mirror. [B 3 32 32] uint8 → (views, mirrored [B] as 0 or 1)."""
+    n, _, height, width = images.shape
+    padded = F.pad(images.float(), (4, 4, 4, 4), mode="reflect")
+    top, left = torch.randint(0, 9, (2, n), generator=generator)
+    rows = top[:, None] + torch.arange(height)
+    columns = left[:, None] + torch.arange(width)
+    mirrored = torch.randint(0, 2, (n,), generator=generator)
+    columns = torch.where(mirrored[:, None].bool(), columns.flip(1), columns)
+    views = padded[torch.arange(n)[:, None, None], :, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
+    return PREPROCESS.normalised(views.contiguous()), mirrored
+
+
+def lr_at(step: int, steps: int, ramp: int, lr: float) -> float:
+    """A linear ramp over the first `ramp` steps, then a cosine to 0."""
+    if step < ramp:
+        return lr * (step + 1) / ramp
+    return lr * 0.5 * (1 + math.cos(math.pi * (step - ramp) / max(steps - ramp, 1)))
+
+
+if __name__ == "__main__":
+    main()

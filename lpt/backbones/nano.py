@@ -1,0 +1,39 @@
+"""`nano`, the backbone inside the package: a small ViT at 32 px, so that a first run needs no download.
+
+It has seen CIFAR-100's training images with their labels (`benchmarks/nano/pretrain.py`): never report it on CIFAR-100
+as if those classes were new to it.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from lpt.backbones.base import fingerprint_of
+from lpt.backbones.timm_vit import TimmViT, read_weights
+from lpt.errors import BackboneError
+from lpt.preprocess import Preprocess
+
+FILE = Path(__file__).parent / "nano.safetensors"
+PATCH = 4
+PREPROCESS = Preprocess(size=32, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+
+
+def architecture() -> Any:
+    """8 blocks of width 128, 64 patches and CLS: 1.6 million parameters."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    return VisionTransformer(
+        img_size=32, patch_size=PATCH, embed_dim=128, depth=8, num_heads=4, num_classes=0, global_pool="token"
+    )
+
+
+def load(*, image_size: int | None = None) -> TimmViT:
+    """nano with its weights; other image sizes interpolate the position embedding. Raises BackboneError."""
+    size = image_size or PREPROCESS.size
+    if size % PATCH:
+        raise BackboneError(f"backbone.image_size {size} is not a multiple of the patch size {PATCH} of nano")
+    vit = architecture()
+    vit.load_state_dict({k: v.float() for k, v in read_weights(FILE).items()})
+    fingerprint = fingerprint_of(vit.named_parameters())
+    if size != PREPROCESS.size:
+        vit.set_input_size((size, size))
+    return TimmViT(vit, name="nano", preprocess=PREPROCESS.with_(size=size), fingerprint=fingerprint)
