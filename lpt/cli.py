@@ -1,4 +1,4 @@
-"""The mouth: one command for each door of `run.py`. Mistakes are one sentence and exit code 2."""
+"""The mouth: one command for each door of `run.py` and `serving.py`. Mistakes are one sentence and exit code 2."""
 
 import json
 import sys
@@ -40,18 +40,17 @@ def fit(
     """Pick settings from the class counts and the hardware, print them as a config, and train."""
     import yaml
 
-    from lpt import run
     from lpt.config import check_data, merged, nested, resolve
     from lpt.data import load_task
+    from lpt.device import pick_device
     from lpt.engine.checkpoint import write_whole
+    from lpt.serving import check_loading
     from lpt.suggest import suggest
 
     given = nested(settings or [])
     data = check_data({"name": "folder", "root": root, **given.get("data", {})})
-    run.check_loading(
-        {"train": {k: v for k, v in given.get("train", {}).items() if k == "device"}}, sections=("train",)
-    )
-    suggested, reasons = suggest(load_task(**data), run.pick_device(given.get("train", {}).get("device", "auto")))
+    check_loading({"train": {k: v for k, v in given.get("train", {}).items() if k == "device"}}, sections=("train",))
+    suggested, reasons = suggest(load_task(**data), pick_device(given.get("train", {}).get("device", "auto")))
     tree = {"data": {k: v for k, v in data.items() if v is not None}, **suggested}
     resolved = resolve(tree, settings or [])
     changed = {text.partition("=")[0] for text in settings or []}
@@ -92,12 +91,12 @@ def evaluate(
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the metrics there")] = None,
 ) -> None:
     """Metrics of a prompt file on a task (by default the one it was trained on)."""
-    from lpt import run
     from lpt.config import nested
     from lpt.engine.checkpoint import write_whole
     from lpt.report import table
+    from lpt.serving import evaluate_prompt
 
-    metrics = run.evaluate_prompt(prompt, nested(settings or []), say=print)
+    metrics = evaluate_prompt(prompt, nested(settings or []), say=print)
     print(table([(metrics["method"], metrics)]))
     if json_file:
         write_whole(json_file, json.dumps(metrics, indent=1).encode())
@@ -111,16 +110,16 @@ def predict(
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the answers there")] = None,
 ) -> None:
     """Class names and probabilities; an image that cannot be decoded is named and the others go on (exit 1)."""
-    from lpt import run
     from lpt.config import nested
     from lpt.engine.checkpoint import write_whole
+    from lpt.serving import check_loading, image_files, open_prompt, predict_files
 
     texts = [str(path) for path in images]
     settings = nested([t for t in texts if _is_setting(t)])
-    run.check_loading(settings, sections=("backbone", "train"))
-    files = run.image_files([Path(t) for t in texts if not _is_setting(t)])
+    check_loading(settings, sections=("backbone", "train"))
+    files = image_files([Path(t) for t in texts if not _is_setting(t)])
     backbone, train = settings.get("backbone", {}), settings.get("train", {})
-    model, _ = run.open_prompt(
+    model, _ = open_prompt(
         prompt,
         weights=backbone.get("weights"),
         name=backbone.get("name"),
@@ -128,7 +127,7 @@ def predict(
         device=train.get("device", "auto"),
     )
     answers: list[dict[str, Any]] = []
-    for answer in run.predict_files(model, files, topk=topk):
+    for answer in predict_files(model, files, topk=topk):
         answers.append(answer)
         if "error" in answer:
             print(f"error: {answer['error']}", file=sys.stderr)
@@ -184,7 +183,7 @@ def doctor(
     from lpt.config import check_data, nested
     from lpt.data import load_task
     from lpt.doctor import examine
-    from lpt.run import check_loading
+    from lpt.serving import check_loading
 
     given = nested(settings or [])
     if wrong := sorted(given.keys() - {"data", "backbone"}):

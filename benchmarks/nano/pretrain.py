@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from lpt.backbones import load_backbone
 from lpt.backbones.nano import FILE, PREPROCESS, architecture
 from lpt.data.cifar import cifar100_lt
+from lpt.device import pick_device, pick_precision
 from lpt.engine.checkpoint import write_whole
-from lpt.run import pick_device, pick_precision
 
 CLASSES = 100
 

@@ -29,11 +29,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.accuracy.__main__ import processor
 from lpt.backbones.timm_vit import TimmViT, untrained
 from lpt.classifier import PromptedClassifier
+from lpt.device import pick_device, pick_precision, versions
 from lpt.engine.checkpoint import write_whole
 from lpt.heads import CosineHead
 from lpt.losses import GCL
 from lpt.prompts import DeepPrompt, PromptPool
-from lpt.run import pick_device, pick_precision, versions
 from tests.plain import plain_forward
 
 CLASSES = 100

@@ -148,6 +148,24 @@ class Task:
             "parts": parts,
         }
 
+    def described(self) -> list[str]:
+        """What a run says of its data before it trains: a line on sizes, and a warning for each thing amiss."""
+        held = f", {len(self.val)} held out" if self.val else ""
+        split = f" ({self.facts['test_part']})" if "test_part" in self.facts else ""
+        lines = [
+            f"{self.name} ({self.facts.get('variant')}): {len(self.train)} training images of {len(self.classes)} "
+            f"classes, {int(self.counts.max())} to {int(self.counts.min())} each{held}, {len(self.test)} test images"
+            + split
+        ]
+        if left_out := self.facts.get("left_out"):
+            lines.append(
+                f"warning: {len(left_out)} images belong to no class and are left out, for example {left_out[0]}"
+            )
+        absent = self.absent_classes()
+        return lines + [
+            f"warning: class {k!r} has no training image; it is kept, and cannot be learned" for k in absent
+        ]
+
     def absent_classes(self) -> list[str]:
         """Classes without a single training image; they stay in the label set and are reported."""
         return [name for name, n in zip(self.classes, self.counts.tolist(), strict=True) if n == 0]

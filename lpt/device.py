@@ -1,0 +1,49 @@
+"""Where a run computes and in which precision, and what it says of the machine and the libraries."""
+
+import resource
+import sys
+from importlib.metadata import version
+
+import torch
+
+from lpt.errors import LptError
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is the first GPU if there is one. Raises LptError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise LptError(f"train.device {name!r} is no device: use auto, cpu or cuda") from None
+    if device.type not in ("cpu", "cuda"):
+        raise LptError(f"train.device {name!r} is not supported: use auto, cpu or cuda")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise LptError(f"train.device is {name}, but torch sees {torch.cuda.device_count()} GPUs: use cpu or auto")
+    return device
+
+
+def pick_precision(name: str, device: torch.device) -> str:
+    """`auto` is bf16 where the processor computes in it, fp32 elsewhere."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    able = torch.cpu.get_capabilities()
+    return "bf16" if able.get("avx512_bf16") or able.get("amx_bf16") else "fp32"
+
+
+def versions() -> dict[str, str]:
+    names = ("lpt", "torch", "torchvision", "timm", "faiss-cpu", "numpy", "safetensors", "accelerate")
+    return {"python": sys.version.split()[0], **{name: version(name) for name in names}}
+
+
+def peak_memory(device: torch.device) -> int:
+    """Peak bytes of this process: on the GPU where it ran there, else its resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
