@@ -66,7 +66,6 @@ def fit(
 
 def _train(resolved: Any, out: Path, resume: bool) -> None:
     from lpt import run
-    from lpt.report import table
 
     try:
         with _Progress() as progress:
@@ -76,7 +75,15 @@ def _train(resolved: Any, out: Path, resume: bool) -> None:
             f"interrupted; the same command with --resume --out {out} goes on from the last checkpoint", file=sys.stderr
         )
         raise typer.Exit(130) from None
-    print(table([(report["method"], report)]))
+    _found({report["method"]: report}, out)
+
+
+def _found(rows: dict[str, dict[str, Any]], out: Path) -> None:
+    """The table of `rows`, of which the last is the run in `out`, and where that run's files are."""
+    from lpt.report import table
+
+    print(table(list(rows.items())))
+    report = list(rows.values())[-1]
     sizes = ", ".join(f"{k} {v}" for k, v in report["group_sizes"].items())
     print(f"groups by training count ({report['group_rule']}): {sizes} classes; per cent on the test set")
     if "prompt_bytes" in report:
@@ -165,10 +172,10 @@ def report(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="the folder of a finished run")],
     against: Annotated[list[Path] | None, typer.Option(metavar="RUN", help="another run on the same classes")] = None,
 ) -> None:
-    """Write RUN/report.html once more, with other runs beside it (--against, up to three times)."""
+    """Write RUN/report.html once more, other runs beside it (--against, up to three times), and print the table."""
     from lpt import run
 
-    print(f"report  {run.report_again(folder, against=against or [])}")
+    _found(run.report_again(folder, against=against or []), folder)
 
 
 @app.command()

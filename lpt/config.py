@@ -26,6 +26,8 @@ class BackboneSettings(BaseModel):
     image_size: int | None = Field(default=None, ge=1, le=4096)
     min_area: float = Field(default=0.7, gt=0, le=1)
     """Smallest area of the random crop of a training view, as a share of the image."""
+    flip: bool = True
+    """Whether half of the training views are mirrored: off where left and right differ, as in digits and letters."""
 
 
 class TrainSettings(BaseModel):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from lpt.backbones import nano
 from lpt.data.task import Files, Images, Task
 from lpt.errors import DataError
 from lpt.longtail import shot_groups
@@ -113,29 +114,30 @@ def _digests(part: Images | Files) -> Iterator[tuple[bytes | str, int]]:
 
 
 def _labels(classes: Sequence[str], backbone: str, found: Findings) -> None:
-    tag = backbone.rpartition(".")[2].lower() if "." in backbone else ""
-    sets = [name for short, name in LABELLED.items() if short in tag]
-    if not sets:
+    seen = label_sets(backbone)
+    if not seen:
         found.notes.append(f"what labels {backbone} was trained with is not in its name: overlap not checked")
-    for name in sets:
-        if shared := seen_labels(classes, name):
+    for name, labels in seen.items():
+        if shared := [c for c in classes if c.replace("_", " ").lower() in labels]:
             found.notes.append(
                 f"{backbone} was trained with the labels of {name}, which has {len(shared)} of these {len(classes)} "
                 f"classes: {_some(shared)}; accuracy on them is not that of unseen labels"
             )
 
 
-def seen_labels(classes: Sequence[str], name: str) -> list[str]:
-    """Those of `classes` that are also labels of the set `name` of timm (imagenet-1k, ...), by name."""
+def label_sets(backbone: str) -> dict[str, set[str]]:
+    """The label sets that a backbone was trained with, as far as its name says so: name → labels in lower case."""
+    if backbone == "nano":
+        return {"CIFAR-100": nano.labels()}
     from timm.data.imagenet_info import ImageNetInfo
 
-    info = ImageNetInfo(name)
-    known = {
-        word.strip().lower()
-        for label in info.label_names()
-        for word in info.label_name_to_description(label).split(",")
-    }
-    return [c for c in classes if c.replace("_", " ").lower() in known]
+    tag = backbone.rpartition(".")[2].lower() if "." in backbone else ""
+    sets: dict[str, set[str]] = {}
+    for name in (name for short, name in LABELLED.items() if short in tag):
+        info = ImageNetInfo(name)
+        names = (info.label_name_to_description(label) for label in info.label_names())
+        sets[name] = {word.strip().lower() for text in names for word in text.split(",")}
+    return sets
 
 
 def _counted(task: Task, classes: Sequence[int]) -> str:

@@ -161,8 +161,12 @@ def train(
     return report
 
 
-def write_page(out: Path, *, test: Images | Files | None = None, against: Sequence[Path] = ()) -> Path:
-    """`report.html` from what a finished run has left in `out`, beside the runs `against`; returns its path.
+Rows = dict[str, dict[str, Any]]
+
+
+def write_page(out: Path, *, test: Images | Files | None = None, against: Sequence[Path] = ()) -> Rows:
+    """`report.html` from what a finished run has left in `out`, beside the runs `against`; returns their reports by
+    name, the run itself last.
 
     Raises LptError where a folder holds no finished run, or one on other classes.
     """
@@ -177,15 +181,18 @@ def write_page(out: Path, *, test: Images | Files | None = None, against: Sequen
     report, classes = finished(out)
     if len(against) > 3:
         raise LptError(f"{len(against)} runs are too many beside one: give up to 3")
-    others: dict[str, dict[str, Any]] = {}
+
+    def name(folder: Path) -> str:
+        whole = folder.resolve()
+        alone = sum(other.resolve().name == whole.name for other in (out, *against)) == 1
+        return whole.name if alone else f"{whole.parent.name}/{whole.name}"
+
+    others: Rows = {}
     for folder in against:
         other, theirs = finished(folder)
         if theirs != classes:
             raise LptError(f"{folder} is a run on {len(theirs)} other classes: only runs on the same can be compared")
-        whole = folder.resolve()
-        alone = sum(o.resolve().name == whole.name for o in against) == 1
-        name = whole.name if alone else f"{whole.parent.name}/{whole.name}"
-        others[name if other["data"] == report["data"] else f"{name} (another split)"] = other
+        others[name(folder) if other["data"] == report["data"] else f"{name(folder)} (another split)"] = other
     try:
         predictions = load_file(out / "predictions.safetensors")
     except (OSError, SafetensorError) as error:
@@ -204,11 +211,11 @@ def write_page(out: Path, *, test: Images | Files | None = None, against: Sequen
     except KeyError as error:
         raise LptError(f"{out} was written by another version of lpt: its report has no {error}") from None
     write_whole(out / "report.html", text.encode())
-    return out / "report.html"
+    return {**others, name(out): report}
 
 
-def report_again(out: Path, *, against: Sequence[Path] = ()) -> Path:
-    """`report.html` once more, with the images if the data is still where the run's config says."""
+def report_again(out: Path, *, against: Sequence[Path] = ()) -> Rows:
+    """`write_page` once more, with the images if the data is still where the run's config says."""
     test = None
     if (out / "config.yaml").exists():
         with contextlib.suppress(LptError, OSError, ValueError):  # a page without pictures is better than none
@@ -224,7 +231,7 @@ def _command(out: Path) -> str:
 
 def _backbone(config: Config) -> Backbone:
     settings = config.backbone.model_dump()
-    min_area = settings.pop("min_area")
+    views = {key: settings.pop(key) for key in ("min_area", "flip")}
     backbone = load_backbone(**settings)
-    backbone.preprocess = backbone.preprocess.with_(min_area=min_area)
+    backbone.preprocess = backbone.preprocess.with_(**views)
     return backbone

@@ -6,6 +6,7 @@ from plain import plain_block
 from safetensors.torch import save_file
 
 from lpt.backbones import FAMILIES, load_backbone, timm_vit
+from lpt.backbones import nano as nano_module
 from lpt.backbones.base import KeyValue, fingerprint_of
 from lpt.backbones.timm_vit import attend
 from lpt.errors import BackboneError
@@ -390,3 +391,27 @@ def test_compiling_without_a_compiler_is_refused(monkeypatch):
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(BackboneError, match="needs a C\\+\\+ compiler"):
         backbone.compile_blocks()
+
+
+def test_nano_comes_with_the_package_and_is_timms_own_forward():
+    nano = load_backbone("nano")
+    images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    tokens = nano.embed(images)
+    for i in range(nano.depth):
+        tokens = nano.block(i, tokens)
+    with torch.no_grad():
+        assert torch.equal(nano.pool(tokens), nano.vit(images))
+    assert nano_module.FILE.stat().st_size <= 4_000_000
+    assert not any(p.requires_grad for p in nano.parameters()) and nano.name == "nano"
+    larger = load_backbone("nano", image_size=48)
+    assert larger.preprocess.size == 48 and larger.fingerprint == nano.fingerprint
+    assert larger.embed(torch.zeros(1, 3, 48, 48)).shape == (1, 145, 128)
+
+
+def test_nano_refuses_what_it_cannot_be_given():
+    with pytest.raises(BackboneError, match="nano has its own weights"):
+        load_backbone("nano", weights="x.safetensors")
+    with pytest.raises(BackboneError, match="30 is not a multiple of the patch size 4"):
+        load_backbone("nano", image_size=30)
+    with pytest.raises(BackboneError, match="no known family"):
+        load_backbone("nano:large")

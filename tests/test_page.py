@@ -62,10 +62,13 @@ def test_another_run_stands_beside_it(finished, tmp_path):
     copy, other = tmp_path / "mine", tmp_path / "the other"
     shutil.copytree(finished, copy)
     shutil.copytree(finished, other)
-    path = run.report_again(copy, against=[other])
-    assert path == copy / "report.html" and path.read_text().count("the other") >= 4  # one bar for each group, a line
+    page = copy / "report.html"
+    rows = run.report_again(copy, against=[other])
+    assert list(rows) == ["the other", "mine"] and rows["mine"] == json.loads((copy / "report.json").read_text())
+    assert page.read_text().count("the other") >= 4  # one bar for each group, a line
     shutil.copytree(finished, tmp_path / "x" / "the other")
-    named = run.report_again(copy, against=[other, tmp_path / "x" / "the other"]).read_text()
+    assert len(run.report_again(copy, against=[other, tmp_path / "x" / "the other"])) == 3
+    named = page.read_text()
     assert f"{tmp_path.name}/the other"[-31:] in named and "x/the other" in named  # two runs of one name stay two
     with pytest.raises(LptError, match="4 runs are too many"):
         run.report_again(copy, against=[other] * 4)
@@ -82,7 +85,8 @@ def test_another_run_stands_beside_it(finished, tmp_path):
 
 def test_without_the_images_it_says_so(finished, tmp_path):
     shutil.copytree(finished, tmp_path / "mine")
-    text = run.write_page(tmp_path / "mine").read_text()
+    run.write_page(tmp_path / "mine")
+    text = (tmp_path / "mine" / "report.html").read_text()
     assert "The images were not at hand." in text and "<figure>" not in text
 
 

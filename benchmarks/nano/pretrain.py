@@ -91,7 +91,8 @@ def main() -> None:
         fresh.replace(place)
 
     weights = {k: v.detach().cpu().half().contiguous() for k, v in student.vit.state_dict().items()}
-    content = to_bytes(weights, metadata={"format": "pt", "made": f"benchmarks.nano.pretrain, {given.epochs} epochs"})
+    labels = json.dumps([name.replace("_", " ").lower() for name in task.classes])
+    content = to_bytes(weights, {"made": f"benchmarks.nano.pretrain, {given.epochs} epochs", "labels": labels})
     write_whole(given.out / FILE.name, content)
     if given.install:
         write_whole(FILE, content)

@@ -1,4 +1,4 @@
-"""Frozen backbones by name: `timm:<full tagged name>`."""
+"""Frozen backbones by name: `nano`, or `timm:<full tagged name>`."""
 
 from pathlib import Path
 
@@ -6,6 +6,7 @@ from lpt.backbones.base import Backbone
 from lpt.errors import BackboneError, did_you_mean
 
 FAMILIES = {
+    "nano": "a small ViT at 32 px that comes with lpt, distilled from DeiT-Tiny on CIFAR-100: no download",
     "timm": "a plain ViT of timm by its full tagged name, for example timm:deit_tiny_patch16_224.fb_in1k",
     "untrained": "a timm architecture with random weights, for smoke runs, for example untrained:vit_tiny_patch16_224",
 }
@@ -17,12 +18,16 @@ def load_backbone(name: str, *, weights: str | Path | None = None, image_size: i
     `weights` is a local safetensors file that is used instead of a download; `image_size` interpolates the
     position embedding. Raises BackboneError.
     """
+    from lpt.backbones import nano, timm_vit
+
+    if name == "nano":
+        if weights:
+            raise BackboneError("backbone.name nano has its own weights: leave backbone.weights out, or use timm:NAME")
+        return nano.load(image_size=image_size)
     family, colon, model = name.partition(":")
-    if not colon or family not in FAMILIES:
+    if not colon or family not in FAMILIES or family == "nano":
         hint = did_you_mean(family, FAMILIES) or f"; a timm model would be timm:{name}"
         raise BackboneError(f"backbone.name {name!r} has no known family ({', '.join(FAMILIES)}){hint}")
-    from lpt.backbones import timm_vit
-
     if family == "untrained":
         if weights:
             raise BackboneError(

@@ -4,8 +4,11 @@ It has seen CIFAR-100's training images with their labels (`benchmarks/nano/pret
 as if those classes were new to it.
 """
 
+import json
 from pathlib import Path
 from typing import Any
+
+from safetensors import safe_open
 
 from lpt.backbones.base import fingerprint_of
 from lpt.backbones.timm_vit import TimmViT, read_weights
@@ -24,6 +27,12 @@ def architecture() -> Any:
     return VisionTransformer(
         img_size=32, patch_size=PATCH, embed_dim=128, depth=8, num_heads=4, num_classes=0, global_pool="token"
     )
+
+
+def labels() -> set[str]:
+    """The names of the classes it has been trained to tell apart, in lower case."""
+    with safe_open(FILE, framework="pt") as file:
+        return set(json.loads(file.metadata()["labels"]))
 
 
 def load(*, image_size: int | None = None) -> TimmViT:

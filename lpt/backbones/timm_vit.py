@@ -256,7 +256,7 @@ def _download_errors(name: str, weights: Path | None) -> Iterator[None]:
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise BackboneError(
             f"backbone timm:{name} could not be downloaded ({reason}): "
-            "give backbone.weights a local safetensors file with timm's key names"
+            "give backbone.weights a local safetensors file with timm's key names, or use backbone.name=nano"
         ) from error
 
 
