@@ -3,6 +3,7 @@
 Shapes: images [B 3 H W], tokens [B P+N D], query and feature [B D'], logits [B C], ids [B k].
 """
 
+import contextlib
 import math
 from typing import NamedTuple
 
@@ -10,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from lpt.backbones.base import Backbone, KeyValue, Prompt
-from lpt.heads import CosineHead, Head
+from lpt.heads import Calibration, CosineHead, Head
 from lpt.matching import KeyIndex, match
-from lpt.prompts import DeepPrompt, PromptPool
+from lpt.prompts import DeepPrompt, PromptPool, ShallowPrompt
 
 INDEX_FROM = 10_000
 """Keys from which a FAISS index beats a matrix product for few queries (LPT spec: none at a pool's 20 to 100)."""
@@ -28,10 +29,11 @@ class Output(NamedTuple):
 
 
 class PromptedClassifier(nn.Module):
-    """`classes` names the rows of the head. Only prompts, keys and head ever train.
+    """`classes` names the rows of the head. What trains are prompts, keys and head, and of the backbone only what
+    `lpt.adapters` has put there or thawed (`backbone.learned`).
 
-    `query_head` (ours, not LPT's) is the head of phase 1, kept for the query: in eval mode the two passes that
-    LPT needs anyway both give an opinion, and the logits are their mean.
+    `calibration` scales and shifts the head's logits. `query_head` (ours, not LPT's) is the head of phase 1, kept for
+    the query: in eval mode the two passes that LPT needs anyway both give an opinion, and the logits are their mean.
     """
 
     def __init__(
@@ -40,13 +42,14 @@ class PromptedClassifier(nn.Module):
         head: Head,
         *,
         classes: tuple[str, ...],
-        shared: DeepPrompt | None = None,
+        shared: DeepPrompt | ShallowPrompt | None = None,
         pool: PromptPool | None = None,
         query_head: CosineHead | None = None,
+        calibration: Calibration | None = None,
     ) -> None:
         super().__init__()
         self.backbone, self.head, self.shared, self.pool, self.classes = backbone, head, shared, pool, classes
-        self.query_head = query_head
+        self.query_head, self.calibration = query_head, calibration
         self._constant: tuple[tuple[object, ...], list[KeyValue]] | None = None
         self._index: tuple[tuple[object, ...], KeyIndex] | None = None
 
@@ -59,9 +62,12 @@ class PromptedClassifier(nn.Module):
 
     def prefix(self, images: Tensor) -> Tensor:
         """Embedding and the blocks that see the shared prompt only."""
-        tokens = self.backbone.embed(images)
-        for i in range(self._split):
-            tokens = self.backbone.block(i, tokens, self._shared(i), keep=self._keep(i))
+        with self._precision():
+            tokens = self.backbone.embed(images)
+            if isinstance(self.shared, ShallowPrompt):
+                tokens = self.shared.appended(tokens)
+            for i in range(self._split):
+                tokens = self.backbone.block(i, tokens, self._shared(i), keep=self._keep(i))
         return tokens
 
     @torch.no_grad()
@@ -77,10 +83,15 @@ class PromptedClassifier(nn.Module):
             similarity, ids = self._match(query - self.pool.centre, self.pool)
             group = self.pool.ensemble(ids)
         feature = self._finish(tokens, group)
-        logits = self.head(feature if feature_mask is None else feature * feature_mask)
+        logits = self.classify(feature if feature_mask is None else feature * feature_mask)
         if self.query_head is not None and query is not None and not self.training:
             logits = (logits + self.query_head(query)) / 2
         return Output(logits, feature, similarity, ids)
+
+    def classify(self, feature: Tensor) -> Tensor:
+        """Head and calibration: [B D'] → logits [B C]."""
+        logits = self.head(feature)
+        return logits if self.calibration is None else self.calibration(logits)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """softmax(scale · logits) [B C], the scale being the head's (1 for a linear one)."""
@@ -97,12 +108,21 @@ class PromptedClassifier(nn.Module):
         return similarity.to(query.device), ids.to(query.device)
 
     def _finish(self, tokens: Tensor, group: Tensor | None) -> Tensor:
-        for i in range(self._split, self.backbone.depth):
-            prompts = self._shared(i)
-            if group is not None:
-                prompts = [*prompts, group[:, i - self._split]]
-            tokens = self.backbone.block(i, tokens, prompts, keep=self._keep(i))
-        return self.backbone.pool(tokens)
+        with self._precision():
+            for i in range(self._split, self.backbone.depth):
+                prompts = self._shared(i)
+                if group is not None:
+                    prompts = [*prompts, group[:, i - self._split]]
+                tokens = self.backbone.block(i, tokens, prompts, keep=self._keep(i))
+            if isinstance(self.shared, ShallowPrompt):
+                tokens = self.shared.removed(tokens)
+            return self.backbone.pool(tokens)
+
+    def _precision(self) -> contextlib.AbstractContextManager[object]:
+        """Learned parts of a backbone are kept in fp32 beside frozen ones in bf16: autocast brings them together."""
+        dtype, learned = self.backbone.dtype, bool(self.backbone.learned)
+        device = next(self.parameters()).device.type
+        return torch.autocast(device, dtype) if learned and dtype != torch.float32 else contextlib.nullcontext()
 
     @property
     def prefix_state(self) -> tuple[object, ...] | None:
@@ -129,7 +149,7 @@ class PromptedClassifier(nn.Module):
 
     def _shared(self, i: int) -> list[Prompt]:
         """The shared prompt of block `i`; as constant keys and values where it does not train."""
-        if self.shared is None:
+        if not isinstance(self.shared, DeepPrompt):
             return []
         tokens = self.shared.tokens
         if tokens.requires_grad and torch.is_grad_enabled():
@@ -145,14 +165,17 @@ class PromptedClassifier(nn.Module):
     def only_train(self, *names: str) -> "PromptedClassifier":
         """Exactly the parameters whose name starts with one of `names` train; everything else is frozen."""
         for name, parameter in self.named_parameters():
-            parameter.requires_grad_(name.startswith(names) and not name.startswith("backbone."))
+            parameter.requires_grad_(name.startswith(names) and self._is_ours(name))
         unmatched = [n for n in names if not any(p.startswith(n) for p, _ in self.named_parameters())]
         assert not unmatched, f"no parameter is called {unmatched}"
         return self
 
+    def _is_ours(self, name: str) -> bool:
+        return not name.startswith("backbone.") or name.removeprefix("backbone.") in self.backbone.learned
+
     def adapted(self) -> dict[str, Tensor]:
-        """Everything but the backbone, by name: what a checkpoint and a prompt file hold."""
-        return {k: v for k, v in self.state_dict().items() if not k.startswith("backbone.")}
+        """Everything but the frozen backbone, by name: what a checkpoint and a prompt file hold."""
+        return {k: v for k, v in self.state_dict().items() if self._is_ours(k)}
 
     @torch.no_grad()
     def load_adapted(self, tensors: dict[str, Tensor]) -> None:

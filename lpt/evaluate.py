@@ -81,7 +81,7 @@ def predict(
     model.eval()
     if folder and model.pool is None:
         found = features(model, images, folder=folder, batch_size=batch_size)
-        head = model.head(found.to(next(model.parameters()).device))
+        head = model.classify(found.to(next(model.parameters()).device))
         return Predictions(head.float().cpu(), images.labels, None)
     cache = cache or PrefixCache(limit=0)
     logits, ids = [], []
@@ -157,8 +157,9 @@ def _identity(model: PromptedClassifier, images: Images | Files) -> str:
     where = next(model.parameters()).device.type
     facts = (backbone.fingerprint, backbone.dtype, where, torch.__version__, backbone.preprocess.test_view)
     digest.update(repr(facts).encode())
-    if model.shared is not None:
-        digest.update(model.shared.tokens.detach().float().cpu().numpy().tobytes())
+    for name, value in sorted(model.adapted().items()):
+        if name.startswith(("shared.", "backbone.")):
+            digest.update(name.encode() + value.detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()[:20]
 
 

@@ -39,7 +39,51 @@ class LinearHead(nn.Module):
         return F.linear(feature.float(), self.weight.float(), self.bias.float())
 
 
-Head = CosineHead | LinearHead
+class NeighbourHead(nn.Module):
+    """k nearest neighbours by cosine in a bank of training features, found by FAISS.
+
+    `bank` [N D] holds unit rows, sorted by class, `counts` [C] how many belong to each. The logit of a class is the log
+    of its share of exp(cos / `temperature`) among the k nearest (Wu 2018); a class without any there gets log(1e-6).
+    """
+
+    scale = 1.0
+
+    def __init__(self, *, bank: Tensor, counts: Tensor, k: int, temperature: float = 0.07) -> None:
+        super().__init__()
+        self.k, self.temperature = k, temperature
+        self.register_buffer("bank", bank)
+        self.bank: Tensor
+        self.register_buffer("labels", torch.arange(len(counts)).repeat_interleave(counts), persistent=False)
+        self.labels: Tensor
+        self.num_classes = len(counts)
+
+    def forward(self, feature: Tensor) -> Tensor:
+        import faiss
+
+        index = faiss.IndexFlatIP(self.bank.shape[1])
+        index.add(self.bank.float().cpu().numpy())
+        unit = F.normalize(feature.float(), dim=1, eps=1e-12)
+        found = index.search(unit.cpu().numpy(), self.k)
+        cosines, ids = (torch.from_numpy(part).to(feature.device) for part in found)
+        votes = (cosines / self.temperature).softmax(dim=1)
+        shares = torch.zeros(len(feature), self.num_classes, device=feature.device)
+        shares.scatter_add_(1, self.labels[ids], votes)
+        return shares.clamp(min=1e-6).log()
+
+
+Head = CosineHead | LinearHead | NeighbourHead
+
+
+class Calibration(nn.Module):
+    """z' = scale · z + offset, a number of each for every class; the identity at the start."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(num_classes))
+        self.offset = nn.Parameter(torch.zeros(num_classes))
+
+    def forward(self, logits: Tensor) -> Tensor:
+        return self.scale * logits + self.offset
 
 
 def class_means(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:

@@ -24,6 +24,24 @@ class DeepPrompt(nn.Module):
         self.tokens = _truncated_normal(layers, length, width, generator=generator)
 
 
+class ShallowPrompt(nn.Module):
+    """`length` tokens that enter the first block and go through all of them (Jia 2022, VPT-shallow). `.tokens` is
+    [1 n D]. Start: truncated normal, std 0.02."""
+
+    def __init__(self, *, length: int, width: int, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.tokens = _truncated_normal(1, length, width, generator=generator)
+
+    def appended(self, tokens: Tensor) -> Tensor:
+        """[B N D] → [B N+n D]: behind the others, which attention cannot tell from anywhere else."""
+        return torch.cat([tokens, self.tokens.to(tokens.dtype).expand(len(tokens), -1, -1)], dim=1)
+
+    def removed(self, tokens: Tensor) -> Tensor:
+        """The inverse, also where a last block has computed the first tokens only."""
+        length = self.tokens.shape[1]
+        return tokens if tokens.shape[1] <= length else tokens[:, :-length]
+
+
 class PromptPool(nn.Module):
     """`size` group prompts for the last blocks, each found by its key (Dong 2023, LPT).
 

@@ -40,6 +40,10 @@ class Backbone(nn.Module, ABC):
     fingerprint: str
     reads: int | None
     """How many leading tokens `pool` reads: 1 where it reads CLS alone, None where it reads all."""
+    learned: frozenset[str] = frozenset()
+    """Names of the parameters in it that are not frozen: none, unless `lpt.adapters` made this copy."""
+    compute: torch.dtype | None = None
+    """Its precision where that is not the one of all its parameters, since learned ones are kept in fp32."""
 
     @abstractmethod
     def embed(self, images: Tensor) -> Tensor:
@@ -69,7 +73,7 @@ class Backbone(nn.Module, ABC):
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.parameters()).dtype
+        return self.compute or next(self.parameters()).dtype
 
     def train(self, mode: bool = True) -> Self:
         """Stays in eval mode: frozen is frozen."""

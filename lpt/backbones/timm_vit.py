@@ -51,8 +51,7 @@ class TimmViT(Backbone):
         block: Any = self.vit.blocks[i]
         prompt = block.norm1(prompt.to(self.dtype))
         prompt = prompt if prompt.dim() == 3 else prompt[None]
-        weight, bias = _rows(block.attn.qkv, 1, 3)
-        key, value = _heads(F.linear(prompt, weight, bias), 2, block.attn)
+        key, value = _heads(_project(block.attn.qkv, prompt, 1, 3), 2, block.attn)
         return KeyValue(block.attn.k_norm(key), value)
 
     def block(
@@ -81,8 +80,8 @@ def _run(block: Any, tokens: Tensor, prompts: list[KeyValue], keep: int | None) 
     """
     attn = block.attn
     normed, tokens = block.norm1(tokens), tokens[:, :keep]
-    (query,) = _heads(F.linear(normed[:, :keep], *_rows(attn.qkv, 0, 1)), 1, attn)
-    key, value = _heads(F.linear(normed, *_rows(attn.qkv, 1, 3)), 2, attn)
+    (query,) = _heads(_project(attn.qkv, normed[:, :keep], 0, 1), 1, attn)
+    key, value = _heads(_project(attn.qkv, normed, 1, 3), 2, attn)
     query, key = attn.q_norm(query), attn.k_norm(key)
     if prompts:
         batch = len(tokens)
@@ -106,10 +105,15 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(query, key, value)
 
 
-def _rows(qkv: nn.Linear, first: int, last: int) -> tuple[Tensor, Tensor | None]:
-    """The rows of a packed qkv projection for parts `first`..`last`-1 of (q, k, v)."""
+def _project(qkv: Any, tokens: Tensor, first: int, last: int) -> Tensor:
+    """The parts `first`..`last`-1 of (q, k, v) of a packed projection, with peft's low-rank update if it has one."""
     d = qkv.out_features // 3
-    return qkv.weight[first * d : last * d], None if qkv.bias is None else qkv.bias[first * d : last * d]
+    rows = slice(first * d, last * d)
+    packed = F.linear(tokens, qkv.weight[rows], None if qkv.bias is None else qkv.bias[rows])
+    if hasattr(qkv, "lora_A"):
+        low = qkv.lora_A["default"](tokens)
+        packed = packed + qkv.scaling["default"] * F.linear(low, qkv.lora_B["default"].weight[rows])
+    return packed
 
 
 def _heads(packed: Tensor, parts: int, attn: Any) -> tuple[Tensor, ...]:
