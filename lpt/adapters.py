@@ -60,6 +60,7 @@ def adapted(backbone: Backbone, kind: Kind, *, bottleneck: int = 4, rank: int = 
         if isinstance(module, nn.LayerNorm) and chosen & {f"{name}.weight", f"{name}.bias"}:
             module.float()
     inside.learned, inside.compute = frozenset(chosen), compute
+    inside.recipe = {"kind": kind, "bottleneck": bottleneck, "rank": rank}
     return inside.train().to(next(backbone.parameters()).device)
 
 

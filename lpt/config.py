@@ -158,22 +158,29 @@ def _named(section: str, given: Any, table: Mapping[str, Callable[..., Any]]) ->
         return {}, [f"{section}.name: {name!r} is unknown ({', '.join(table)}){did_you_mean(str(name), table)}"]
     rest = {key: value for key, value in given.items() if key != "name"}
     settings, mistakes = validated(section, settings_of(table[name]), rest)
+    for key in ("then", "first") if table is METHODS else ():  # a method's settings inside another's
+        if isinstance(settings.get(key), dict):
+            settings[key], wrong = _named(f"{section}.{key}", settings[key], METHODS)
+            mistakes += wrong
     return {"name": name, **(settings if isinstance(settings, dict) else {})}, mistakes
 
 
 def _override(tree: dict[str, Any], text: str) -> str | None:
     """Puts `section.key=value` into `tree`; a mistake comes back as its sentence."""
     path, equals, value = text.partition("=")
-    section, dot, key = path.partition(".")
-    if not equals or not dot or not key:
+    *sections, key = path.split(".")
+    if not equals or not sections or not all((*sections, key)):
         return f"{text!r} is not of the form section.key=value, for example train.seed=1"
     try:
         parsed = yaml.safe_load(value) if value else None
     except yaml.YAMLError:
         return f"{path}: the value {value!r} is not YAML"
-    part = tree.setdefault(section, {})
-    if not isinstance(part, dict):
-        return f"{section}: expected settings, got {part!r}"
+    part = tree
+    for section in sections:
+        inside = part.setdefault(section, {})
+        if not isinstance(inside, dict):
+            return f"{section}: expected settings, got {inside!r}"
+        part[section] = part = dict(inside)
     part[key] = _number(parsed)
     return None
 

@@ -75,15 +75,25 @@ Head = CosineHead | LinearHead | NeighbourHead
 
 
 class Calibration(nn.Module):
-    """z' = scale · z + offset, a number of each for every class; the identity at the start."""
+    """z' = scale · z + offset · unit, numbers [C] of every class; the identity at the start.
+
+    `unit` is 1 but while MARC trains, whose offsets are in units of ‖w_j‖; `fold` then makes it 1 again.
+    """
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.ones(num_classes))
         self.offset = nn.Parameter(torch.zeros(num_classes))
+        self.register_buffer("unit", torch.ones(num_classes), persistent=False)
+        self.unit: Tensor
 
     def forward(self, logits: Tensor) -> Tensor:
-        return self.scale * logits + self.offset
+        return self.scale * logits + self.offset * self.unit
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        self.offset.mul_(self.unit)
+        self.unit.fill_(1)
 
 
 def class_means(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:

@@ -4,9 +4,10 @@ Constants of a loss (class counts, scale, gammas) are fields of a small frozen o
 argument. Everything is computed in fp32 whatever the logits' precision.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +44,17 @@ class CrossEntropy:
 
 
 @dataclass(frozen=True)
+class Weighted:
+    """Σ_b c_y CE(scale · z, y) / Σ_b c_y with weights c [C] as they are."""
+
+    weights: Tensor
+    scale: float = 1.0
+
+    def __call__(self, logits: Tensor, labels: Tensor, noise: Tensor | None = None) -> Tensor:
+        return F.cross_entropy(self.scale * logits.float(), labels, weight=self.weights.to(logits.device))
+
+
+@dataclass(frozen=True)
 class LogitAdjusted:
     """CE(scale · z + τ log π, y); predict with z (Menon 2021, eq. 10). τ = 1 is Balanced Softmax (Ren 2020)."""
 
@@ -54,6 +66,53 @@ class LogitAdjusted:
     def __call__(self, logits: Tensor, labels: Tensor, noise: Tensor | None = None) -> Tensor:
         shifted = self.scale * logits.float() + self.tau * log_prior(self.counts).to(logits.device)
         return F.cross_entropy(shifted, labels, label_smoothing=self.label_smoothing)
+
+
+@dataclass(frozen=True)
+class Focal:
+    """mean (1 - p_y)^γ CE(scale · z, y) (Lin 2017); γ = 0 is cross-entropy."""
+
+    gamma: float = 2.0
+    scale: float = 1.0
+
+    def __call__(self, logits: Tensor, labels: Tensor, noise: Tensor | None = None) -> Tensor:
+        log_p = (self.scale * logits.float()).log_softmax(dim=1).gather(1, labels[:, None])[:, 0]
+        return -((1 - log_p.exp()).clamp(min=0) ** self.gamma * log_p).mean() if self.gamma else -log_p.mean()
+
+
+def effective_weights(counts: Tensor, beta: float) -> Tensor:
+    """c_j ∝ (1 - β)/(1 - β^n_j), Σ c = C (Cui 2019); β = 0 gives ones. An absent class counts as one image. [C]"""
+    n = counts.double().clamp(min=1)
+    weights = torch.ones_like(n) if beta == 0 else (1 - beta) / -torch.expm1(n * math.log(beta))
+    return (weights * len(n) / weights.sum()).float()
+
+
+def ldam_margins(counts: Tensor, largest: float) -> Tensor:
+    """Δ_j = m (n_min / n_j)^¼: `largest` for the rarest class (Cao 2019). An absent class counts as one image. [C]"""
+    n = counts.float().clamp(min=1)
+    return largest * (n.min() / n) ** 0.25
+
+
+@dataclass(frozen=True)
+class LDAM:
+    """Σ_b c_y CE(s (z - Δ_y e_y), y) / Σ_b c_y: margins (Cao 2019) and class-balanced weights (Cui 2019).
+
+    `margin=0` leaves the weights alone, `beta=0` the margins. Margins are in units of the unscaled logits.
+    """
+
+    counts: Tensor
+    margin: float = 0.5
+    beta: float = 0.0
+    scale: float = 30.0
+
+    @cached_property
+    def _constants(self) -> tuple[Tensor, Tensor]:
+        return effective_weights(self.counts, self.beta), ldam_margins(self.counts, self.margin)
+
+    def __call__(self, logits: Tensor, labels: Tensor, noise: Tensor | None = None) -> Tensor:
+        weights, margins = (part.to(logits.device) for part in self._constants)
+        lowered = logits.float() - F.one_hot(labels, logits.shape[1]) * margins
+        return F.cross_entropy(self.scale * lowered, labels, weight=weights)
 
 
 @dataclass(frozen=True)
@@ -130,9 +189,40 @@ def cloud_noise(chance: Tensor) -> Tensor:
     return (chance / 3).clamp(-1, 1)
 
 
+LossName = Literal["ce", "focal", "cb", "ldam", "ldam_cb", "ldam_drw", "bs", "la"]
+
+
+def loss_by_name(
+    name: LossName,
+    counts: Tensor,
+    *,
+    scale: float,
+    tau: float = 1.0,
+    gamma: float = 2.0,
+    beta: float = 0.9999,
+    margin: float = 0.5,
+) -> Any:
+    """The loss `name` on logits that `scale` multiplies. `ldam_drw` is LDAM here: its weights come with the schedule,
+    as `ldam_cb`, in the last fifth of training (Cao 2019)."""
+    if name == "focal":
+        return Focal(gamma, scale)
+    if name in ("bs", "la"):
+        return LogitAdjusted(counts, 1.0 if name == "bs" else tau, scale)
+    if name == "ce":
+        return CrossEntropy(scale)
+    weighted = name in ("cb", "ldam_cb")
+    return LDAM(counts, 0.0 if name == "cb" else margin, beta if weighted else 0.0, scale)
+
+
 LOSSES = {
     "ce": "cross-entropy",
-    "la": "logit-adjusted cross-entropy (Menon 2021); at τ = 1 Balanced Softmax (Ren 2020)",
+    "focal": "focal loss (Lin 2017)",
+    "cb": "class-balanced weights by effective numbers (Cui 2019)",
+    "ldam": "label-distribution-aware margins (Cao 2019)",
+    "ldam_cb": "LDAM with class-balanced weights, two-stage fine-tuning's first loss (Taha Aslani 2022)",
+    "ldam_drw": "LDAM, with class-balanced weights in the last fifth of training (Cao 2019)",
+    "bs": "Balanced Softmax (Ren 2020): la at τ = 1",
+    "la": "logit-adjusted cross-entropy (Menon 2021)",
     "gcl": "Gaussian-clouded logits (Li 2022)",
     "agcl": "asymmetric GCL (Dong 2023, LPT)",
 }

@@ -1,8 +1,10 @@
-"""Prompt files: one safetensors file with prompts, keys and head, a JSON header, and never the backbone.
+"""Prompt files: one safetensors file with what was learned, a JSON header, and never the frozen backbone.
 
 Format 1. Tensors: `shared.tokens` [L n D], `pool.tokens` [K L' n D], `pool.keys` [K D'], `pool.centre` [D'],
-`head.weight` [C D'], `head.bias` [C] where the head is linear and not cosine, and `query_head.weight` [C D'] where the
-query has a head of its own. The header stands under `lpt` in the file's metadata.
+`head.weight` [C D'], `head.bias` [C] where the head is linear and not cosine, or `head.bank` [N D'] where it is nearest
+neighbours, `query_head.weight` [C D'] where the query has a head of its own, `calibration.scale` and `.offset` [C], and
+`backbone.*`, what was learned inside a copy of the backbone as the header's `inside` says. A shallow prompt has L = 1.
+The header stands under `lpt` in the file's metadata.
 """
 
 import json
@@ -16,13 +18,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
+from lpt.adapters import Kind, adapted
 from lpt.backbones.base import Backbone
 from lpt.classifier import PromptedClassifier
 from lpt.engine.checkpoint import write_whole
 from lpt.errors import PromptFileError
-from lpt.heads import CosineHead, LinearHead
+from lpt.heads import Calibration, CosineHead, Head, LinearHead, NeighbourHead
 from lpt.preprocess import Preprocess
-from lpt.prompts import DeepPrompt, PromptPool
+from lpt.prompts import DeepPrompt, PromptPool, ShallowPrompt
 
 FORMAT = 1
 LARGEST_HEADER = 8 * 2**20
@@ -34,6 +37,14 @@ class BackboneFacts(BaseModel):
     name: str
     fingerprint: str
     image_size: int = Field(gt=0, le=4096)
+
+
+class Inside(BaseModel):
+    """What is learned inside the backbone: arguments of `lpt.adapters.adapted`."""
+
+    kind: Kind
+    bottleneck: int = Field(ge=1, le=4096)
+    rank: int = Field(ge=1, le=4096)
 
 
 class Header(BaseModel):
@@ -51,6 +62,9 @@ class Header(BaseModel):
     scale: float = Field(gt=0, allow_inf_nan=False)
     topk: int = Field(default=0, ge=0)
     first: int = Field(default=0, ge=0)
+    inside: Inside | None = None
+    neighbours: int = Field(default=0, ge=0)
+    temperature: float = Field(default=0.07, gt=0, allow_inf_nan=False)
     precision: Literal["fp32", "bf16"] = "fp32"
     data: dict[str, Any] = {}
     metrics: dict[str, Any] = {}
@@ -82,11 +96,13 @@ def save_prompt(
     storage: str = "fp16",
     **facts: Any,
 ) -> Header:
-    """Writes `model`'s prompts, keys and head, whole or not at all. `facts` are further header fields.
+    """Writes what `model` has learned, whole or not at all. `facts` are further header fields.
 
     In fp16 the file reloads to the same bits only after `model.round_to(torch.float16)`.
     """
-    backbone, pool = model.backbone, model.pool
+    backbone, pool, head = model.backbone, model.pool, model.head
+    if isinstance(head, NeighbourHead):
+        facts |= {"neighbours": head.k, "temperature": head.temperature}
     facts.setdefault("precision", "bf16" if backbone.dtype == torch.bfloat16 else "fp32")
     header = Header(
         format=FORMAT,
@@ -100,6 +116,7 @@ def save_prompt(
         scale=model.head.scale,
         topk=pool.topk if pool else 0,
         first=pool.first if pool else 0,
+        inside=Inside.model_validate(backbone.recipe) if backbone.recipe else None,
         **facts,
     )
     tensors = {k: v.detach().to("cpu", DTYPES[storage]).contiguous() for k, v in model.adapted().items()}
@@ -140,17 +157,25 @@ def load_prompt(path: str | Path, backbone: Backbone) -> PromptedClassifier:
             f"prompt file {path} was made at {header.backbone.image_size} pixels, this backbone is at "
             f"{backbone.preprocess.size}: set backbone.image_size={header.backbone.image_size}"
         )
-    if (wide := tensors["head.weight"].shape[1]) != backbone.feature_width:
+    rows = tensors["head.bank" if "head.bank" in tensors else "head.weight"]
+    if (wide := rows.shape[1]) != backbone.feature_width:
         raise PromptFileError(f"prompt file {path}: head of width {wide}, backbone of {backbone.feature_width}")
+    if header.inside:
+        backbone = adapted(backbone, **header.inside.model_dump())
 
     def cosine() -> CosineHead:
         return CosineHead(num_classes=len(header.classes), width=backbone.feature_width, scale=header.scale)
 
-    head = cosine()
-    if "head.bias" in tensors:
+    head: Head = cosine()
+    if "head.bank" in tensors:
+        counts = torch.tensor(header.counts)
+        head = NeighbourHead(bank=rows, counts=counts, k=header.neighbours, temperature=header.temperature)
+    elif "head.bias" in tensors:
         head = LinearHead(num_classes=len(header.classes), width=backbone.feature_width)
     shared = pool = None
-    if (tokens := tensors.get("shared.tokens")) is not None:
+    if (tokens := tensors.get("shared.tokens")) is not None and len(tokens) == 1 < backbone.depth:
+        shared = ShallowPrompt(length=tokens.shape[1], width=tokens.shape[2])
+    elif tokens is not None:
         shared = DeepPrompt(layers=backbone.depth, length=tokens.shape[1], width=tokens.shape[2])
     if (tokens := tensors.get("pool.tokens")) is not None:
         pool = PromptPool(
@@ -162,10 +187,17 @@ def load_prompt(path: str | Path, backbone: Backbone) -> PromptedClassifier:
             width=tokens.shape[3],
             key_width=backbone.feature_width,
         )
-    query_head = cosine() if "query_head.weight" in tensors else None
     model = PromptedClassifier(
-        backbone, head, classes=tuple(header.classes), shared=shared, pool=pool, query_head=query_head
+        backbone,
+        head,
+        classes=tuple(header.classes),
+        shared=shared,
+        pool=pool,
+        query_head=cosine() if "query_head.weight" in tensors else None,
+        calibration=Calibration(len(header.classes)) if "calibration.scale" in tensors else None,
     )
+    if other := sorted(model.adapted().keys() ^ tensors.keys()):
+        raise PromptFileError(f"prompt file {path} and the model it describes differ in {', '.join(other[:5])}")
     for name, value in model.adapted().items():
         if tensors[name].shape != value.shape:
             raise PromptFileError(
@@ -207,27 +239,39 @@ def _check_tensors(path: Path, header: Header, tensors: Mapping[str, Tensor]) ->
         "head.weight": 2,
         "head.bias": 1,
         "query_head.weight": 2,
+        "head.bank": 2,
+        "calibration.scale": 1,
+        "calibration.offset": 1,
     }
-    wrong = sorted(set(tensors) - set(ranks))
+    inside = {k for k in tensors if k.startswith("backbone.")}  # checked against the backbone when it is there
+    wrong = sorted(set(tensors) - set(ranks) - inside)
     in_pool = [k for k in ranks if k.startswith("pool.") and k in tensors]
     say = None
     if wrong:
         say = f"unknown tensors {', '.join(wrong)[:200]}"
-    elif "head.weight" not in tensors:
-        say = "the tensor head.weight is missing"
+    elif inside and header.inside is None:
+        say = f"the header does not say what {sorted(inside)[0]} is"
+    elif ("head.weight" in tensors) == ("head.bank" in tensors):
+        say = "the tensor head.weight is missing" if "head.weight" not in tensors else "it has two heads"
+    elif "head.bank" in tensors and len(tensors["head.bank"]) != sum(header.counts):
+        say = f"{len(tensors['head.bank'])} neighbours for {sum(header.counts)} training images"
+    elif "head.bank" in tensors and not 1 <= header.neighbours <= sum(header.counts):
+        say = f"{header.neighbours} nearest of {sum(header.counts)} training images"
+    elif ("calibration.scale" in tensors) != ("calibration.offset" in tensors):
+        say = "a calibration needs scale and offset"
     elif "head.bias" in tensors and len(tensors["head.bias"]) != len(header.classes):
         say = f"the head has {len(tensors['head.bias'])} biases for {len(header.classes)} classes"
     elif "query_head.weight" in tensors and not in_pool:
         say = "a query head needs a pool"
     elif in_pool and len(in_pool) != 3:
         say = f"a pool needs tokens, keys and centre, there is {', '.join(in_pool)}"
-    elif bad := [k for k, v in tensors.items() if v.dim() != ranks[k] or v.numel() == 0]:
+    elif bad := [k for k, v in tensors.items() if v.dim() != ranks.get(k, v.dim()) or v.numel() == 0]:
         say = f"{bad[0]} has shape {list(tensors[bad[0]].shape)}"
     elif bad := [k for k, v in tensors.items() if v.dtype not in DTYPES.values()]:
         say = f"{bad[0]} is stored as {tensors[bad[0]].dtype}, not fp16 or fp32"
     elif bad := [k for k, v in tensors.items() if not bool(torch.isfinite(v).all())]:
         say = f"{bad[0]} holds numbers that are not finite"
-    elif len(tensors["head.weight"]) != len(header.classes):
+    elif "head.weight" in tensors and len(tensors["head.weight"]) != len(header.classes):
         say = f"the head has {len(tensors['head.weight'])} rows for {len(header.classes)} classes"
     elif in_pool and not 1 <= header.topk <= len(tensors["pool.keys"]):
         say = f"topk {header.topk} does not fit a pool of {len(tensors['pool.keys'])}"

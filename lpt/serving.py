@@ -33,10 +33,8 @@ def open_prompt(
     wanted = name or header.backbone.name
     backbone = load_backbone(wanted, weights=weights, image_size=header.backbone.image_size)
     backbone.preprocess = header.preprocess
-    model = load_prompt(path, backbone)
     chosen = pick_precision(precision or header.precision, where)
-    model.backbone.to(PRECISIONS[chosen])
-    return model.to(where), header
+    return load_prompt(path, backbone.to(PRECISIONS[chosen])).to(where), header
 
 
 def evaluate_prompt(

@@ -77,3 +77,46 @@ def test_its_prompt_file_reloads_to_the_same_bits(tmp_path, head):
     assert type(again.head) is type(model.head)
     assert torch.equal(again(views).logits, model(views).logits)
     assert again.head.scale == model.head.scale
+
+
+def test_class_means_and_neighbours_by_slow_loops():
+    task, backbone = toy_task((9, 6, 4, 3)), small_backbone()
+    fit = Fit(task.train, backbone.preprocess, 8)
+    plain = METHODS["class_mean"](task, backbone, fit)
+    train, test = features(plain, task.train), features(plain, task.test)
+    unit = [row / row.norm() for row in train]
+    means = [sum(u for u, y in zip(unit, task.train.labels, strict=True) if y == k) for k in range(4)]
+    for row, logits in zip(test, plain.head(test), strict=True):
+        wanted = torch.stack([row @ m / row.norm() / m.norm() for m in means])
+        torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-5)
+    near = METHODS["knn"](task, backbone, fit, k=5, temperature=0.1)
+    for row, logits in zip(test, near.head(test), strict=True):
+        cosines = torch.stack([row @ u / row.norm() for u in unit])
+        votes = torch.zeros(4)
+        for i in cosines.argsort(descending=True)[:5]:
+            votes[task.train.labels[i]] += (cosines[i] / 0.1).exp()
+        torch.testing.assert_close(logits.exp(), (votes / votes.sum()).clamp(min=1e-6), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("tuning", ["head", "vpt_shallow", "vpt_deep", "bias", "norm", "adaptformer", "lora", "full"])
+def test_every_tuning_learns(tuning):
+    task = toy_task((40, 20, 10, 5), test_per_class=20)
+    backbone, history = small_backbone(width=64), History()
+    fit = Fit(task.train, backbone.preprocess, 16, history=history)
+    settings = {"epochs": 8, "optimizer": "adamw", "lr": 1e-3 if tuning == "full" else 1e-2}
+    model = METHODS["fine_tune"](task, backbone, fit, tuning=tuning, head_init="random", **settings)
+    assert history.lines[-1]["loss"] < 0.8 * history.lines[0]["loss"]
+    assert lpt.evaluate(model, task.test, task.counts)["accuracy"] > 0.5  # chance is 0.25
+
+
+def test_a_shallow_prompt_goes_through_all_blocks():
+    backbone = small_backbone()
+    fit = Fit(toy_task().train, backbone.preprocess, 8)
+    model = METHODS["fine_tune"](toy_task(), backbone, fit, tuning="vpt_shallow", epochs=1, prompt_length=3).eval()
+    views = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        tokens = torch.cat([backbone.embed(views), model.shared.tokens.expand(2, -1, -1)], dim=1)
+        for block in backbone.vit.blocks:
+            tokens = block(tokens)
+        wanted = model.head(backbone.pool(tokens))
+        torch.testing.assert_close(model(views).logits, wanted, rtol=1e-4, atol=1e-5)

@@ -5,7 +5,20 @@ import torch
 import torch.nn.functional as F
 
 from lpt.errors import LptError
-from lpt.losses import GCL, CrossEntropy, LogitAdjusted, cloud_noise, log_prior, tail_margins
+from lpt.losses import (
+    GCL,
+    LDAM,
+    CrossEntropy,
+    Focal,
+    LogitAdjusted,
+    Weighted,
+    cloud_noise,
+    effective_weights,
+    ldam_margins,
+    log_prior,
+    loss_by_name,
+    tail_margins,
+)
 
 # LPT spec 2.4: counts [100, 10, 1], m 0.1, s 20, C 3, smoothing 0.1 in `code`; columns in this order.
 COLUMNS = {
@@ -96,6 +109,21 @@ IDENTITIES = {
     "LA, tau 1, is balanced softmax": (
         LogitAdjusted(COUNTS, tau=1, scale=4),
         lambda z, y, e: F.cross_entropy(4 * z + COUNTS.log(), y),
+    ),
+    "focal, gamma 0, is CE": (Focal(0, scale=7), CrossEntropy(scale=7)),
+    "LDAM, margin 0 and beta 0, is CE": (LDAM(COUNTS, margin=0, beta=0, scale=5), CrossEntropy(scale=5)),
+    "LDAM, uniform counts, is CE less one margin": (
+        LDAM(EVEN, margin=0.5, beta=0.999, scale=5),
+        lambda z, y, e: F.cross_entropy(5 * (z - 0.5 * F.one_hot(y, 6)), y),
+    ),
+    "class-balanced, beta 0, is CE": (loss_by_name("cb", COUNTS, scale=3, beta=0), CrossEntropy(scale=3)),
+    "equal weights are none": (Weighted(torch.full((6,), 2.5), scale=3), CrossEntropy(scale=3)),
+    "bs is la at tau 1": (loss_by_name("bs", COUNTS, scale=3, tau=9), loss_by_name("la", COUNTS, scale=3)),
+    "la, tau 0, is ce": (loss_by_name("la", COUNTS, scale=3, tau=0), loss_by_name("ce", COUNTS, scale=3)),
+    "ldam_drw starts as ldam": (loss_by_name("ldam_drw", COUNTS, scale=3), loss_by_name("ldam", COUNTS, scale=3)),
+    "ldam_cb without weights is ldam": (
+        loss_by_name("ldam_cb", COUNTS, scale=3, beta=0),
+        loss_by_name("ldam", COUNTS, scale=3),
     ),
     "CE ignores the noise": (CrossEntropy(scale=2), lambda z, y, e: F.cross_entropy(2 * z, y)),
     "GCL without its parts is CE": (plain(GCL(COUNTS)), CrossEntropy(scale=20)),
@@ -237,3 +265,63 @@ def test_cloud_noise_is_a_clamped_narrow_normal():
     assert e.abs().max() == 1
     assert e.abs().mean().item() == pytest.approx(0.266, abs=2e-3)  # LPT spec 2.1
     assert cloud_noise(torch.tensor([0.3, -6.0])).tolist() == pytest.approx([0.1, -1.0])
+
+
+def slow_ldam(counts, margin, beta, scale, logits, labels):
+    n = [max(c, 1) for c in counts]
+    weights = [1.0 if beta == 0 else (1 - beta) / (1 - beta**c) for c in n]
+    total = sum(weights)
+    weights = [w * len(n) / total for w in weights]
+    top = bottom = 0.0
+    for z, y in zip(logits.tolist(), labels.tolist(), strict=True):
+        lowered = [scale * (v - (margin * (min(n) / n[j]) ** 0.25 if j == y else 0.0)) for j, v in enumerate(z)]
+        top += weights[y] * (math.log(sum(math.exp(v) for v in lowered)) - lowered[y])
+        bottom += weights[y]
+    return top / bottom
+
+
+@pytest.mark.parametrize(("name", "margin", "beta"), [("ldam", 0.5, 0), ("cb", 0, 0.999), ("ldam_cb", 0.3, 0.9999)])
+def test_ldam_and_class_balance_equal_their_formulas_by_a_slow_loop(name, margin, beta):
+    logits, labels, _, _ = random_case(seed=3, dtype=torch.float32)
+    loss = loss_by_name(name, COUNTS, scale=8, margin=margin or 0.5, beta=beta)
+    wanted = slow_ldam(COUNTS.tolist(), margin, beta, 8, logits, labels)
+    assert loss(logits, labels).item() == pytest.approx(wanted, rel=1e-5)
+
+
+def test_focal_equals_its_formula_by_a_slow_loop():
+    logits, labels, _, _ = random_case(seed=4)
+    wanted = 0.0
+    for z, y in zip(logits.tolist(), labels.tolist(), strict=True):
+        p = math.exp(3 * z[y]) / sum(math.exp(3 * v) for v in z)
+        wanted -= (1 - p) ** 2 * math.log(p) / len(logits)
+    assert Focal(2.0, scale=3)(logits, labels).item() == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("smallest", "largest", "ratio", "margin"),
+    [
+        (3756, 37569, 3.12, 0.28),
+        (7513, 37569, 1.85, 0.33),
+        (26298, 37569, 1.05, 0.46),
+        (1250, 12500, 6.07, 0.28),
+        (5, 500, 97.6, 0.16),
+        (5, 1280, 240, 0.13),
+    ],
+)
+def test_weights_and_margins_of_the_specification(smallest, largest, ratio, margin):
+    counts = torch.tensor([largest, smallest])
+    weights = effective_weights(counts, 0.9999)
+    assert weights.sum().item() == pytest.approx(2) and (weights[1] / weights[0]).item() == pytest.approx(
+        ratio, rel=5e-3
+    )
+    margins = ldam_margins(counts, 0.5)
+    assert margins[1].item() == 0.5 and margins[0].item() == pytest.approx(margin, abs=6e-3)
+
+
+@pytest.mark.parametrize("name", ["ce", "focal", "cb", "ldam", "ldam_cb", "bs", "la"])
+def test_every_named_loss_is_finite_for_an_absent_class_and_a_certain_answer(name):
+    counts = torch.tensor([50, 3, 0])
+    logits = torch.tensor([[40.0, -40.0, 0.0], [-40.0, 40.0, 0.0]], requires_grad=True)
+    loss = loss_by_name(name, counts, scale=20)(logits, torch.tensor([0, 0]))
+    loss.backward()
+    assert torch.isfinite(loss) and torch.isfinite(logits.grad).all()

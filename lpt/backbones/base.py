@@ -6,12 +6,13 @@ feature [B D'].
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple, Self
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
+from lpt.errors import BackboneError, did_you_mean
 from lpt.preprocess import Preprocess
 
 
@@ -42,6 +43,8 @@ class Backbone(nn.Module, ABC):
     """How many leading tokens `pool` reads: 1 where it reads CLS alone, None where it reads all."""
     learned: frozenset[str] = frozenset()
     """Names of the parameters in it that are not frozen: none, unless `lpt.adapters` made this copy."""
+    recipe: Mapping[str, Any] | None = None
+    """The arguments that `lpt.adapters.adapted` made this copy with, to make it again."""
     compute: torch.dtype | None = None
     """Its precision where that is not the one of all its parameters, since learned ones are kept in fp32."""
 
@@ -67,6 +70,26 @@ class Backbone(nn.Module, ABC):
     @abstractmethod
     def pool(self, tokens: Tensor) -> Tensor:
         """Final norm and pooling. [B P+N D] (or only its first `reads` tokens) → feature [B D'] in fp32."""
+
+    prototypes: Mapping[str, Tensor] | None = None
+    """A unit vector [D'] for every class name that is known in the space of the features, for example of texts."""
+
+    def class_prototypes(self, classes: Sequence[str]) -> Tensor:
+        """[C D'], matched by name (spaces and underscores are the same). Raises BackboneError."""
+        if self.prototypes is None:
+            raise BackboneError(f"{self.name} has no class prototypes: set prototypes.weights to a safetensors file")
+        known = {name.replace("_", " ").lower(): row for name, row in self.prototypes.items()}
+        names = [name.replace("_", " ").lower() for name in classes]
+        if absent := [name for name, key in zip(classes, names, strict=True) if key not in known]:
+            raise BackboneError(
+                f"the prototypes lack {len(absent)} of {len(classes)} classes: {', '.join(absent[:5])}"
+                + did_you_mean(absent[0], self.prototypes)
+            )
+        found = torch.stack([known[key] for key in names])
+        if found.shape[1] != self.feature_width:
+            wide = self.feature_width
+            raise BackboneError(f"prototypes of width {found.shape[1]} do not fit features of {self.name}, {wide} wide")
+        return found
 
     def compile_blocks(self) -> None:
         """From now on `block` may run through torch.compile; a backbone that cannot stays as it is."""

@@ -126,6 +126,8 @@ class Fit:
     on_start: Callable[[], None] | None = None
     """Called once, when the method has accepted its settings and before anything is written or trained."""
     on_epoch: EpochEnd | None = None
+    before: Callable[[Any], None] | None = None
+    """A first step that a method puts before another's first phase: called once, with the model that is to train."""
     seconds_before: float = 0.0
     """Seconds that earlier, killed processes have spent on what this one did not do again."""
     say: Callable[[str], None] = lambda text: None
@@ -144,15 +146,20 @@ class Fit:
         lr: float,
         weight_decay: float,
         warmup: Warmup = "linear",
+        images: Images | None = None,
         features: Tensor | None = None,
+        clip: float | None = None,
         on_epoch: EpochEnd | None = None,
     ) -> None:
         """Trains what `requires_grad` in `model`; returns when `steps` are done (at once if they were before).
 
-        A stage that trains the head alone gives the `features` [N D'] of all training images: a batch's views are
-        rows of them, and the backbone does not run.
+        A stage on other images than the training images gives `images`. One that trains the head alone gives the
+        `features` [N D'] of all its images: a batch's views are rows of them, and the backbone does not run. `clip` is
+        the largest norm of all gradients together.
         """
         self._start()
+        self._go_before(model)
+        images = images or self.images
         rank, world = 0, 1
         if self.accelerator is not None:
             rank, world = self.accelerator.process_index, self.accelerator.num_processes
@@ -192,13 +199,13 @@ class Fit:
         sums: dict[str, float] = {}
         with ThreadPoolExecutor(1) as ahead:
             progress = Progress(phase, first, steps, steps_per_epoch, self.seed, rank, world)
-            waiting = ahead.submit(self._draw, streams, features, progress)
+            waiting = ahead.submit(self._draw, images, streams, features, progress)
             for t in range(first, steps):
                 with clock.charge("wait"):
                     drawn = waiting.result()
                     following = replace(progress, step=t + 1)
                     if t + 1 < steps:
-                        waiting = ahead.submit(self._draw, streams, features, following)
+                        waiting = ahead.submit(self._draw, images, streams, features, following)
                 with clock.charge("views"):
                     batches = self._views(drawn, device)
                 with clock.charge("compute"):
@@ -216,6 +223,8 @@ class Fit:
                     numbers = torch.stack(list(logged.values())).tolist()  # waits for the device once
                     values = dict(zip(logged, numbers, strict=True))
                     _check_finite(values["loss"], progress, rate, place)
+                    if clip:
+                        torch.nn.utils.clip_grad_norm_(trained.values(), clip)
                     optim.step()
                 for key, value in values.items():
                     sums[key] = sums.get(key, 0.0) + value
@@ -237,8 +246,8 @@ class Fit:
                 if done == steps or clock.due("save", self.checkpoint_seconds):
                     save(done)
                 progress = following
-                images = len(streams) * self.batch_size
-                self.show(phase, done, steps, clock.rate(images, done - first, steps - done, values["loss"]))
+                a_step = len(streams) * self.batch_size
+                self.show(phase, done, steps, clock.rate(a_step, done - first, steps - done, values["loss"]))
         optim.zero_grad(set_to_none=True)  # what the next phase does not train must not keep a gradient
 
     def once(self, name: str, make: Callable[[], Tensor]) -> Tensor:
@@ -258,16 +267,28 @@ class Fit:
             self.on_start()
             self.on_start = None
 
-    def _draw(self, streams: Mapping[str, Sampler], features: Tensor | None, progress: Progress) -> dict[str, Drawn]:
+    def _go_before(self, model: Any) -> None:
+        """Runs `before`; what it trains for itself is not what the phase trains."""
+        if self.before is None:
+            return
+        first, self.before = self.before, None
+        trains = {name: p.requires_grad for name, p in model.named_parameters()}
+        first(model)
+        for name, p in model.named_parameters():
+            p.requires_grad_(trains[name])
+
+    def _draw(
+        self, images: Images, streams: Mapping[str, Sampler], features: Tensor | None, progress: Progress
+    ) -> dict[str, Drawn]:
         """Runs ahead in a thread: files are decoded (or memory is gathered) while the step before is computed."""
         out = {}
         for name, sampler in streams.items():
             mine = sampler.batch(progress.step)[progress.rank :: progress.world]
-            labels = self.images.labels[mine]
+            labels = images.labels[mine]
             if features is not None:
                 out[name] = Drawn(features[mine], None, labels)
                 continue
-            found, chance = self.images.take(mine), progress.uniform(f"view/{name}", len(mine), 5)
+            found, chance = images.take(mine), progress.uniform(f"view/{name}", len(mine), 5)
             cut = None if isinstance(found, Tensor) else self.preprocess.cut(found, chance)
             out[name] = Drawn(found, chance, labels) if cut is None else Drawn(cut, None, labels)
         return out
@@ -309,6 +330,8 @@ def _epoch_line(progress: Progress, line: dict[str, Any], extra: Mapping[str, An
     for key in ("class_accuracy", "few"):
         if isinstance(extra.get("val", {}).get(key), float):
             parts.append(f"val {key} {extra['val'][key]:.3f}")
+    if "train_few" in extra:
+        parts.append(f"training few {extra['train_few']:.3f}")
     if "key_usage" in extra:
         parts.append(f"key perplexity {extra['key_usage']['perplexity']:.1f}")
     return "  ".join([*parts, f"{line['seconds']:.0f} s", f"{left:.0f} s left"])

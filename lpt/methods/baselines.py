@@ -1,24 +1,56 @@
-"""What the field compares with: so far the linear probe.
+"""What the field compares with: training-free classifiers, the linear probe, and fine-tuning in one of eight ways.
 
 Shapes: features [N D'], logits [B C].
 """
 
-from collections.abc import Mapping
 from typing import Annotated, Literal
 
-import torch
+import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor
 
 from lpt.backbones.base import Backbone
 from lpt.classifier import PromptedClassifier
 from lpt.data.task import Task
-from lpt.engine.loop import Batch, Fit, Progress
-from lpt.engine.optim import Optimizer, Warmup, scaled_lr
-from lpt.evaluate import features
-from lpt.heads import CosineHead, LinearHead, class_means
-from lpt.losses import CrossEntropy, LogitAdjusted
-from lpt.samplers import InstanceBalanced
+from lpt.engine.loop import Fit
+from lpt.engine.optim import Optimizer, Warmup
+from lpt.heads import CosineHead, NeighbourHead, class_means
+from lpt.losses import LossName
+from lpt.stage import HeadStart, Tuning, everything, head_features, learner, train_stage
+
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Scale = Annotated[float, Field(gt=0)]
+
+
+def zero_shot(task: Task, backbone: Backbone, fit: Fit, *, scale: Scale = 100.0) -> PromptedClassifier:
+    """The nearest class prototype by cosine, of texts for example: no training image is looked at."""
+    model, head = _frozen(task, backbone, scale)
+    head.weight.data.copy_(F.normalize(backbone.class_prototypes(task.classes), dim=1))
+    return model
+
+
+def class_mean(task: Task, backbone: Backbone, fit: Fit, *, scale: Scale = 25.0) -> PromptedClassifier:
+    """The nearest mean of a class's unit features by cosine (Kang 2020, NCM)."""
+    model, head = _frozen(task, backbone, scale)
+    found = head_features(fit, "features", model, task)
+    head.weight.data.copy_(class_means(found, task.train.labels, len(task.classes)))
+    return model
+
+
+def knn(task: Task, backbone: Backbone, fit: Fit, *, k: Positive = 20, temperature: Scale = 0.07) -> PromptedClassifier:
+    """k nearest neighbours by cosine with softmax votes (Wu 2018). Its prompt file holds all training features."""
+    model, _ = _frozen(task, backbone, 1.0)
+    found = F.normalize(head_features(fit, "features", model, task), dim=1)
+    order = task.train.labels.argsort(stable=True)
+    head = NeighbourHead(bank=found[order], counts=task.counts, k=min(k, len(found)), temperature=temperature)
+    model.head = head.to(next(backbone.parameters()).device)
+    return model
+
+
+def _frozen(task: Task, backbone: Backbone, scale: float) -> tuple[PromptedClassifier, CosineHead]:
+    head = CosineHead(num_classes=len(task.classes), width=backbone.feature_width, scale=scale)
+    return PromptedClassifier(backbone, head, classes=task.classes).to(next(backbone.parameters()).device), head
 
 
 def linear_probe(
@@ -26,51 +58,103 @@ def linear_probe(
     backbone: Backbone,
     fit: Fit,
     *,
-    epochs: Annotated[int, Field(ge=1)] = 20,
+    epochs: Positive = 20,
     head: Literal["linear", "cosine"] = "linear",
-    loss: Literal["ce", "la"] = "ce",
+    loss: LossName = "ce",
     tau: float = 1.0,
-    scale: Annotated[float, Field(gt=0)] = 25.0,
+    scale: Scale = 25.0,
     optimizer: Optimizer = "adamw",
-    lr: Annotated[float, Field(ge=0, lt=1)] = 1e-3,
-    weight_decay: Annotated[float, Field(ge=0, lt=1)] = 0.01,
+    lr: Share = 1e-3,
+    weight_decay: Share = 0.01,
     warmup: Warmup = "linear",
 ) -> PromptedClassifier:
     """A classifier on the frozen features of the test views: computed once, no augmentation, natural sampling.
 
-    `linear` starts at zero and has scale 1; `cosine`, times `scale`, starts at the class means. `la` is logit
-    adjustment by `tau` (Menon 2021).
+    `linear` starts at zero and has scale 1; `cosine`, times `scale`, starts at the class means.
     """
-    num_classes, width = len(task.classes), backbone.feature_width
-    chosen = (
-        LinearHead(num_classes=num_classes, width=width)
-        if head == "linear"
-        else CosineHead(num_classes=num_classes, width=width, scale=scale)
-    )
-    device = next(backbone.parameters()).device
-    model = PromptedClassifier(backbone, chosen, classes=task.classes).to(device).only_train("head.")
-    found = fit.once("features", lambda: features(model, task.train, folder=fit.feature_cache))
-    if isinstance(chosen, CosineHead):
-        with torch.no_grad():
-            chosen.weight.copy_(class_means(found, task.train.labels, num_classes))
-    loss_of = LogitAdjusted(task.counts.to(device), tau, chosen.scale) if loss == "la" else CrossEntropy(chosen.scale)
-
-    def step(model: PromptedClassifier, batches: dict[str, Batch], progress: Progress) -> Mapping[str, Tensor]:
-        batch = batches["instance"]
-        return {"loss": loss_of(model.head(batch.views), batch.labels)}
-
-    per_epoch = max(1, len(task.train) // fit.batch_size)
-    fit(
+    model = learner(task, backbone, fit, tuning="head", head=head, scale=scale)
+    train_stage(
+        fit,
         "head",
         model,
-        step,
-        {"instance": InstanceBalanced(task.train.labels, batch_size=fit.batch_size, seed=fit.seed)},
-        steps=epochs * per_epoch,
-        steps_per_epoch=per_epoch,
+        task,
+        train=["head."],
+        loss=loss,
+        epochs=epochs,
+        lr=lr,
         optimizer=optimizer,
-        lr=scaled_lr(optimizer, lr, fit.batch_size),
         weight_decay=weight_decay,
         warmup=warmup,
-        features=found,
+        cached=head_features(fit, "features", model, task),
+        tau=tau,
+    )
+    return model
+
+
+def fine_tune(
+    task: Task,
+    backbone: Backbone,
+    fit: Fit,
+    *,
+    tuning: Tuning = "adaptformer",
+    epochs: Positive = 10,
+    loss: LossName = "la",
+    sampler: Literal["instance", "class"] = "instance",
+    head: Literal["linear", "cosine"] = "cosine",
+    head_init: HeadStart = "class_mean",
+    scale: Scale = 25.0,
+    prompt_length: Positive = 10,
+    bottleneck: Count = 0,
+    rank: Positive = 8,
+    tau: float = 1.0,
+    gamma: float = 2.0,
+    beta: Share = 0.9999,
+    margin: float = 0.5,
+    optimizer: Optimizer = "sgd",
+    lr: Share = 0.01,
+    weight_decay: Share = 5e-4,
+    warmup: Warmup = "linear",
+) -> PromptedClassifier:
+    """One stage in which the head trains together with `tuning`:
+
+    - `head`: nothing else, on augmented views (`linear_probe` uses cached features);
+    - `vpt_shallow`, `vpt_deep`: `prompt_length` tokens in the first or in every block (Jia 2022);
+    - `bias`, `norm`: the backbone's biases (BitFit, Zaken 2022), or its LayerNorms;
+    - `adaptformer`: a `bottleneck` beside every MLP (Chen 2022); 0 is LIFT's width for the number of classes;
+    - `lora`: an update of `rank` in every qkv projection (Hu 2022), through peft;
+    - `full`: the whole backbone, which is then in the prompt file.
+
+    The defaults are LIFT's recipe (Shi 2024), with SGD's `lr` per 256 images. A linear head starts at zero, whatever
+    `head_init`. `tau` is of la, `gamma` of focal, `beta` of the class-balanced losses, `margin` of the LDAM ones.
+    """
+    model = learner(
+        task,
+        backbone,
+        fit,
+        tuning=tuning,
+        head=head,
+        head_init=head_init,
+        scale=scale,
+        prompt_length=prompt_length,
+        bottleneck=bottleneck,
+        rank=rank,
+    )
+    train_stage(
+        fit,
+        "tune",
+        model,
+        task,
+        train=everything(model),
+        loss=loss,
+        epochs=epochs,
+        lr=lr,
+        optimizer=optimizer,
+        weight_decay=weight_decay,
+        warmup=warmup,
+        sampler=sampler,
+        tau=tau,
+        gamma=gamma,
+        beta=beta,
+        margin=margin,
     )
     return model

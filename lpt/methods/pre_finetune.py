@@ -1,0 +1,62 @@
+"""Pre-finetuning with data augmentation: a balanced augmented set first, then the original data (PMLR 183:68-82, 2022).
+
+The paper translates texts back and forth; for images the augmenter is TrivialAugment, RandAugment or plain crop,
+flip and colour (ours, as is every default here that the paper does not state).
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from lpt.backbones.base import Backbone
+from lpt.classifier import PromptedClassifier
+from lpt.data.augment import Augmenter, balanced
+from lpt.data.task import Task
+from lpt.engine.loop import Fit
+from lpt.stage import Second, everything, train_stage
+
+
+def tune(
+    task: Task,
+    backbone: Backbone,
+    fit: Fit,
+    second: Second,
+    *,
+    epochs_stage1: Annotated[int, Field(ge=0)] = 1,
+    per_class: Literal["min", "median", "max"] | Annotated[int, Field(ge=1)] = "median",
+    views: Annotated[int, Field(ge=1)] = 2,
+    augmenter: Augmenter = "trivial",
+    include_original: bool = False,
+    stage1_train: Literal["head", "all"] = "all",
+    stage1_lr: Annotated[float, Field(ge=0, lt=1)] = 1e-2,
+    then: Mapping[str, Any] = {"name": "fine_tune", "loss": "ce"},
+) -> PromptedClassifier:
+    """Cross-entropy on `views` augmented views of `per_class` images of every class, drawn with repetition where a
+    class has fewer; then `then`, a method's name and settings, on the original data with a fresh optimiser.
+
+    The paper trains the topmost layer and the classifier first. What may train here is all small, so `all` is what
+    the second step trains, and `head` the classifier alone (ours). `min` is the likely reading of the paper;
+    `median` is ours, since a long tail's smallest class would leave a handful of images. `epochs_stage1=0` is
+    `then` alone.
+    """
+
+    def first(model: PromptedClassifier) -> None:
+        images = balanced(
+            task.train, len(task.classes), per_class, views, augmenter, seed=fit.seed, originals=include_original
+        )
+        train_stage(
+            fit,
+            "augmented",
+            model,
+            task,
+            train=everything(model) if stage1_train == "all" else ["head."],
+            loss="ce",
+            epochs=epochs_stage1,
+            lr=stage1_lr,
+            clip=1.0,
+            images=images,
+        )
+
+    return second(then, replace(fit, before=first if epochs_stage1 else None))
