@@ -30,6 +30,15 @@ class BackboneSettings(BaseModel):
     """Whether half of the training views are mirrored: off where left and right differ, as in digits and letters."""
 
 
+class PrototypeSettings(BaseModel):
+    """Class prototypes in the space of the features, for zero-shot and as a start of the head."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    weights: str | None = None
+    """A safetensors file: `prototypes` [C D'], and the class names as a JSON list under `classes` in its metadata."""
+
+
 class TrainSettings(BaseModel):
     """`batch_size` counts the images of one stream over all processes; LPT has two streams."""
 
@@ -47,7 +56,7 @@ class TrainSettings(BaseModel):
 
 
 class Config(BaseModel):
-    """A run's four parts, resolved. `method` and `data` hold `name` and that function's own settings."""
+    """A run's parts, resolved. `method` and `data` hold `name` and that function's own settings."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -55,6 +64,7 @@ class Config(BaseModel):
     data: dict[str, Any]
     method: dict[str, Any]
     train: TrainSettings = TrainSettings()
+    prototypes: PrototypeSettings = PrototypeSettings()
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(), sort_keys=False)
@@ -99,7 +109,11 @@ def resolve(raw: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
         settings, wrong = _named(section, tree.get(section), table)
         resolved[section] = settings
         mistakes += wrong
-    for section, model in (("backbone", BackboneSettings), ("train", TrainSettings)):
+    for section, model in (
+        ("backbone", BackboneSettings),
+        ("train", TrainSettings),
+        ("prototypes", PrototypeSettings),
+    ):
         settings, wrong = validated(section, model, tree.get(section, {}))
         resolved[section] = settings
         mistakes += wrong

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 
 from lpt.backbones import load_backbone
-from lpt.backbones.base import Backbone
+from lpt.backbones.base import Backbone, read_prototypes
 from lpt.classifier import PromptedClassifier
 from lpt.config import Config, load_config
 from lpt.data import load_task
@@ -234,4 +234,6 @@ def _backbone(config: Config) -> Backbone:
     views = {key: settings.pop(key) for key in ("min_area", "flip")}
     backbone = load_backbone(**settings)
     backbone.preprocess = backbone.preprocess.with_(**views)
+    if config.prototypes.weights:
+        backbone.prototypes = read_prototypes(Path(config.prototypes.weights))
     return backbone

@@ -5,11 +5,14 @@ feature [B D'].
 """
 
 import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lpt.errors import BackboneError, did_you_mean
@@ -104,6 +107,29 @@ class Backbone(nn.Module, ABC):
 
     def freeze(self) -> Self:
         return self.requires_grad_(False).train()
+
+
+def read_prototypes(path: Path) -> dict[str, Tensor]:
+    """Class name → vector [D'], from a safetensors file with `prototypes` [C D'] and the names as a JSON list under
+    `classes` in its metadata. Raises BackboneError."""
+    if not path.is_file():
+        raise BackboneError(f"prototypes.weights {path} does not exist")
+    try:
+        with safe_open(path, framework="pt") as file:
+            names, rows = json.loads((file.metadata() or {})["classes"]), file.get_tensor("prototypes").float()
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise BackboneError(
+            f"prototypes.weights {path} is no file of prototypes ({error}): it needs a tensor `prototypes` and the "
+            "class names as a JSON list under `classes` in its metadata"
+        ) from None
+    if (
+        rows.dim() != 2
+        or not isinstance(names, list)
+        or len(names) != len(rows)
+        or not bool(torch.isfinite(rows).all())
+    ):
+        raise BackboneError(f"prototypes.weights {path}: {len(names)} names for prototypes of shape {list(rows.shape)}")
+    return {str(name): row for name, row in zip(names, rows, strict=True)}
 
 
 def fingerprint_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
