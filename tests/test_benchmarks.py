@@ -1,10 +1,13 @@
 """The accuracy runner: rows, skipping, and the table."""
 
 import json
+import re
 import sys
 
+import numpy as np
 import pytest
 import yaml
+from safetensors.numpy import save_file
 
 from benchmarks.accuracy import __main__ as accuracy
 from lpt.config import load_config
@@ -38,13 +41,16 @@ def test_a_suite_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(accuracy, "RUNS", tmp_path / "runs")
     asked = []
 
-    def run(config, overrides, out):
+    commits = ["c"]
+    monkeypatch.setattr(accuracy, "commit_of_the_package", lambda: commits[-1])
+
+    def run(config, overrides, out, threads):
         asked.append(overrides)
         if len(asked) == 2:
             raise KeyboardInterrupt
         metrics = dict.fromkeys(accuracy.COLUMNS, 0.5) | {"few": None}
-        facts = {"prompt_bytes": 9000, "trainable_parameters": 7, "seconds": 1.0, "seed": 0}
-        return {**metrics, **facts, "versions": {}, "commit": "c", "processor": "p"}
+        facts = {"prompt_bytes": 9000, "trainable_parameters": 7, "seconds": 1.0, "seed": int(overrides[-1][-1])}
+        return {**metrics, **facts, "versions": {}, "processor": "p"}
 
     monkeypatch.setattr(accuracy, "run", run)
     monkeypatch.setattr(sys, "argv", ["x", "--suite", "toy", "--seeds", "0,1"])
@@ -55,7 +61,40 @@ def test_a_suite_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     assert len(asked) == 5  # one done, one interrupted, three left
     table = (tmp_path / "results" / "toy.md").read_text()
     assert "| a | 2 | 50.0 ± 0.0 |" in table and "n/a" in table
+    lines = (tmp_path / "results" / "toy.csv").read_text().splitlines()
+    assert len(lines) == 5 and lines[0].startswith("method,seed,accuracy") and lines[1].startswith("a,0,0.5")
+    commits.append("d")  # results of another commit do not count, and are replaced
+    accuracy.main()
+    assert len(asked) == 9 and len(json.loads((tmp_path / "results" / "toy.json").read_text())) == 4
     capsys.readouterr()
+
+
+def test_two_rows_are_compared_by_a_paired_bootstrap(tmp_path, monkeypatch):
+    monkeypatch.setattr(accuracy, "RUNS", tmp_path)
+    labels, rng = np.repeat(np.arange(4), 50), np.random.default_rng(0)
+    results = []
+    for seed in (0, 1):
+        for name, chance in (("good", 0.9), ("bad", 0.5)):
+            predicted = np.where(rng.random(200) < chance, labels, (labels + 1) % 4)
+            results.append({"method": name, "seed": seed, "config_hash": "h"})
+            place = accuracy.folder("toy", name, seed, "h")
+            place.mkdir(parents=True)
+            save_file({"labels": labels, "predicted": predicted}, place / "predictions.safetensors")
+    said = accuracy.compared("toy", results, "good", "bad")
+    low, high = map(float, re.search(r"within ([+-][\d.]+) and ([+-][\d.]+)", said).groups())
+    assert 25 < low < 40 < high < 55 and "by seed (0, 1)" in said
+    same = accuracy.compared("toy", results, "good", "good")
+    assert "+0.00 points" in same and "within +0.00 and +0.00" in same
+    with pytest.raises(SystemExit, match="no seed in common"):
+        accuracy.compared("toy", results[:1] + results[3:], "good", "bad")
+
+
+def test_the_bootstrap_covers_a_known_interval():
+    rng = np.random.default_rng(1)
+    values, labels = rng.choice([-1.0, 0.0, 1.0], 4000), np.repeat(np.arange(4), 1000)
+    low, middle, high = accuracy.bootstrap(values, labels)
+    half = 1.96 * values.std() / 4000**0.5
+    assert middle == pytest.approx(values.mean()) and high - low == pytest.approx(2 * half, rel=0.1)
 
 
 def test_a_row_can_start_from_another_rows_phase_1(tmp_path, monkeypatch):

@@ -1,32 +1,43 @@
 """Runs the configs of a suite over seeds and writes one table.
 
     python -m benchmarks.accuracy --suite phase2 --seeds 0,1,2 data.root=... backbone.weights=...
+    python -m benchmarks.accuracy --suite phase2 --compare lpt-4+2 phase1-6
 
-Each row of `suites/NAME.yaml` is a config with overrides. A row that is in the results with the same config hash
-is skipped, and every result is written when it is there, so a killed suite goes on where it was. Run folders stay in
-`runs/accuracy/NAME`. A row with `phase1_of: ROW`, from which it differs in phase 2 alone, starts from that phase 1.
+Each row of `suites/NAME.yaml` is a config with overrides. A row whose result is there with the same config hash and the
+same commit of the package is skipped, and every result is written when it is there, so a killed suite goes on where it
+was. Runs stay in `runs/accuracy/NAME`. A row with `phase1_of: ROW`, from which it differs in phase 2 alone, starts
+from that phase 1. `--jobs N` runs N at a time, each with its share of the cores.
 """
 
 import argparse
+import csv
 import hashlib
+import io
 import json
 import math
+import os
 import platform
 import statistics
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
+import numpy as np
 import yaml
+from safetensors.numpy import load_file
 
 from lpt.config import load_config
 from lpt.engine.checkpoint import load_checkpoint, save_checkpoint, write_whole
 
 HERE = Path(__file__).parent
 RUNS = Path("runs/accuracy")
-COLUMNS = ("class_accuracy", "many", "medium", "few", "worst_class", "ece")
+COLUMNS = ("accuracy", "class_accuracy", "many", "medium", "few", "worst_class", "ece")
+FACTS = ("trainable_parameters", "prompt_bytes", "seconds", "commit")
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t, two-sided, by number of seeds
+DRAWS = 10_000
 
 
 def main() -> None:
@@ -34,36 +45,106 @@ def main() -> None:
     parser.add_argument("--suite", required=True, choices=sorted(p.stem for p in (HERE / "suites").glob("*.yaml")))
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--methods", default="", help="only these rows, separated by commas")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--compare", nargs=2, metavar="ROW", help="only compare two rows that have been run")
     parser.add_argument("overrides", nargs="*", help="section.key=value for every row, for example data.root=DIR")
     given = parser.parse_args()
     rows = yaml.safe_load((HERE / "suites" / f"{given.suite}.yaml").read_text())["rows"]
     wanted = [name for name in given.methods.split(",") if name]
-    if unknown := set(wanted) - {row["method"] for row in rows}:
+    if unknown := {*wanted, *(given.compare or [])} - {row["method"] for row in rows}:
         parser.error(f"the suite has no row {', '.join(sorted(unknown))}")
     place = HERE / "results" / f"{given.suite}.json"
     results: list[dict[str, Any]] = json.loads(place.read_text()) if place.exists() else []
+    if given.compare:
+        print(compared(given.suite, results, *given.compare))
+        return
+    commit, writing = commit_of_the_package(), Lock()
+
+    def overrides_of(row: dict[str, Any], seed: int) -> list[str]:
+        return [*row.get("set", []), f"train.seed={seed}", *given.overrides]
+
+    def one(row: dict[str, Any], seed: int) -> None:
+        overrides = overrides_of(row, seed)
+        key = config_hash(row["config"], overrides)
+        if any(done["config_hash"] == key and done["commit"] == commit for done in results):
+            return
+        print(f"{row['method']}  seed {seed}", flush=True)
+        out = folder(given.suite, row["method"], seed, key)
+        if "phase1_of" in row and not out.exists():
+            of = next(other for other in rows if other["method"] == row["phase1_of"])
+            theirs = overrides_of(of, seed)
+            source = folder(given.suite, of["method"], seed, config_hash(of["config"], theirs))
+            share_phase1(source, out, row["config"], overrides)
+        report = run(row["config"], overrides, out, threads=max(1, (os.cpu_count() or 1) // given.jobs))
+        facts = {"method": row["method"], "setting": row.get("set", []), "config_hash": key, "commit": commit}
+        with writing:
+            results[:] = [done for done in results if done["config_hash"] != key]
+            results.append({**report, **facts})
+            write(place, given.suite, rows, results)
+
+    todo = [row for row in rows if not wanted or row["method"] in wanted]
     for seed in map(int, given.seeds.split(",")):
-        for row in rows:
-            if wanted and row["method"] not in wanted:
-                continue
-            overrides = [*row.get("set", []), f"train.seed={seed}", *given.overrides]
-            key = config_hash(row["config"], overrides)
-            if any(done["config_hash"] == key for done in results):
-                continue
-            print(f"{row['method']}  seed {seed}", flush=True)
-            folder = RUNS / given.suite
-            out = folder / f"{row['method']}-seed{seed}-{key}"
-            if "phase1_of" in row and not out.exists():
-                of = next(other for other in rows if other["method"] == row["phase1_of"])
-                theirs = [*of.get("set", []), f"train.seed={seed}", *given.overrides]
-                source = folder / f"{of['method']}-seed{seed}-{config_hash(of['config'], theirs)}"
-                share_phase1(source, out, row["config"], overrides)
-            report = run(row["config"], overrides, out)
-            results.append({**report, "method": row["method"], "setting": row.get("set", []), "config_hash": key})
-            write_whole(place, json.dumps(results, indent=1).encode())
-            write_whole(place.with_suffix(".md"), table(given.suite, rows, results).encode())
-    write_whole(place.with_suffix(".md"), table(given.suite, rows, results).encode())
+        for wave in (False, True):  # rows that start from another row's phase 1 come after it
+            with ThreadPoolExecutor(given.jobs) as pool:
+                list(pool.map(lambda row, seed=seed: one(row, seed), [r for r in todo if ("phase1_of" in r) == wave]))
+    write(place, given.suite, rows, results)
     print(place.with_suffix(".md").read_text())
+
+
+def folder(suite: str, method: str, seed: int, key: str) -> Path:
+    return RUNS / suite / f"{method}-seed{seed}-{key}"
+
+
+def commit_of_the_package() -> str:
+    """The last commit that touched what a run executes."""
+    command = ["git", "log", "-1", "--format=%h", "--", "lpt", "pyproject.toml", "constraints.txt"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+
+def write(place: Path, suite: str, rows: list[dict[str, Any]], results: list[dict[str, Any]]) -> None:
+    write_whole(place, json.dumps(results, indent=1).encode())
+    write_whole(place.with_suffix(".md"), table(suite, rows, results).encode())
+    out = io.StringIO()
+    lines = csv.writer(out, lineterminator="\n")
+    lines.writerow(["method", "seed", *COLUMNS, *FACTS])
+    lines.writerows([[r["method"], r["seed"], *(r.get(c) for c in (*COLUMNS, *FACTS))] for r in results])
+    write_whole(place.with_suffix(".csv"), out.getvalue().encode())
+
+
+def compared(suite: str, results: list[dict[str, Any]], one: str, other: str) -> str:
+    """Paired bootstrap of the difference in class accuracy, in points: test images are drawn anew, within classes and
+    the same for both rows and all seeds that both have."""
+    of = {(r["method"], r["seed"]): folder(suite, r["method"], r["seed"], r["config_hash"]) for r in results}
+    seeds = sorted({seed for name, seed in of if name == one} & {seed for name, seed in of if name == other})
+    paths = [(of[one, seed], of[other, seed]) for seed in seeds]
+    if absent := [path for pair in paths for path in pair if not (path / "predictions.safetensors").exists()]:
+        sys.exit(f"{absent[0]} holds no predictions: run that row again")
+    if not seeds:
+        sys.exit(f"{one} and {other} have no seed in common")
+    right = []
+    for pair in paths:
+        a, b = (load_file(path / "predictions.safetensors") for path in pair)
+        right.append([found["predicted"] == found["labels"] for found in (a, b)])
+        labels = a["labels"]
+    difference = np.mean([a.astype(float) - b for a, b in right], axis=0)  # mean over seeds, by test image
+    low, middle, high = (100 * x for x in bootstrap(difference, labels))
+    by_seed = ", ".join(f"{100 * class_mean(a.astype(float) - b, labels):+.2f}" for a, b in right)
+    return (
+        f"{one} - {other}: class accuracy {middle:+.2f} points, 95 % of {DRAWS:,} paired bootstraps over test images "
+        f"within {low:+.2f} and {high:+.2f}; by seed ({', '.join(map(str, seeds))}) {by_seed}"
+    )
+
+
+def class_mean(values: np.ndarray, labels: np.ndarray) -> float:
+    return float(np.mean([values[labels == k].mean() for k in np.unique(labels)]))
+
+
+def bootstrap(difference: np.ndarray, labels: np.ndarray, *, seed: int = 0) -> tuple[float, float, float]:
+    """(2.5 % quantile, value, 97.5 % quantile) of the class mean of `difference` [N] under redrawn images."""
+    rng = np.random.default_rng(seed)
+    classes = [difference[labels == k] for k in np.unique(labels)]
+    means = np.mean([rng.choice(c, (DRAWS, len(c))).mean(1) for c in classes], axis=0)
+    return float(np.quantile(means, 0.025)), class_mean(difference, labels), float(np.quantile(means, 0.975))
 
 
 def config_hash(config: str, overrides: list[str]) -> str:
@@ -101,12 +182,10 @@ def phase1_settings(method: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in first.items() if k not in PHASE2}
 
 
-def run(config: str, overrides: list[str], out: Path) -> dict[str, Any]:
+def run(config: str, overrides: list[str], out: Path, *, threads: int | None = None) -> dict[str, Any]:
     command = [sys.executable, "-m", "lpt", "train", config, *overrides, "--out", str(out), "--resume"]
-    subprocess.run(command, check=True)
-    report = json.loads((out / "report.json").read_text())
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    return {**report, "commit": commit, "processor": processor()}
+    subprocess.run(command, check=True, env={**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})})
+    return {**json.loads((out / "report.json").read_text()), "processor": processor()}
 
 
 def processor() -> str:
