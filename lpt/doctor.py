@@ -114,15 +114,20 @@ def _digests(part: Images | Files) -> Iterator[tuple[bytes | str, int]]:
 
 
 def _labels(classes: Sequence[str], backbone: str, found: Findings) -> None:
-    seen = label_sets(backbone)
-    if not seen:
+    if not label_sets(backbone):
         found.notes.append(f"what labels {backbone} was trained with is not in its name: overlap not checked")
-    for name, labels in seen.items():
-        if shared := [c for c in classes if c.replace("_", " ").lower() in labels]:
-            found.notes.append(
-                f"{backbone} was trained with the labels of {name}, which has {len(shared)} of these {len(classes)} "
-                f"classes: {_some(shared)}; accuracy on them is not that of unseen labels"
-            )
+    for name, shared in labels_seen(classes, backbone).items():
+        found.notes.append(
+            f"{backbone} was trained with the labels of {name}, which has {len(shared)} of these {len(classes)} "
+            f"classes: {_some(shared)}; accuracy on them is not that of unseen labels"
+        )
+
+
+def labels_seen(classes: Sequence[str], backbone: str) -> dict[str, list[str]]:
+    """Those of `classes` that the backbone has been trained to tell apart: label set → class names, if there are any."""
+    sets = label_sets(backbone).items()
+    seen = {name: [c for c in classes if c.replace("_", " ").lower() in labels] for name, labels in sets}
+    return {name: shared for name, shared in seen.items() if shared}
 
 
 def label_sets(backbone: str) -> dict[str, set[str]]:

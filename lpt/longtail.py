@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,20 +12,31 @@ from lpt.errors import DataError
 GROUPS = ("many", "medium", "few")
 
 
-def exponential_counts(num_classes: int, largest: int, imbalance_factor: float) -> list[int]:
-    """n_k = int(n_max · μ^(k/(C-1))) with μ = 1/IF, in label order (Cui 2019; Cao 2019, LDAM-DRW).
+Profile = Literal["exponential", "step"]
 
-    >>> counts = exponential_counts(100, 500, 100)
+
+def long_tail(num_classes: int, largest: int, imbalance_factor: float, profile: Profile = "exponential") -> list[int]:
+    """Images of each class, in order of rank.
+
+    `exponential`: n_k = int(n_max · μ^(k/(C-1))) with μ = 1/IF (Cui 2019; Cao 2019, LDAM-DRW). `step`: the first half
+    n_max, the rest int(n_max · μ) (Buda 2018). A factor below 1 is n_min / n_max, as some papers have it. Raises
+    DataError for one that is not positive.
+
+    >>> counts = long_tail(100, 500, 100)
     >>> sum(counts), counts[0], counts[-1]
     (10847, 500, 5)
+    >>> long_tail(4, 50, 0.1, "step")
+    [50, 50, 5, 5]
     """
-    if imbalance_factor < 1:
-        raise DataError(
-            f"imbalance_factor {imbalance_factor} is below 1: it is n_max / n_min; "
-            f"if you meant n_min / n_max, use {1 / imbalance_factor if imbalance_factor > 0 else 100:g}"
-        )
-    mu = 1 / imbalance_factor
+    if not imbalance_factor > 0:
+        raise DataError(f"imbalance_factor {imbalance_factor} is not positive: it is n_max / n_min, for example 100")
+    mu = min(imbalance_factor, 1 / imbalance_factor)
+    if profile == "step":
+        return [largest if k < num_classes / 2 else int(largest * mu) for k in range(num_classes)]
     return [int(largest * mu ** (k / max(num_classes - 1, 1))) for k in range(num_classes)]
+
+
+GroupRule = Literal["lt20", "le20", "thirds"]
 
 
 def shot_groups(counts: Sequence[int] | Tensor, rule: str = "lt20") -> dict[str, Tensor]:
@@ -50,7 +62,7 @@ def shot_groups(counts: Sequence[int] | Tensor, rule: str = "lt20") -> dict[str,
 def count_fingerprint(counts: Sequence[int]) -> str:
     """First 16 hex digits of SHA-256 over the counts, sorted descending and joined by commas.
 
-    >>> count_fingerprint(exponential_counts(100, 500, 100))
+    >>> count_fingerprint(long_tail(100, 500, 100))
     'a86899e02756da51'
     """
     text = ",".join(str(int(n)) for n in sorted(counts, reverse=True))

@@ -64,6 +64,8 @@ def markdown(report: Mapping[str, Any], *, classes: Sequence[str], command: str)
             f"| keys on the test set | perplexity {usage['perplexity']:.1f} of {len(usage['selections'])}, "
             f"{usage['dead_keys']} dead |"
         )
+    for name, number in report.get("labels_seen", {}).items():
+        lines.append(f"| labels seen | the backbone knows {number} of these classes as labels of {name} |")
     if report["absent_classes"]:
         lines.append(f"| classes without training images | {', '.join(report['absent_classes'])} |")
     lines += [

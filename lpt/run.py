@@ -22,6 +22,7 @@ from lpt.config import Config, load_config
 from lpt.data import load_task
 from lpt.data.task import Files, Images
 from lpt.device import PRECISIONS, peak_memory, pick_device, pick_precision, versions
+from lpt.doctor import labels_seen
 from lpt.engine.checkpoint import write_whole
 from lpt.engine.loop import Fit
 from lpt.errors import LptError
@@ -71,6 +72,9 @@ def train(
         )
     for line in task.described():
         say(line)
+    seen = labels_seen(task.classes, backbone.name)
+    for name, shared in seen.items():
+        say(f"warning: {backbone.name} has seen {len(shared)} of these {len(task.classes)} classes as labels of {name}")
 
     cache, feature_cache = PrefixCache(), Path(folder) if (folder := config.train.feature_cache) else None
 
@@ -127,6 +131,7 @@ def train(
         "precision": precision,
         "trainable_parameters": model.trainable_parameters,
         "absent_classes": task.absent_classes(),
+        "labels_seen": {name: len(shared) for name, shared in seen.items()},
         "versions": versions(),
     }
     if main:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ from lpt.classifier import PromptedClassifier
 from lpt.config import check_data
 from lpt.data import load_task
 from lpt.data.folder import SUFFIXES
+from lpt.data.task import Files, Images, Task
 from lpt.device import PRECISIONS, pick_device, pick_precision, versions
 from lpt.errors import ConfigError, DataError, PromptFileError, did_you_mean
-from lpt.evaluate import evaluate
+from lpt.evaluate import measure, predict
 from lpt.preprocess import File
 from lpt.prompt_file import Header, load_prompt, read_prompt
 
@@ -40,7 +42,11 @@ def open_prompt(
 def evaluate_prompt(
     path: str | Path, settings: dict[str, dict[str, Any]], *, say: Callable[[str], None] = lambda text: None
 ) -> dict[str, Any]:
-    """Metrics of a prompt file on a task: by default the one it was trained on, whose root must be given."""
+    """Metrics of a prompt file on a task: by default the one it was trained on, whose root must be given.
+
+    On another dataset classes are matched by name: images of classes that the file does not know are left out, and
+    predictions are among the classes that both have. Groups are by the training counts in the file.
+    """
     header, _ = read_prompt(path)
     check_loading(settings, sections=("data", "backbone", "train"))
     stored = header.data.get("settings", {})
@@ -49,12 +55,7 @@ def evaluate_prompt(
     if not data.get("name"):
         raise DataError("data.name is missing: the prompt file does not say which data it was made with")
     task = load_task(**check_data(data))
-    if list(task.classes) != header.classes:
-        theirs = set(task.classes) ^ set(header.classes)
-        raise PromptFileError(
-            f"prompt file {path} knows {len(header.classes)} classes, {task.name} has {len(task.classes)}; "
-            f"they differ in {', '.join(sorted(theirs)[:5]) or 'order'}"
-        )
+    images, shift = _matched(task, header.classes, path)
     backbone, run = settings.get("backbone", {}), settings.get("train", {})
     model, _ = open_prompt(
         path,
@@ -65,10 +66,24 @@ def evaluate_prompt(
     )
     for line in task.described():
         say(line)
+    if shift["absent_from_data"] or shift["unknown_to_prompt"]:
+        known = len(header.classes) - len(shift["absent_from_data"])
+        say(
+            f"classes matched by name: {known} of {len(header.classes)}, {len(images)} of {len(task.test)} images; "
+            "predictions are among these classes"
+        )
+        for what, names in (("not in the data", "absent_from_data"), ("not in the prompt file", "unknown_to_prompt")):
+            if missing := shift[names]:
+                say(f"warning: {len(missing)} classes {what}: {', '.join(missing[:10])}{', ...' * (len(missing) > 10)}")
     began = time.perf_counter()
-    metrics = evaluate(model, task.test, torch.tensor(header.counts), group_rule=task.group_rule)
+    predictions = predict(model, images)
+    if shift["absent_from_data"]:
+        gone = [header.classes.index(name) for name in shift["absent_from_data"]]
+        predictions.logits[:, gone] = -torch.inf
+    metrics = measure(model, predictions, torch.tensor(header.counts), group_rule=task.group_rule)
     return {
         **metrics,
+        **shift,
         "method": header.method,
         "backbone": {"name": model.backbone.name, "fingerprint": model.backbone.fingerprint},
         "data": {
@@ -80,6 +95,26 @@ def evaluate_prompt(
         "seconds": round(time.perf_counter() - began, 1),
         "versions": versions(),
     }
+
+
+def _matched(task: Task, classes: Sequence[str], path: str | Path) -> tuple[Images | Files, dict[str, list[str]]]:
+    """Test images of the classes that the prompt file knows, labelled in its order, and the names that only one has."""
+    place = {name: k for k, name in enumerate(classes)}
+    ours = [place.get(name, -1) for name in task.classes]
+    shift = {
+        "absent_from_data": [name for name in classes if name not in task.classes],
+        "unknown_to_prompt": [name for name in task.classes if name not in place],
+    }
+    if sum(k >= 0 for k in ours) < 2:
+        raise PromptFileError(
+            f"prompt file {path} knows {len(classes)} classes, {task.name} has {len(task.classes)}, and less than two "
+            f"names are the same: for example {', '.join([*classes[:2], *task.classes[:2]])}"
+        )
+    labels = torch.tensor(ours)[task.test.labels]
+    kept = (labels >= 0).nonzero().flatten()
+    if len(kept) == 0:
+        raise PromptFileError(f"{task.name} has no test image of a class that prompt file {path} knows")
+    return replace(task.test.subset(kept.tolist()), labels=labels[kept]), shift
 
 
 def check_loading(settings: Mapping[str, Mapping[str, Any]], *, sections: Sequence[str]) -> None:

@@ -128,7 +128,7 @@ def test_inspect_and_list_say_what_there_is(run_folder, capsys):
     [
         (["train", "nowhere.yaml"], "config nowhere.yaml does not exist"),
         (["train", SMALL[0], "method.epocs=3", "train.sed=1"], "did you mean epochs"),
-        (["train", SMALL[0], "data.imbalance_factor=0.5"], "imbalance_factor 0.5 is below 1"),
+        (["train", SMALL[0], "data.imbalance_factor=-1"], "imbalance_factor -1.0 is not positive"),
         (
             ["train", SMALL[0], "data.name=cifar100-lt", "data.root=nowhere", "data.imbalance_factor=10"],
             "nowhere holds",

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from lpt.data import load_task
+from lpt.data.cifar import cifar100_lt
 from lpt.errors import DataError
 from lpt.longtail import count_fingerprint, shot_groups
 
@@ -137,3 +138,21 @@ def test_digits_are_real_long_tailed_and_balanced_in_the_test_set():
     assert task.train.pixels.shape[1:] == (3, 8, 8) and task.train.pixels.max() == 255
     held = load_task("digits-lt", imbalance_factor=50, val_per_class=4)
     assert held.val is not None and not {*held.val.ids} & {*held.train.ids, *held.test.ids}
+
+
+def test_ranks_by_seed_are_other_classes_with_the_same_counts(cifar100_root):
+    plain, drawn = (cifar100_lt(str(cifar100_root), class_order=order) for order in ("label", "seed"))
+    assert (
+        sorted(plain.counts.tolist()) == sorted(drawn.counts.tolist())
+        and plain.counts.tolist() != drawn.counts.tolist()
+    )
+    assert drawn.facts["variant"].endswith("-permuted")
+    other = cifar100_lt(str(cifar100_root), class_order="seed", seed=1)
+    assert other.counts.tolist() != drawn.counts.tolist()
+
+
+def test_a_step_and_a_group_rule(cifar100_root):
+    task = cifar100_lt(str(cifar100_root), imbalance_factor=10, profile="step", group_rule="le20")
+    assert (
+        task.counts.tolist() == [500] * 50 + [50] * 50 and task.group_rule == "le20" and task.facts["profile"] == "step"
+    )

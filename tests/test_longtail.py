@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from lpt.errors import DataError
-from lpt.longtail import GROUPS, count_fingerprint, exponential_counts, shot_groups
+from lpt.longtail import GROUPS, count_fingerprint, long_tail, shot_groups
 
 # Protocols spec section 2: IF, training images, smallest class, groups (few < 20 | few <= 20), count fingerprint.
 CIFAR100 = [
@@ -25,7 +25,7 @@ def sizes(counts, rule):
 
 @pytest.mark.parametrize(("factor", "total", "smallest", "lt20", "le20", "fingerprint"), CIFAR100)
 def test_cifar100_lt_is_the_published_tail(factor, total, smallest, lt20, le20, fingerprint):
-    counts = exponential_counts(100, 500, factor)
+    counts = long_tail(100, 500, factor)
     assert (len(counts), sum(counts), counts[0], counts[-1]) == (100, total, 500, smallest)
     assert counts == sorted(counts, reverse=True)
     assert sizes(counts, "lt20") == lt20 and sizes(counts, "le20") == le20
@@ -35,7 +35,7 @@ def test_cifar100_lt_is_the_published_tail(factor, total, smallest, lt20, le20, 
 
 @pytest.mark.parametrize(("factor", "total", "smallest", "fingerprint"), CIFAR10)
 def test_cifar10_lt_is_the_published_tail(factor, total, smallest, fingerprint):
-    counts = exponential_counts(10, 5000, factor)
+    counts = long_tail(10, 5000, factor)
     assert (len(counts), sum(counts), counts[0], counts[-1]) == (10, total, 5000, smallest)
     assert sizes(counts, "lt20")[2] == sizes(counts, "le20")[2] == 0
     assert sizes(counts, "thirds") == (3, 4, 3)
@@ -43,15 +43,23 @@ def test_cifar10_lt_is_the_published_tail(factor, total, smallest, fingerprint):
 
 
 def test_an_imbalance_factor_of_one_is_balanced():
-    assert exponential_counts(4, 30, 1) == [30] * 4
-    assert exponential_counts(1, 30, 10) == [30]
+    assert long_tail(4, 30, 1) == [30] * 4
+    assert long_tail(1, 30, 10) == [30]
 
 
-@pytest.mark.parametrize(("factor", "way_out"), [(0.01, "use 100"), (0.5, "use 2"), (0, "0"), (-3, "-3")])
-def test_an_imbalance_factor_below_one_is_refused(factor, way_out):
-    with pytest.raises(DataError, match=rf"imbalance_factor {factor} is below 1") as error:
-        exponential_counts(10, 100, factor)
-    assert way_out in str(error.value)
+@pytest.mark.parametrize("factor", [0, -3, float("nan")])
+def test_an_imbalance_factor_that_is_not_positive_is_refused(factor):
+    with pytest.raises(DataError, match="is not positive: it is n_max / n_min, for example 100"):
+        long_tail(10, 100, factor)
+
+
+def test_a_factor_below_one_is_its_inverse():
+    assert long_tail(100, 500, 0.02) == long_tail(100, 500, 50)
+
+
+@pytest.mark.parametrize(("classes", "wanted"), [(10, [60] * 5 + [6] * 5), (5, [60] * 3 + [6] * 2)])
+def test_a_step_has_two_levels(classes, wanted):
+    assert long_tail(classes, 60, 10, "step") == wanted
 
 
 @pytest.mark.parametrize(("rule", "few"), [("lt20", [4, 5]), ("le20", [3, 4, 5])])

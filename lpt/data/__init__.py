@@ -6,6 +6,7 @@ from typing import Any
 from lpt.data.cifar import cifar10_lt, cifar100_lt
 from lpt.data.digits import digits_lt
 from lpt.data.folder import folder
+from lpt.data.lists import imagenet_lt, inat2018, own_lists, places_lt
 from lpt.data.task import Files, Images, Task
 from lpt.errors import DataError, did_you_mean
 
@@ -13,6 +14,10 @@ DATA: dict[str, Callable[..., Task]] = {
     "cifar100-lt": cifar100_lt,
     "cifar10-lt": cifar10_lt,
     "digits-lt": digits_lt,
+    "imagenet-lt": imagenet_lt,
+    "places-lt": places_lt,
+    "inat2018": inat2018,
+    "lists": own_lists,
     "folder": folder,
 }
 

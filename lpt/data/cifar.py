@@ -10,7 +10,7 @@ import io
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,31 +18,45 @@ from torch import Tensor
 
 from lpt.data.task import Count, Images, Task, hold_out
 from lpt.errors import DataError
-from lpt.longtail import exponential_counts
+from lpt.longtail import GroupRule, Profile, long_tail
+
+ClassOrder = Literal["label", "seed"]
 
 
 def cifar100_lt(
     root: str | None = None,
     *,
     imbalance_factor: float = 100,
+    profile: Profile = "exponential",
+    class_order: ClassOrder = "label",
+    group_rule: GroupRule = "lt20",
     seed: Count = 0,
     val_per_class: Count = 0,
     download: bool = False,
 ) -> Task:
-    """CIFAR-100-LT: 500 images of the largest class, 500/IF of the smallest; the test set stays balanced."""
-    return _cifar_lt("cifar100-lt", 100, root, imbalance_factor, seed, val_per_class, download)
+    """CIFAR-100-LT: 500 images of the largest class, 500/IF of the smallest; the test set stays balanced.
+
+    Every published split ranks classes by label, which ties the tail to the last classes; `class_order=seed` draws
+    the ranks by `seed` (ours).
+    """
+    tail = (imbalance_factor, profile, class_order, group_rule)
+    return _cifar_lt("cifar100-lt", 100, root, *tail, seed, val_per_class, download)
 
 
 def cifar10_lt(
     root: str | None = None,
     *,
     imbalance_factor: float = 100,
+    profile: Profile = "exponential",
+    class_order: ClassOrder = "label",
+    group_rule: GroupRule = "thirds",
     seed: Count = 0,
     val_per_class: Count = 0,
     download: bool = False,
 ) -> Task:
     """CIFAR-10-LT: 5000 images of the largest class; groups by rank thirds, since no class has below 20."""
-    return _cifar_lt("cifar10-lt", 10, root, imbalance_factor, seed, val_per_class, download)
+    tail = (imbalance_factor, profile, class_order, group_rule)
+    return _cifar_lt("cifar10-lt", 10, root, *tail, seed, val_per_class, download)
 
 
 def _cifar_lt(
@@ -50,11 +64,17 @@ def _cifar_lt(
     num_classes: int,
     root: str | None,
     factor: float,
+    profile: Profile,
+    class_order: ClassOrder,
+    group_rule: GroupRule,
     seed: int,
     val_per_class: int,
     download: bool,
 ) -> Task:
-    wanted = exponential_counts(num_classes, 50_000 // num_classes, factor)
+    wanted = long_tail(num_classes, 50_000 // num_classes, factor, profile)
+    if class_order == "seed":
+        rank = np.random.default_rng((seed, 17)).permutation(num_classes)
+        wanted = [wanted[r] for r in rank]
     source = _open(name, num_classes, root, download)
     labels = source["train_labels"]
     rng = np.random.RandomState(seed)
@@ -84,8 +104,13 @@ def _cifar_lt(
         train=part("train", train),
         val=part("train", held) if len(held) else None,
         test=part("test", np.arange(len(source["test_labels"]))),
-        group_rule="lt20" if num_classes == 100 else "thirds",
-        facts={"variant": variant, "profile": "exponential", "seed": seed, "val_per_class": val_per_class},
+        group_rule=group_rule,
+        facts={
+            "variant": variant + ("-permuted" if class_order == "seed" else ""),
+            "profile": profile,
+            "seed": seed,
+            "val_per_class": val_per_class,
+        },
     )
 
 

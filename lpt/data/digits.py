@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from lpt.data.task import Count, Images, Task, hold_out
-from lpt.longtail import exponential_counts
+from lpt.longtail import long_tail
 
 TEST_PER_CLASS = 60
 LARGEST = 110  # every digit has at least 174 images
@@ -20,7 +20,7 @@ def digits_lt(*, imbalance_factor: float = 50, seed: Count = 0, val_per_class: C
     images, labels = (np.asarray(part) for part in load_digits(return_X_y=True))
     rng = np.random.default_rng((seed, 11))
     rank = rng.permutation(10)
-    counts = exponential_counts(10, LARGEST, imbalance_factor)
+    counts = long_tail(10, LARGEST, imbalance_factor)
     train: list[int] = []
     test: list[int] = []
     for k in range(10):

@@ -1,0 +1,63 @@
+"""A prompt file on another dataset: classes are matched by name, and what only one side has is said."""
+
+import pytest
+import torch
+from test_folder import fill
+
+from lpt import run
+from lpt.config import resolve
+from lpt.data import load_task
+from lpt.errors import PromptFileError
+from lpt.serving import evaluate_prompt, open_prompt
+
+
+@pytest.fixture(scope="module")
+def prompt(tmp_path_factory):
+    place = tmp_path_factory.mktemp("shift")
+    fill(place / "photos", {"cat": 9, "dog": 6, "red owl": 4, "eel": 3})
+    config = {
+        "backbone": {"name": "untrained:vit_tiny_patch16_224", "image_size": 32},
+        "data": {"name": "folder", "root": str(place / "photos")},
+        "method": {"name": "class_mean"},
+        "train": {"precision": "fp32"},
+    }
+    run.train(resolve(config), place / "run")
+    return place / "run" / "prompt.safetensors"
+
+
+def test_another_dataset_is_matched_by_name(prompt, tmp_path):
+    fill(tmp_path / "sketches", {"dog": 5, "ant": 7, "cat": 10, "red owl": 5})
+    said = []
+    found = evaluate_prompt(prompt, {"data": {"name": "folder", "root": str(tmp_path / "sketches")}}, say=said.append)
+    text = "\n".join(said)
+    assert "classes matched by name: 3 of 4, 4 of 5 images" in text
+    assert "1 classes not in the data: eel" in text and "1 classes not in the prompt file: ant" in text
+    assert found["absent_from_data"] == ["eel"] and found["unknown_to_prompt"] == ["ant"]
+    # The same by hand: images one by one, the largest logit among the three classes that both know.
+    model, header = open_prompt(prompt)
+    task = load_task("folder", root=str(tmp_path / "sketches"))
+    right = {name: [] for name in ("cat", "dog", "red owl")}
+    for i in range(len(task.test)):
+        name = task.classes[task.test.labels[i]]
+        if name in right:
+            views = model.backbone.preprocess.cut(task.test.take(torch.tensor([i])))
+            with torch.no_grad():
+                logits = dict(
+                    zip(header.classes, model(model.backbone.preprocess.normalised(views)).logits[0], strict=True)
+                )
+            right[name].append(max(right, key=lambda k: logits[k].item()) == name)
+    means = [sum(r) / len(r) for r in right.values()]
+    assert found["class_accuracy"] == pytest.approx(sum(means) / 3)
+    assert found["per_class"][header.classes.index("eel")] is None
+
+
+def test_the_order_of_classes_does_not_matter(prompt, tmp_path):
+    fill(tmp_path / "same", {"red owl": 5, "eel": 5, "dog": 5, "cat": 5})
+    found = evaluate_prompt(prompt, {"data": {"name": "folder", "root": str(tmp_path / "same")}})
+    assert found["absent_from_data"] == found["unknown_to_prompt"] == []
+
+
+def test_other_classes_altogether_are_refused(prompt, tmp_path):
+    fill(tmp_path / "other", {"apple": 5, "pear": 5, "cat": 5})
+    with pytest.raises(PromptFileError, match="less than two names are the same"):
+        evaluate_prompt(prompt, {"data": {"name": "folder", "root": str(tmp_path / "other")}})
