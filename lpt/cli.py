@@ -50,7 +50,8 @@ def fit(
     given = nested(settings or [])
     data = check_data({"name": "folder", "root": root, **given.get("data", {})})
     check_loading({"train": {k: v for k, v in given.get("train", {}).items() if k == "device"}}, sections=("train",))
-    suggested, reasons = suggest(load_task(**data), pick_device(given.get("train", {}).get("device", "auto")))
+    device, other = pick_device(given.get("train", {}).get("device", "auto")), given.get("backbone", {}).get("name")
+    suggested, reasons = suggest(load_task(**data), device, backbone=other if isinstance(other, str) else None)
     tree = {"data": {k: v for k, v in data.items() if v is not None}, **suggested}
     resolved = resolve(tree, settings or [])
     changed = {text.partition("=")[0] for text in settings or []}

@@ -124,7 +124,7 @@ def _labels(classes: Sequence[str], backbone: str, found: Findings) -> None:
 
 
 def labels_seen(classes: Sequence[str], backbone: str) -> dict[str, list[str]]:
-    """Those of `classes` that the backbone has been trained to tell apart: label set → class names, if there are any."""
+    """Those of `classes` that the backbone has been trained to tell apart: label set → names, where there are any."""
     sets = label_sets(backbone).items()
     seen = {name: [c for c in classes if c.replace("_", " ").lower() in labels] for name, labels in sets}
     return {name: shared for name, shared in seen.items() if shared}

@@ -66,6 +66,8 @@ def markdown(report: Mapping[str, Any], *, classes: Sequence[str], command: str)
         )
     for name, number in report.get("labels_seen", {}).items():
         lines.append(f"| labels seen | the backbone knows {number} of these classes as labels of {name} |")
+    if skipped := report.get("skipped_images"):
+        lines.append(f"| skipped images | {len(skipped)}: {'; '.join(skipped[:10])} |")
     if report["absent_classes"]:
         lines.append(f"| classes without training images | {', '.join(report['absent_classes'])} |")
     lines += [

@@ -131,6 +131,7 @@ def train(
         "precision": precision,
         "trainable_parameters": model.trainable_parameters,
         "absent_classes": task.absent_classes(),
+        "skipped_images": list(task.facts.get("skipped", ())),
         "labels_seen": {name: len(shared) for name, shared in seen.items()},
         "versions": versions(),
     }

@@ -15,8 +15,9 @@ BACKBONES = {
 SIZES = {"cpu": 112, "cuda": 224}
 
 
-def suggest(task: Task, device: torch.device) -> tuple[dict[str, Any], dict[str, str]]:
-    """(the sections backbone, method and train of a config, the reasons by setting), from the training part alone."""
+def suggest(task: Task, device: torch.device, *, backbone: str | None = None) -> tuple[dict[str, Any], dict[str, str]]:
+    """(the sections backbone, method and train of a config, the reasons by setting), from the training part alone.
+    `backbone` is another one than the default."""
     images, classes, kind = len(task.train), len(task.classes), device.type
     batch = min(128 if kind == "cuda" else 32, max(4, images // 4))
     per_epoch = max(1, images // batch)
@@ -24,7 +25,7 @@ def suggest(task: Task, device: torch.device) -> tuple[dict[str, Any], dict[str,
     first, second = epochs - max(1, epochs // 3), max(1, epochs // 3)
     keys = max(2, min(20, classes, images // 10))
     config = {
-        "backbone": {"name": BACKBONES[kind], "image_size": SIZES[kind]},
+        "backbone": {"name": backbone or BACKBONES[kind], "image_size": None if backbone == "nano" else SIZES[kind]},
         "method": {
             "name": "lpt",
             "epochs": [first, second],

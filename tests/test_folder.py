@@ -405,3 +405,62 @@ def test_the_command_line_trains_evaluates_and_predicts_on_a_folder(flat, tmp_pa
     assert again["per_class"] == report["per_class"] and again["nll"] == report["nll"]
     assert again["data"]["split_sha256"] == report["data"]["split_sha256"]
     assert lpt_("predict", out / "prompt.safetensors", flat / "cat").count("cat/") == 6
+
+
+def test_broken_images_are_skipped_when_asked_and_listed(flat, tmp_path):
+    for name in ("cat/2.png", "owl/0.png"):
+        (flat / name).write_bytes((flat / name).read_bytes()[:60])
+    (flat / "dog" / "1.png").write_bytes(b"")
+    task = lpt.load_task("folder", root=str(flat), on_error="skip")
+    assert len(task.train) + len(task.test) == 8 and task.classes == ("cat", "dog", "owl")
+    assert any("3 images cannot be decoded and are skipped, for example image cat/2.png" in x for x in task.described())
+    from lpt import run
+    from lpt.config import resolve
+
+    config = {
+        "backbone": {"name": "untrained:vit_tiny_patch16_224", "image_size": 32},
+        "data": {"name": "folder", "root": str(flat), "on_error": "skip"},
+        "method": {"name": "class_mean"},
+    }
+    report = run.train(resolve(config), tmp_path / "run")
+    assert [text.split()[1] for text in report["skipped_images"]] == ["cat/2.png", "dog/1.png", "owl/0.png"]
+    assert "skipped images | 3: image cat/2.png" in (tmp_path / "run" / "report.md").read_text()
+    for file in flat.rglob("*.png"):
+        file.write_bytes(b"no image")
+    with pytest.raises(DataError, match="no training image that can be decoded"):
+        lpt.load_task("folder", root=str(flat), on_error="skip")
+
+
+def test_an_empty_folder_is_named_and_is_no_class(flat):
+    (flat / "emu").mkdir()
+    (flat / "emu" / ".DS_Store").write_text("x")
+    task = lpt.load_task("folder", root=str(flat))
+    assert task.classes == ("cat", "dog", "owl")
+    assert any("1 folders hold no image and are no classes, for example emu" in line for line in task.described())
+
+
+@pytest.mark.parametrize("other", ["Cat", "CAT ", "ｃａｔ"])
+def test_two_spellings_of_one_class_are_refused(tmp_path, other):
+    fill(tmp_path / "photos" / "train", {"cat": 3, "dog": 2})
+    fill(tmp_path / "photos" / "test", {other: 3, "dog": 2})
+    with pytest.raises(DataError, match="are one in two spellings"):
+        lpt.load_task("folder", root=str(tmp_path / "photos"))
+
+
+def test_a_folder_that_may_not_be_read_is_named(flat, monkeypatch):
+    scan = os.scandir
+
+    def refused(path):
+        if str(path).endswith("dog"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(DataError, match=r"dog cannot be read \(Permission denied\)"):
+        lpt.load_task("folder", root=str(flat))
+
+
+def test_names_of_classes_may_be_any(tmp_path):
+    names = ["a, b", "red panda", "кошка", "猫", "100 %", "<b>"]
+    fill(tmp_path / "photos", {name: 3 for name in names})
+    assert set(lpt.load_task("folder", root=str(tmp_path / "photos")).classes) == set(names)

@@ -6,9 +6,11 @@ Tables are read through `datasets`; images are decoded when a batch needs them.
 import glob
 import hashlib
 import os
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +19,7 @@ from pydantic import Field
 from lpt.data.task import Count, Files, Task, hold_out
 from lpt.errors import DataError, LptError, did_you_mean
 from lpt.longtail import shot_groups
+from lpt.preprocess import decoded
 
 PARTS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test",)}
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm", ".pgm", ".jp2")
@@ -44,6 +47,7 @@ def folder(
     test_share: Annotated[float, Field(gt=0, lt=1)] = 0.2,
     seed: Count = 0,
     val_per_class: Count = 0,
+    on_error: Literal["raise", "skip"] = "raise",
     image_column: str | None = None,
     label_column: str | None = None,
 ) -> Task:
@@ -51,15 +55,26 @@ def folder(
 
     Without a test part (nor a val part, which then serves as one) a stratified share of `test_share` is split off with
     `seed`; a class with one image keeps it for training. `val_per_class` holds out training images where there is no
-    val part. Groups are many/medium/few by count where none of them is empty, else rank thirds.
+    val part. Groups are many/medium/few by count where none of them is empty, else rank thirds. A file that cannot be
+    decoded ends a run when a batch needs it; `on_error=skip` decodes every file first and goes on without those.
     """
     if root is None:
         raise DataError("data.root is missing: give a folder with one folder of images for each class")
     parts = _read(root, image_column, label_column)
     if "train" not in parts:
         raise DataError(f"data.root {root} has no training part, only {', '.join(parts) or 'nothing'}")
-    classes = _in_order(parts["train"].order, {name for part in parts.values() for name in part.names})
+    used = {name for part in parts.values() for name in part.names}
+    _same_but_for_spelling(used, root)
+    classes = _in_order(parts["train"].order, used)
     made = {role: _files(root, part, classes) for role, part in parts.items()}
+    broken: list[str] = []
+    if on_error == "skip":
+        for role, files in made.items():
+            errors = _errors(files)
+            broken += [error for error in errors if error]
+            made[role] = files.subset([i for i, error in enumerate(errors) if not error])
+        if len(made["train"]) == 0:
+            raise DataError(f"data.root {root} has no training image that can be decoded, for example: {broken[0]}")
     train, val, test, split = made["train"], made.get("val"), made.get("test"), "as given"
     if test is None and val is not None:
         test, val, split = val, None, "the val part is the test set"
@@ -78,7 +93,11 @@ def folder(
         train, val = train.subset(kept.tolist()), train.subset(held.tolist())
     counts = torch.bincount(train.labels, minlength=len(classes))
     rule = "lt20" if all(len(group) for group in shot_groups(counts).values()) else "thirds"
-    left_out = [name for part in parts.values() for name in part.left_out]
+    amiss = {
+        "left_out": [name for part in parts.values() for name in part.left_out],
+        "empty_folders": _empty_folders(Path(root)),
+        "skipped": broken,
+    }
     facts = {"variant": Path(root).resolve().name, "profile": "natural", "seed": seed, "test_part": split}
     return Task(
         name="folder",
@@ -87,8 +106,28 @@ def folder(
         val=val,
         test=test,
         group_rule=rule,
-        facts=facts | ({"left_out": left_out} if left_out else {}),
+        facts=facts | {what: names for what, names in amiss.items() if names},
     )
+
+
+def _errors(files: Files) -> list[str]:
+    """For each image what is wrong with it, or an empty text; all are decoded once, in threads."""
+
+    def one(i: int) -> str:
+        try:
+            decoded(*files.take(torch.tensor([i])))
+        except DataError as error:
+            return str(error)
+        return ""
+
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(one, range(len(files))))
+
+
+def _empty_folders(place: Path) -> list[str]:
+    """Folders with nothing to see in them, which somebody may have meant as classes."""
+    found = ((Path(here), [*folders, *files]) for here, folders, files in os.walk(place) if Path(here) != place)
+    return sorted(str(here.relative_to(place)) for here, names in found if all(n.startswith(".") for n in names))
 
 
 def _read(root: str, image_column: str | None, label_column: str | None) -> dict[str, Part]:
@@ -114,7 +153,7 @@ def _read(root: str, image_column: str | None, label_column: str | None) -> dict
 def _images(place: Path) -> Iterator[tuple[str, ...]]:
     """Image files below `place` as path parts, in order of name; hidden ones are passed over, links are followed."""
     seen: set[str] = set()
-    for here, folders, files in os.walk(place, followlinks=True):
+    for here, folders, files in os.walk(place, onerror=_unreadable, followlinks=True):
         real = os.path.realpath(here)
         if real in seen:  # a link to where we have been
             folders.clear()
@@ -124,6 +163,12 @@ def _images(place: Path) -> Iterator[tuple[str, ...]]:
         for name in sorted(files):
             if name.lower().endswith(SUFFIXES) and not name.startswith("."):
                 yield (*Path(here).relative_to(place).parts, name)
+
+
+def _unreadable(error: OSError) -> None:
+    raise DataError(
+        f"folder {error.filename} cannot be read ({error.strerror}): give yourself the right, or move it away"
+    )
 
 
 def _folders(place: Path, images: list[tuple[str, ...]], label_column: str | None) -> dict[str, Part]:
@@ -271,6 +316,17 @@ def _column(root: str, what: str, wanted: str | None, found: list[str], columns:
 
 
 # From parts to a task.
+
+
+def _same_but_for_spelling(names: set[str], root: str) -> None:
+    known: dict[str, str] = {}
+    for name in sorted(names):
+        key = unicodedata.normalize("NFKC", name).casefold().replace("_", " ").strip()
+        if key in known:
+            raise DataError(
+                f"data.root {root}: classes {known[key]!r} and {name!r} are one in two spellings: rename one"
+            )
+        known[key] = name
 
 
 def _in_order(order: Sequence[str], used: set[str]) -> list[str]:

@@ -157,14 +157,17 @@ class Task:
             f"classes, {int(self.counts.max())} to {int(self.counts.min())} each{held}, {len(self.test)} test images"
             + split
         ]
-        if left_out := self.facts.get("left_out"):
-            lines.append(
-                f"warning: {len(left_out)} images belong to no class and are left out, for example {left_out[0]}"
-            )
-        absent = self.absent_classes()
-        return lines + [
-            f"warning: class {k!r} has no training image; it is kept, and cannot be learned" for k in absent
-        ]
+        warnings = {
+            "left_out": "{} images belong to no class and are left out",
+            "skipped": "{} images cannot be decoded and are skipped",
+            "empty_folders": "{} folders hold no image and are no classes",
+        }
+        for fact, text in warnings.items():
+            if names := self.facts.get(fact):
+                lines.append(f"warning: {text.format(len(names))}, for example {names[0]}")
+        for name in self.absent_classes():
+            lines.append(f"warning: class {name!r} has no training image; it is kept, and cannot be learned")
+        return lines
 
     def absent_classes(self) -> list[str]:
         """Classes without a single training image; they stay in the label set and are reported."""
