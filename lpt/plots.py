@@ -57,7 +57,7 @@ def accuracy_by_rank(
     order = np.argsort(-np.asarray(counts), kind="stable")
     accuracy = np.array([np.nan if a is None else 100 * a for a in per_class])[order]
     x = np.arange(1, len(order) + 1)
-    with _figure() as (_, axes, out):
+    with _figure(height=2.9 + 0.2 * bool(against)) as (figure, axes, out):
         behind = axes.twinx()
         behind.fill_between(x, np.asarray(counts)[order], step="mid", color=FAINT, linewidth=0)
         ticks = [n for n in (1, 10, 100, 1000, 10_000, 100_000) if n <= 2 * max(counts)]
@@ -75,7 +75,7 @@ def accuracy_by_rank(
             theirs = np.array([np.nan if a is None else 100 * a for a in values])[order]
             axes.plot(x, _smooth(theirs), color=OTHER, lw=1.8, ls=style, label=_name(name))
         axes.set(xlabel="class, from most to fewest training images", ylabel="accuracy, %", ylim=(-3, 103))
-        axes.legend(frameon=False, ncols=6, loc="lower center", bbox_to_anchor=(0.5, 1), fontsize=9, columnspacing=0.8)
+        figure.legend(frameon=False, ncols=4, loc="outside upper center", fontsize=9, columnspacing=1)
     return out[0]
 
 

@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import lpt
-from lpt.cli import app
+from lpt.cli import app, main
 from lpt.config import load_config
 
 ROOT = Path(__file__).parents[1]
@@ -41,6 +42,76 @@ def test_every_command_of_the_readme_exists(command):
             load_config(ROOT / rest[0], settings)
         else:
             assert verb in {command.name or command.callback.__name__ for command in app.registered_commands}
+
+
+def say_it(monkeypatch, command, *more):
+    """A command of the README as a person gives it, in this process; returns its exit code."""
+    monkeypatch.setattr(sys, "argv", ["lpt", *shlex.split(command)[1:], *more])
+    try:
+        main()
+    except SystemExit as stop:
+        return stop.code or 0
+    return 0
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """A folder with the configs and a long tail of photos: real digits as files, 40 to 3 each."""
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    digits = lpt.load_task("digits-lt", imbalance_factor=1)
+    for k, n in enumerate((40, 20, 9, 5, 3)):
+        (tmp_path / "photos" / digits.classes[k]).mkdir(parents=True)
+        for row in (digits.train.labels == k).nonzero().flatten()[:n].tolist():
+            image = Image.fromarray(digits.train.pixels[row].permute(1, 2, 0).numpy()).resize((40, 40))
+            image.save(tmp_path / "photos" / digits.classes[k] / f"{row}.jpg")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_commands_on_own_images_run(workplace, monkeypatch, capsys):
+    """Exactly as they stand, but for two epochs instead of many."""
+    mine = [command for command in COMMANDS if "photos" in command and "shared" not in command]
+    assert [shlex.split(command)[1] for command in mine] == ["doctor", "fit", "train", "predict", "report"]
+    for command in mine:
+        fewer = ["method.epochs=[1, 1]"] if shlex.split(command)[1] in ("fit", "train") else []
+        assert say_it(monkeypatch, command, *fewer) == 0, capsys.readouterr().err
+    said = capsys.readouterr().out
+    assert "photos_by_hand" in said and "runs/photos/report.html" in said
+    assert (workplace / "runs" / "photos" / "prompt.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_main_run_run(workplace, monkeypatch, capsys, cifar100_root):
+    for name in ("data", "weights"):
+        (workplace.parent / "shared").mkdir(exist_ok=True)
+        (workplace.parent / "shared" / name).symlink_to(cifar100_root.parents[1] / name)
+    (workplace / "photos").rename(workplace / "holiday")
+    next((workplace / "holiday").rglob("*.jpg")).rename(workplace / "photo.jpg")
+    mine = [command for command in COMMANDS if "shared" in command or command.endswith(("safetensors", "list"))]
+    assert [shlex.split(command)[1] for command in mine] == ["train", "evaluate", "predict", "inspect", "list"]
+    for command in mine:
+        assert say_it(monkeypatch, command) == 0, capsys.readouterr().err
+
+
+def test_the_demo_is_what_the_readme_says(tmp_path, monkeypatch, capsys):
+    """The Makefile's commands with one epoch each; their table has the README's rows."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    text = (ROOT / "Makefile").read_text()
+    recipe = (
+        text[text.index("\ndemo:") : text.index("\ntest:")]
+        .replace("\\\n", " ")
+        .replace("$(DIGITS)", "configs/digits_lt")
+    )
+    commands = re.findall(r"\$\(BIN\)/(lpt .*)", recipe)
+    assert len(commands) == 5
+    for command in commands:
+        short = "method.epochs=1" if "linear_probe.yaml" in command else "method.epochs=[1, 1]"
+        assert say_it(monkeypatch, command, *([short] if " train " in command else [])) == 0, capsys.readouterr().err
+    table = capsys.readouterr().out[-1200:]
+    rows = re.findall(r"^\| (\w+) +\|", README[README.index("linear_probe_ce") - 40 :], re.MULTILINE)[:4]
+    assert rows == ["linear_probe_ce", "linear_probe_la", "lpt_phase1", "lpt"]
+    assert all(f"| {row} " in table for row in rows) and "runs/demo/lpt/report.html" in table
 
 
 def test_the_python_of_the_readme_runs(tmp_path, cifar100_root, deit_tiny_weights, monkeypatch):
