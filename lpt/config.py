@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from lpt.data import DATA
 from lpt.errors import ConfigError, did_you_mean
 from lpt.methods import METHODS
+from lpt.preprocess import Transform
 from lpt.settings import settings_of, validated
 
 
@@ -24,8 +25,10 @@ class BackboneSettings(BaseModel):
     name: str
     weights: str | None = None
     image_size: int | None = Field(default=None, ge=1, le=4096)
-    min_area: float = Field(default=0.7, gt=0, le=1)
-    """Smallest area of the random crop of a training view, as a share of the image."""
+    transform: Transform = "timm"
+    """Whose pixels: the backbone's own (timm), or those of LIFT's or LPT's code."""
+    min_area: float | None = Field(default=None, gt=0, le=1)
+    """Smallest area of the random crop of a training view, as a share of the image; by default the transform's."""
     flip: bool = True
     """Whether half of the training views are mirrored: off where left and right differ, as in digits and letters."""
 
@@ -51,6 +54,8 @@ class TrainSettings(BaseModel):
     storage: Literal["fp16", "fp32"] = "fp16"
     compile: bool = False
     """Blocks through torch.compile: exact up to rounding, a minute or two of compiling first."""
+    select: Literal["last", "best_val"] = "last"
+    """Which weights are evaluated and stored: the last, or the last phase's best epoch on held-out images."""
     feature_cache: str | None = None
     """A folder where features of fixed views are kept for later runs."""
 

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from lpt.errors import DataError
+
+Transform = Literal["timm", "lift", "lpt"]
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,8 @@ class Preprocess:
     crop_ratio: float = 1.0
     min_area: float = 0.7
     flip: bool = True
+    square: bool = False
+    """Whether the test view is resized to a square whatever the image's shape, as LPT's code does."""
 
     def with_(self, **changes: Any) -> "Preprocess":
         return replace(self, **changes)
@@ -48,7 +53,16 @@ class Preprocess:
     @property
     def test_view(self) -> tuple[Any, ...]:
         """All that a test view depends on, besides the image."""
-        return self.size, self.mean, self.std, self.interpolation, self.crop_ratio
+        return self.size, self.mean, self.std, self.interpolation, self.crop_ratio, self.square
+
+    def as_published(self, name: "Transform") -> "Preprocess":
+        """The pipeline `name` at this size: `timm` is the backbone's own. LIFT's and LPT's code crop down to 8 % of the
+        area, resize bilinearly, and show the centre 224 of 256 pixels in tests, `lpt` of a square."""
+        if name == "timm":
+            return self
+        clip = self.mean[0] == CLIP_MEAN[0]  # LIFT keeps CLIP's statistics for CLIP, and 0.5 for the others
+        half = self if name == "lift" and clip else self.with_(mean=(0.5,) * 3, std=(0.5,) * 3)
+        return half.with_(interpolation="bilinear", min_area=0.08, crop_ratio=224 / 256, square=name == "lpt")
 
     def test(self, images: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
         """The fixed view of each image. [B 3 h w] uint8 → [B 3 S S]."""
@@ -56,7 +70,7 @@ class Preprocess:
         short, least = math.floor(self.size / self.crop_ratio), min(images.shape[-2:])
         for side in images.shape[-2:]:
             # Roundings as in torchvision's Resize and CenterCrop, which every published test transform uses.
-            resized = int(short * side / least)
+            resized = short if self.square else int(short * side / least)
             first = round((resized - self.size) / 2)
             zero, whole = images.new_zeros(1, dtype=torch.float32), images.new_full((1,), side, dtype=torch.float32)
             sides.append(self._resampling(zero, whole, side, resized, first))
@@ -107,7 +121,7 @@ class Preprocess:
             view = ImageOps.mirror(view) if flipped else view
         else:
             # Resize and centre crop in one: the whole resized image of a long one may not fit into memory.
-            wide, high = int(short * w / min(w, h)), int(short * h / min(w, h))
+            wide, high = (short, short) if self.square else (int(short * w / min(w, h)), int(short * h / min(w, h)))
             left, top = round((wide - self.size) / 2), round((high - self.size) / 2)
             x, y = w / wide, h / high
             box = (left * x, top * y, min((left + self.size) * x, w), min((top + self.size) * y, h))

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
@@ -23,7 +24,7 @@ from lpt.data import load_task
 from lpt.data.task import Files, Images
 from lpt.device import PRECISIONS, peak_memory, pick_device, pick_precision, versions
 from lpt.doctor import labels_seen
-from lpt.engine.checkpoint import write_whole
+from lpt.engine.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, write_whole
 from lpt.engine.loop import Fit
 from lpt.errors import LptError
 from lpt.evaluate import PrefixCache, evaluate, measure, predict
@@ -33,6 +34,7 @@ from lpt.page import html
 from lpt.prompt_file import DTYPES, save_prompt
 from lpt.report import markdown
 
+NO_EPOCHS = ("decoupled", "class_mean", "knn", "zero_shot")
 Say = Callable[[str], None]
 Show = Callable[[str, int, int, str], None]
 
@@ -76,12 +78,23 @@ def train(
     for name, shared in seen.items():
         say(f"warning: {backbone.name} has seen {len(shared)} of these {len(task.classes)} classes as labels of {name}")
 
+    if config.train.select == "best_val" and task.val is None:
+        raise LptError(
+            "train.select=best_val needs held-out images: set data.val_per_class, or give the data a val part"
+        )
+    if config.train.select == "best_val" and config.method["name"] in NO_EPOCHS:
+        raise LptError(
+            f"train.select=best_val: {config.method['name']} does not end with epochs to choose from, use last"
+        )
+    best = Best(out / "checkpoints", run_hash, writes=main)
     cache, feature_cache = PrefixCache(), Path(folder) if (folder := config.train.feature_cache) else None
 
     def held_out(model: PromptedClassifier, progress: Any) -> dict[str, Any]:
         if task.val is None:
             return {}
         metrics = evaluate(model, task.val, task.counts, group_rule=task.group_rule, cache=cache)
+        if config.train.select == "best_val":
+            best.offer(model, progress.phase, progress.step + 1, metrics["class_accuracy"])
         return {"val": {k: metrics[k] for k in ("accuracy", "class_accuracy", "many", "medium", "few", "ece")}}
 
     def begin() -> None:
@@ -108,6 +121,7 @@ def train(
     settings = {key: value for key, value in config.method.items() if key != "name"}
     model = METHODS[config.method["name"]](task, backbone, fit, **settings)
 
+    selection = "last" if config.train.select == "last" else best.restore(model)
     # What is evaluated is what is stored: rounded first, so that the file reloads to the same bits.
     model.round_to(DTYPES[config.train.storage])
     model.only_train().eval()
@@ -123,7 +137,7 @@ def train(
     report = {
         **metrics,
         "method": config.method["name"],
-        "selection": "last",
+        "selection": selection,
         "scale": model.head.scale,
         "backbone": {"name": backbone.name, "fingerprint": backbone.fingerprint},
         "data": data,
@@ -165,6 +179,36 @@ def train(
         write_page(out, test=task.test)
     accelerator.wait_for_everyone()
     return report
+
+
+class Best:
+    """The best epoch of every phase by class accuracy on held-out images, in `checkpoints/best-PHASE.safetensors`."""
+
+    def __init__(self, folder: Path, run_hash: str, *, writes: bool):
+        self.folder, self.run_hash, self.writes = folder, run_hash, writes
+        self.phase, self.best = "", Checkpoint(0, True, 0.0, {}, {})
+
+    def offer(self, model: PromptedClassifier, phase: str, step: int, score: float) -> None:
+        place = self.folder / f"best-{phase}.safetensors"
+        if phase != self.phase:  # another phase begins, or goes on in another process
+            self.phase, self.best = (
+                phase,
+                load_checkpoint(place, run_hash=self.run_hash) or Checkpoint(0, True, 0, {}, {}),
+            )
+        if score > self.best.moments.get("score", torch.tensor(-1.0)):
+            tensors = {name: value.detach().cpu().clone() for name, value in model.adapted().items()}
+            self.best = Checkpoint(step, True, 0.0, tensors, {"score": torch.tensor(score, dtype=torch.float64)})
+            if self.writes:
+                save_checkpoint(place, self.best, run_hash=self.run_hash)
+
+    def restore(self, model: PromptedClassifier) -> str:
+        """Puts the last phase's best into `model`; returns the name of the selection."""
+        if not self.phase:  # all phases were finished before this process
+            place = max(self.folder.glob("best-*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
+            self.phase = place.stem.removeprefix("best-")
+            self.best = load_checkpoint(place, run_hash=self.run_hash) or self.best
+        model.load_adapted(self.best.tensors)
+        return f"best on held-out images: step {self.best.step} of {self.phase}"
 
 
 Rows = dict[str, dict[str, Any]]
@@ -237,9 +281,10 @@ def _command(out: Path) -> str:
 
 def _backbone(config: Config) -> Backbone:
     settings = config.backbone.model_dump()
-    views = {key: settings.pop(key) for key in ("min_area", "flip")}
+    transform, min_area, flip = (settings.pop(key) for key in ("transform", "min_area", "flip"))
     backbone = load_backbone(**settings)
-    backbone.preprocess = backbone.preprocess.with_(**views)
+    pixels = backbone.preprocess.as_published(transform).with_(flip=flip)
+    backbone.preprocess = pixels if min_area is None else pixels.with_(min_area=min_area)
     if config.prototypes.weights:
         backbone.prototypes = read_prototypes(Path(config.prototypes.weights))
     return backbone

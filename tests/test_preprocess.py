@@ -1,11 +1,13 @@
+import io
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torchvision.transforms import InterpolationMode, v2
 
-from lpt.preprocess import Preprocess
+from lpt.preprocess import CLIP_MEAN, File, Preprocess
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -202,3 +204,26 @@ def test_views_come_in_the_dtype_asked_for(dtype):
 def test_a_very_long_image_needs_no_very_large_matrix():
     view = Preprocess(size=32).test(torch.zeros(1, 3, 1, 20_000, dtype=torch.uint8))
     assert view.shape == (1, 3, 32, 32)
+
+
+@pytest.mark.parametrize("name", ["lift", "lpt"])
+@pytest.mark.parametrize("shape", [(40, 60), (64, 64), (90, 33)])
+def test_published_pipelines_are_torchvisions(name, shape):
+    """Resize(256) of the shorter side, or of a square, then the centre 224: here at 28 of 32 pixels."""
+    images = torch.randint(0, 256, (2, 3, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    ours = Preprocess(size=28).as_published(name)
+    resize = v2.Resize((32, 32) if name == "lpt" else 32, v2.InterpolationMode.BILINEAR, antialias=True)
+    wanted = v2.CenterCrop(28)(resize(images.float())) / 255
+    assert (ours.test(images) * 0.5 + 0.5 - wanted).abs().max() < 0.01 and ours.min_area == 0.08
+    files = []
+    for image in images:
+        buffer = io.BytesIO()
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(buffer, format="png")
+        files.append(File("x", buffer.getvalue()))
+    assert (ours.cut(files) / 255 - wanted).abs().max() < 0.02
+
+
+def test_lift_keeps_clips_statistics_and_timm_is_the_backbones_own():
+    clip = Preprocess(mean=CLIP_MEAN, std=(0.26862954, 0.26130258, 0.27577711), crop_ratio=0.9)
+    assert clip.as_published("lift").mean == CLIP_MEAN and clip.as_published("lpt").mean == (0.5, 0.5, 0.5)
+    assert clip.as_published("timm") == clip

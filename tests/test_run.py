@@ -1,0 +1,65 @@
+"""What is selected at the end of a run, and what a run says before it starts."""
+
+import json
+
+import pytest
+
+from lpt import run
+from lpt.config import resolve
+from lpt.errors import LptError
+from lpt.history import History
+
+CONFIG = {
+    "backbone": {"name": "untrained:vit_tiny_patch16_224", "image_size": 32},
+    "data": {"name": "digits-lt", "val_per_class": 6},
+    "method": {"name": "linear_probe", "epochs": 6, "lr": 0.05},
+    "train": {"batch_size": 16, "precision": "fp32", "select": "best_val"},
+}
+
+
+def test_the_best_epoch_on_held_out_images_is_evaluated_and_stored(tmp_path):
+    report = run.train(resolve(CONFIG), tmp_path / "best")
+    lines = History(tmp_path / "best" / "history.jsonl").lines
+    scores = [line["val"]["class_accuracy"] for line in lines]
+    best = max(range(6), key=scores.__getitem__)
+    assert report["selection"] == f"best on held-out images: step {lines[best]['step']} of head"
+    # The run that ends there has those weights, if its schedule were the same: compare what is stored instead.
+    stored = json.loads((tmp_path / "best" / "report.json").read_text())
+    assert stored["selection"] == report["selection"]
+    last = run.train(resolve(CONFIG, ["train.select=last"]), tmp_path / "last")
+    assert last["selection"] == "last"
+    assert (last["class_accuracy"] == report["class_accuracy"]) == (best == 5)
+
+
+def test_a_resumed_run_selects_the_same(tmp_path):
+    whole = run.train(resolve(CONFIG), tmp_path / "run")
+    for name in ("report.json", "prompt.safetensors"):
+        (tmp_path / "run" / name).unlink()
+    again = run.train(resolve(CONFIG), tmp_path / "run", resume=True)
+    assert again["selection"] == whole["selection"] and again["per_class"] == whole["per_class"]
+
+
+def test_selecting_needs_held_out_images_and_epochs(tmp_path):
+    with pytest.raises(LptError, match=r"set data\.val_per_class"):
+        run.train(resolve(CONFIG, ["data.val_per_class=0"]), tmp_path / "run")
+    with pytest.raises(LptError, match="knn does not end with epochs"):
+        run.train(resolve({**CONFIG, "method": {"name": "knn"}}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_labels_that_the_backbone_has_seen_are_warned_about(tmp_path):
+    from PIL import Image
+
+    for k, name in enumerate(("apple", "bicycle", "digit")):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(4):
+            Image.new("RGB", (32, 32), (80 * k, 10 * i, 0)).save(tmp_path / "photos" / name / f"{i}.png")
+    said = []
+    config = {
+        "backbone": {"name": "nano"},
+        "data": {"name": "folder", "root": str(tmp_path / "photos")},
+        "method": {"name": "class_mean"},
+    }
+    report = run.train(resolve(config), tmp_path / "run", say=said.append)
+    assert any("nano has seen 2 of these 3 classes as labels of CIFAR-100" in line for line in said)
+    assert report["labels_seen"] == {"CIFAR-100": 2}
