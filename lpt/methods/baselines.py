@@ -115,7 +115,7 @@ def fine_tune(
     weight_decay: Share = 5e-4,
     warmup: Warmup = "linear",
 ) -> PromptedClassifier:
-    """One stage in which the head trains together with `tuning`:
+    """The head and one of eight things together: prompts, biases, norms, adapters, LoRA, everything, nothing else.
 
     - `head`: nothing else, on augmented views (`linear_probe` uses cached features);
     - `vpt_shallow`, `vpt_deep`: `prompt_length` tokens in the first or in every block (Jia 2022);
