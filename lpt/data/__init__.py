@@ -7,12 +7,15 @@ from lpt.data.cifar import cifar10_lt, cifar100_lt
 from lpt.data.digits import digits_lt
 from lpt.data.folder import folder
 from lpt.data.lists import imagenet_lt, inat2018, own_lists, places_lt
+from lpt.data.semi import cifar10_semi, cifar100_semi
 from lpt.data.task import Files, Images, Task
 from lpt.errors import DataError, did_you_mean
 
 DATA: dict[str, Callable[..., Task]] = {
     "cifar100-lt": cifar100_lt,
     "cifar10-lt": cifar10_lt,
+    "cifar100-semi": cifar100_semi,
+    "cifar10-semi": cifar10_semi,
     "digits-lt": digits_lt,
     "imagenet-lt": imagenet_lt,
     "places-lt": places_lt,

@@ -8,6 +8,7 @@ images in another order; the same seed then gives other images, and the variant 
 
 import io
 import json
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -75,35 +76,25 @@ def _cifar_lt(
     if class_order == "seed":
         rank = np.random.default_rng((seed, 17)).permutation(num_classes)
         wanted = [wanted[r] for r in rank]
-    source = _open(name, num_classes, root, download)
-    labels = source["train_labels"]
+    names, labels, train_part, test, official = parts_of(name, num_classes, root, download)
     rng = np.random.RandomState(seed)
     chosen: list[int] = []
     for k, n in enumerate(wanted):
         indices = np.where(labels == k)[0]
         if len(indices) < n:
-            raise DataError(f"{name}: class {source['classes'][k]!r} has {len(indices)} images, {n} are needed")
+            raise DataError(f"{name}: class {names[k]!r} has {len(indices)} images, {n} are needed")
         rng.shuffle(indices)
         chosen += indices[:n].tolist()
     train, held = np.array(sorted(chosen)), np.array([], dtype=int)
     if val_per_class:
         train, held = hold_out(np.arange(len(labels)), train, labels, val_per_class, seed)
-    variant = {0: "cao", 42: "lpt42"}.get(seed, f"seed{seed}") + ("" if source["official_order"] else "-reordered")
-
-    def part(which: str, rows: np.ndarray) -> Images:
-        of = source[f"{which}_labels"]
-        return Images(
-            source[which](rows),
-            torch.from_numpy(of[rows]),
-            tuple(f"{which}/{row:05d}" for row in rows.tolist()),
-        )
-
+    variant = {0: "cao", 42: "lpt42"}.get(seed, f"seed{seed}") + ("" if official else "-reordered")
     return Task(
         name=name,
-        classes=tuple(source["classes"]),
-        train=part("train", train),
-        val=part("train", held) if len(held) else None,
-        test=part("test", np.arange(len(source["test_labels"]))),
+        classes=names,
+        train=train_part(train.tolist()),
+        val=train_part(held.tolist()) if len(held) else None,
+        test=test,
         group_rule=group_rule,
         facts={
             "variant": variant + ("-permuted" if class_order == "seed" else ""),
@@ -112,6 +103,23 @@ def _cifar_lt(
             "val_per_class": val_per_class,
         },
     )
+
+
+def parts_of(
+    name: str, num_classes: int, root: str | None, download: bool
+) -> tuple[tuple[str, ...], np.ndarray, Callable[[Sequence[int]], Images], Images, bool]:
+    """(class names, labels of all training images, a function from rows of those to images, the test part, whether
+    their order is the official one). Raises DataError."""
+    source = _open(name, num_classes, root, download)
+
+    def part(which: str, rows: np.ndarray) -> Images:
+        of = source[f"{which}_labels"]
+        ids = tuple(f"{which}/{row:05d}" for row in rows.tolist())
+        return Images(source[which](rows), torch.from_numpy(of[rows]), ids)
+
+    test = part("test", np.arange(len(source["test_labels"])))
+    names = tuple(source["classes"])
+    return names, source["train_labels"], lambda rows: part("train", np.array(rows)), test, source["official_order"]
 
 
 def _open(name: str, num_classes: int, root: str | None, download: bool) -> dict[str, Any]:

@@ -104,6 +104,8 @@ class Task:
     train: Images | Files
     test: Images | Files
     val: Images | Files | None = None
+    unlabeled: Images | Files | None = None
+    """Images whose labels no method may train on; where the truth is known they hold it, for the audit, else -1."""
     group_rule: str = "lt20"
     facts: Mapping[str, Any] = field(default_factory=dict)
 
@@ -130,12 +132,14 @@ class Task:
         """
         digest = hashlib.sha256()
         parts: dict[str, Any] = {}
-        for role, images in (("train", self.train), ("val", self.val), ("test", self.test)):
+        roles = {"train": self.train, "unlabeled": self.unlabeled, "val": self.val, "test": self.test}
+        names = [*self.classes, ""]  # the last, -1, is an unknown label
+        for role, images in roles.items():
             if images is None:
                 continue
             order = np.argsort(np.array(images.ids))
             for i in order.tolist():
-                digest.update(f"{role}\t{images.ids[i]}\t{self.classes[int(images.labels[i])]}\n".encode())
+                digest.update(f"{role}\t{images.ids[i]}\t{names[int(images.labels[i])]}\n".encode())
             digest.update(images.content(order))
             parts[role] = {"images": len(images), "ids": [images.ids[i] for i in order.tolist()]}
         return {
@@ -150,7 +154,8 @@ class Task:
 
     def described(self) -> list[str]:
         """What a run says of its data before it trains: a line on sizes, and a warning for each thing amiss."""
-        held = f", {len(self.val)} held out" if self.val else ""
+        held = f", {len(self.unlabeled)} unlabelled" if self.unlabeled else ""
+        held += f", {len(self.val)} held out" if self.val else ""
         split = f" ({self.facts['test_part']})" if "test_part" in self.facts else ""
         lines = [
             f"{self.name} ({self.facts.get('variant')}): {len(self.train)} training images of {len(self.classes)} "

@@ -1,0 +1,138 @@
+"""Semi-supervised long tails: a small labelled and a large unlabelled set of CIFAR, in the splits of the literature.
+
+(N1, M1) are the largest labelled and unlabelled class, γ_l and γ_u their imbalance factors (protocols, section 6).
+"""
+
+from typing import Annotated, Literal
+
+import numpy as np
+from pydantic import Field
+
+from lpt.data.cifar import parts_of
+from lpt.data.task import Count, Task
+from lpt.errors import DataError
+
+Shape = Literal["consistent", "uniform", "reversed", "middle", "head-tail"]
+Preset = Literal["acr", "simpro", "daso", "usb"]
+Positive = Annotated[int, Field(ge=1)]
+Factor = Annotated[float, Field(ge=1)]
+
+PRESETS = {
+    "acr": "images in file order, the labelled ones among the unlabelled, no held-out part",
+    "simpro": "images in file order, disjoint, no held-out part",
+    "daso": "images shuffled by seed, disjoint, a tenth of every class held out",
+    "usb": "images shuffled by seed, disjoint, no held-out part; uniform: M1 is the total over classes",
+}
+
+
+def semi_counts(num_classes: int, largest: int, factor: float) -> list[int]:
+    """N_k = int(N1 γ^(-k/(C-1))), the last class int(N1/γ): the two families of formulas in use agree on every split
+    that is published.
+
+    >>> sum(semi_counts(10, 500, 100)), sum(semi_counts(100, 50, 20))
+    (1236, 1545)
+    """
+    ratio = factor ** (-1 / (num_classes - 1))
+    counts = [int(largest * ratio**k) for k in range(num_classes)]
+    counts[-1] = int(largest / factor)
+    return counts
+
+
+def shaped(counts: list[int], shape: Shape, *, total: bool = False) -> list[int]:
+    """Consistent counts in another order over the classes; `uniform` is M1 for each class, or with `total` over all.
+
+    >>> shaped([4000, 2397, 1437, 861, 516, 309, 185, 111, 66, 40], "middle")
+    [66, 185, 516, 1437, 4000, 2397, 861, 309, 111, 40]
+    """
+    indices = range(len(counts))
+    even, odd = [k for k in indices if k % 2 == 0], [k for k in indices if k % 2]
+    if shape == "uniform":
+        return [counts[0] // len(counts) if total else counts[0]] * len(counts)
+    orders = {
+        "consistent": list(indices),
+        "reversed": list(indices)[::-1],
+        "middle": [*even[::-1], *odd],
+        "head-tail": [*odd, *even[::-1]],
+    }
+    return [counts[k] for k in orders[shape]]
+
+
+def cifar100_semi(
+    root: str | None = None,
+    *,
+    n1: Positive = 50,
+    m1: Positive = 400,
+    gamma_l: Factor = 10,
+    gamma_u: Factor | None = None,
+    shape: Shape = "consistent",
+    preset: Preset = "acr",
+    seed: Count = 0,
+    download: bool = False,
+) -> Task:
+    """CIFAR-100-LT with unlabelled images: n1 and m1 of the first class, gamma_l and gamma_u times less of the last."""
+    return _semi("cifar100-semi", 100, root, n1, m1, gamma_l, gamma_u, shape, preset, seed, download)
+
+
+def cifar10_semi(
+    root: str | None = None,
+    *,
+    n1: Positive = 500,
+    m1: Positive = 4000,
+    gamma_l: Factor = 100,
+    gamma_u: Factor | None = None,
+    shape: Shape = "consistent",
+    preset: Preset = "acr",
+    seed: Count = 0,
+    download: bool = False,
+) -> Task:
+    """CIFAR-10-LT with unlabelled images: n1 and m1 of the first class, gamma_l and gamma_u times less of the last."""
+    return _semi("cifar10-semi", 10, root, n1, m1, gamma_l, gamma_u, shape, preset, seed, download)
+
+
+def _semi(
+    name: str,
+    num_classes: int,
+    root: str | None,
+    n1: int,
+    m1: int,
+    gamma_l: float,
+    gamma_u: float | None,
+    shape: Shape,
+    preset: Preset,
+    seed: int,
+    download: bool,
+) -> Task:
+    classes, labels, train, test, official = parts_of(name, num_classes, root, download)
+    wanted = semi_counts(num_classes, n1, gamma_l)
+    more = shaped(semi_counts(num_classes, m1, gamma_u or gamma_l), shape, total=preset == "usb")
+    labelled: list[int] = []
+    unlabelled: list[int] = []
+    held: list[int] = []
+    for k, (n, m) in enumerate(zip(wanted, more, strict=True)):
+        own = np.where(labels == k)[0]
+        if preset in ("daso", "usb"):
+            own = np.random.default_rng((seed, 19, k)).permutation(own)
+        spare = len(own) // 10 if preset == "daso" else 0
+        if n + m > len(own) - spare:
+            raise DataError(
+                f"{name}: class {classes[k]!r} needs {n} labelled and {m} unlabelled images, {len(own) - spare} are "
+                f"there: lower data.m1 (now {m1}) or data.n1 (now {n1})"
+            )
+        labelled += own[:n].tolist()
+        unlabelled += own[0 if preset == "acr" else n : n + m].tolist()
+        held += own[len(own) - spare :].tolist()
+    return Task(
+        name=name,
+        classes=tuple(classes),
+        train=train(sorted(labelled)),
+        unlabeled=train(sorted(unlabelled)),
+        val=train(sorted(held)) if held else None,
+        test=test,
+        group_rule="thirds",
+        facts={
+            "variant": f"{preset}{'' if official else '-reordered'}",
+            "profile": f"{shape}, unlabelled {m1} / {gamma_u or gamma_l:g}",
+            "seed": seed,
+            "unlabelled_counts": np.bincount(labels[unlabelled], minlength=num_classes).tolist(),
+        },
+    )
