@@ -86,6 +86,7 @@ class Config(BaseModel):
             ("data", "download"),
             ("train", "device"),
             ("train", "feature_cache"),
+            ("prototypes", "weights"),
         ):
             parts[part].pop(key, None)
         text = json.dumps([parts, split_sha256, backbone], sort_keys=True, default=list)

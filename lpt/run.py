@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 
 from lpt.backbones import load_backbone
-from lpt.backbones.base import Backbone, read_prototypes
+from lpt.backbones.base import Backbone, fingerprint_of, read_prototypes
 from lpt.classifier import PromptedClassifier
 from lpt.config import Config, load_config
 from lpt.data import load_task
@@ -67,6 +67,8 @@ def train(
         backbone.compile_blocks()
     manifest = task.manifest()
     identity = (manifest["sha256"], f"{backbone.fingerprint} in {precision}")
+    if backbone.prototypes:
+        identity = (identity[0], f"{identity[1]} with prototypes {fingerprint_of(backbone.prototypes.items())}")
     run_hash = config.run_hash(*identity)
     if resume and (out / "config.yaml").exists() and load_config(out / "config.yaml").run_hash(*identity) != run_hash:
         raise LptError(
@@ -120,6 +122,7 @@ def train(
     )
     settings = {key: value for key, value in config.method.items() if key != "name"}
     model = METHODS[config.method["name"]](task, backbone, fit, **settings)
+    fit.start()
 
     selection = "last" if config.train.select == "last" else best.restore(model)
     # What is evaluated is what is stored: rounded first, so that the file reloads to the same bits.

@@ -63,3 +63,30 @@ def test_labels_that_the_backbone_has_seen_are_warned_about(tmp_path):
     report = run.train(resolve(config), tmp_path / "run", say=said.append)
     assert any("nano has seen 2 of these 3 classes as labels of CIFAR-100" in line for line in said)
     assert report["labels_seen"] == {"CIFAR-100": 2}
+
+
+def test_zero_shot_trains_nothing_and_leaves_a_whole_run(tmp_path):
+    import torch
+    from safetensors.torch import save_file
+
+    from lpt.backbones import load_backbone
+    from lpt.data import load_task
+
+    names = list(load_task("digits-lt").classes)
+    rows = torch.randn(10, load_backbone("nano").feature_width, generator=torch.Generator().manual_seed(0))
+    save_file({"prototypes": rows}, tmp_path / "p.safetensors", {"classes": json.dumps(names[::-1])})
+    config = {
+        "backbone": {"name": "nano"},
+        "data": {"name": "digits-lt"},
+        "method": {"name": "zero_shot"},
+        "prototypes": {"weights": str(tmp_path / "p.safetensors")},
+    }
+    report = run.train(resolve(config), tmp_path / "run")
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert left >= {"config.yaml", "split.json", "report.json", "report.html", "prompt.safetensors"}
+    assert report["method"] == "zero_shot" and report["seconds"] >= 0
+    (tmp_path / "p.safetensors").rename(tmp_path / "q.safetensors")  # the place of a file does not matter
+    moved = {**config, "prototypes": {"weights": str(tmp_path / "q.safetensors")}}
+    assert run.train(resolve(moved), tmp_path / "run", resume=True)["per_class"] == report["per_class"]
+    save_file({"prototypes": -rows}, tmp_path / "q.safetensors", {"classes": json.dumps(names)})
+    assert run.train(resolve(moved), tmp_path / "run", resume=True)["per_class"] != report["per_class"]

@@ -30,7 +30,7 @@ def trained(method, task=None, backbone=None, spy=None, checkpoints=None, **sett
     class Spied(Fit):
         def __call__(self, phase, model, *args, **kwargs):
             if self.before is not None:
-                self._start()
+                self.start()
                 self._go_before(model)
             before = {k: v.clone() for k, v in model.state_dict().items()}
             super().__call__(phase, model, *args, **kwargs)

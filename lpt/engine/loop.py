@@ -157,7 +157,7 @@ class Fit:
         `features` [N D'] of all its images: a batch's views are rows of them, and the backbone does not run. `clip` is
         the largest norm of all gradients together.
         """
-        self._start()
+        self.start()
         self._go_before(model)
         images = images or self.images
         rank, world = 0, 1
@@ -253,7 +253,7 @@ class Fit:
     def once(self, name: str, make: Callable[[], Tensor]) -> Tensor:
         """What `make` returns of the training images, kept beside the checkpoints: a resumed run need not compute it
         again, unless an image file was written anew."""
-        self._start()
+        self.start()
         place = self.checkpoints / f"{name}-{self.images.digest[:12]}.safetensors" if self.checkpoints else None
         if place and (found := load_checkpoint(place, run_hash=self.run_hash)):
             return found.tensors["value"]
@@ -262,7 +262,8 @@ class Fit:
             save_checkpoint(place, Checkpoint(0, True, 0.0, {"value": value}, {}), run_hash=self.run_hash)
         return value
 
-    def _start(self) -> None:
+    def start(self) -> None:
+        """Calls `on_start`, once: by the first phase, or by the run where a method has none."""
         if self.on_start:
             self.on_start()
             self.on_start = None
