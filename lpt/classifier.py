@@ -83,9 +83,11 @@ class PromptedClassifier(nn.Module):
             similarity, ids = self._match(query - self.pool.centre, self.pool)
             group = self.pool.ensemble(ids)
         feature = self._finish(tokens, group)
-        logits = self.classify(feature if feature_mask is None else feature * feature_mask)
+        logits = self.head(feature if feature_mask is None else feature * feature_mask)
         if self.query_head is not None and query is not None and not self.training:
             logits = (logits + self.query_head(query)) / 2
+        if self.calibration is not None:
+            logits = self.calibration(logits)
         return Output(logits, feature, similarity, ids)
 
     def classify(self, feature: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lpt.classifier import PromptedClassifier
 from lpt.data.task import Files, Images
-from lpt.engine.checkpoint import write_whole
+from lpt.engine.checkpoint import everywhere, write_whole
 from lpt.matching import key_usage
 from lpt.metrics import summarise
 
@@ -109,7 +109,7 @@ def features(
     version, the view, the prompt and the images themselves. Others have another name: a stale file is never read.
     """
     place = folder / f"features-{_identity(model, images)}.safetensors" if folder else None
-    if place and place.exists():
+    if place and everywhere(place.exists()):
         try:
             return load_file(place)["features"]
         except (SafetensorError, KeyError, OSError):
@@ -157,9 +157,10 @@ def _identity(model: PromptedClassifier, images: Images | Files) -> str:
     where = next(model.parameters()).device.type
     facts = (backbone.fingerprint, backbone.dtype, where, torch.__version__, backbone.preprocess.test_view)
     digest.update(repr(facts).encode())
+    digest.update(f"{backbone.name} {type(model.shared).__name__}".encode())
     for name, value in sorted(model.adapted().items()):
         if name.startswith(("shared.", "backbone.")):
-            digest.update(name.encode() + value.detach().float().cpu().numpy().tobytes())
+            digest.update(f"{name}{tuple(value.shape)}".encode() + value.detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()[:20]
 
 

@@ -152,6 +152,11 @@ def load_prompt(path: str | Path, backbone: Backbone) -> PromptedClassifier:
             f"prompt file {path} is for backbone {header.backbone.name} ({header.backbone.fingerprint}), "
             f"this is {backbone.name} ({backbone.fingerprint}): give backbone.name and backbone.weights of the first"
         )
+    ours, theirs = (name.partition(":")[2].partition(".")[0] for name in (backbone.name, header.backbone.name))
+    if ours != theirs:  # equal weights, but another activation or norm: CLIP's quickgelu models are such twins
+        raise PromptFileError(
+            f"prompt file {path} is for {header.backbone.name}, this is {backbone.name}: set backbone.name"
+        )
     if header.backbone.image_size != backbone.preprocess.size:
         raise PromptFileError(
             f"prompt file {path} was made at {header.backbone.image_size} pixels, this backbone is at "

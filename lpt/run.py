@@ -7,7 +7,7 @@ import contextlib
 import json
 import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,8 @@ from lpt.page import html
 from lpt.prompt_file import DTYPES, save_prompt
 from lpt.report import markdown
 
-NO_EPOCHS = ("decoupled", "class_mean", "knn", "zero_shot")
+NO_EPOCHS = {"decoupled", "class_mean", "knn", "zero_shot"}
+"""Methods that end otherwise than with a phase of epochs."""
 Say = Callable[[str], None]
 Show = Callable[[str, int, int, str], None]
 
@@ -84,10 +85,8 @@ def train(
         raise LptError(
             "train.select=best_val needs held-out images: set data.val_per_class, or give the data a val part"
         )
-    if config.train.select == "best_val" and config.method["name"] in NO_EPOCHS:
-        raise LptError(
-            f"train.select=best_val: {config.method['name']} does not end with epochs to choose from, use last"
-        )
+    if config.train.select == "best_val" and (without := NO_EPOCHS & method_names(config.method)):
+        raise LptError(f"train.select=best_val: {min(without)} does not end with epochs to choose from, use last")
     best = Best(out / "checkpoints", run_hash, writes=main)
     cache, feature_cache = PrefixCache(), Path(folder) if (folder := config.train.feature_cache) else None
 
@@ -136,6 +135,7 @@ def train(
         "imbalance_factor": task.imbalance_factor,
         "split_sha256": manifest["sha256"],
         "counts": task.counts.tolist(),
+        "group_rule": task.group_rule,
     }
     report = {
         **metrics,
@@ -153,7 +153,7 @@ def train(
         "versions": versions(),
     }
     if main:
-        spent = fit.seconds_before + time.perf_counter() - began
+        spent = sum(fit.seconds_before.values()) + time.perf_counter() - began
         save_prompt(
             out / "prompt.safetensors",
             model,
@@ -182,6 +182,12 @@ def train(
         write_page(out, test=task.test)
     accelerator.wait_for_everyone()
     return report
+
+
+def method_names(method: Mapping[str, Any]) -> set[str]:
+    """The method's name and those of the methods that it runs inside."""
+    inside = (method_names(method[key]) for key in ("then", "first") if key in method)
+    return {method["name"]}.union(*inside)
 
 
 class Best:

@@ -55,6 +55,8 @@ def evaluate_prompt(
     if not data.get("name"):
         raise DataError("data.name is missing: the prompt file does not say which data it was made with")
     task = load_task(**check_data(data))
+    if "split off" in task.facts.get("test_part", ""):
+        task = _whole(task, header)
     images, shift = _matched(task, header.classes, path)
     backbone, run = settings.get("backbone", {}), settings.get("train", {})
     model, _ = open_prompt(
@@ -80,7 +82,8 @@ def evaluate_prompt(
     if shift["absent_from_data"]:
         gone = [header.classes.index(name) for name in shift["absent_from_data"]]
         predictions.logits[:, gone] = -torch.inf
-    metrics = measure(model, predictions, torch.tensor(header.counts), group_rule=task.group_rule)
+    rule = header.data.get("group_rule", task.group_rule)
+    metrics = measure(model, predictions, torch.tensor(header.counts), group_rule=rule)
     return {
         **metrics,
         **shift,
@@ -95,6 +98,14 @@ def evaluate_prompt(
         "seconds": round(time.perf_counter() - began, 1),
         "versions": versions(),
     }
+
+
+def _whole(task: Task, header: Header) -> Task:
+    """A folder without parts that the prompt file was not trained on is a test set as a whole."""
+    if task.manifest()["sha256"] == header.data.get("split_sha256"):
+        return task
+    assert isinstance(task.train, Files) and isinstance(task.test, Files)
+    return replace(task, test=task.train.plus(task.test), facts={**task.facts, "test_part": "all images are tested on"})
 
 
 def _matched(task: Task, classes: Sequence[str], path: str | Path) -> tuple[Images | Files, dict[str, list[str]]]:

@@ -76,8 +76,8 @@ def test_two_rows_are_compared_by_a_paired_bootstrap(tmp_path, monkeypatch):
     for seed in (0, 1):
         for name, chance in (("good", 0.9), ("bad", 0.5)):
             predicted = np.where(rng.random(200) < chance, labels, (labels + 1) % 4)
-            results.append({"method": name, "seed": seed, "config_hash": "h"})
-            place = accuracy.folder("toy", name, seed, "h")
+            results.append({"method": name, "seed": seed, "config_hash": "h", "commit": "c"})
+            place = accuracy.folder("toy", name, seed, "h", "c")
             place.mkdir(parents=True)
             save_file({"labels": labels, "predicted": predicted}, place / "predictions.safetensors")
     said = accuracy.compared("toy", results, "good", "bad")

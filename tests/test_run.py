@@ -42,8 +42,9 @@ def test_a_resumed_run_selects_the_same(tmp_path):
 def test_selecting_needs_held_out_images_and_epochs(tmp_path):
     with pytest.raises(LptError, match=r"set data\.val_per_class"):
         run.train(resolve(CONFIG, ["data.val_per_class=0"]), tmp_path / "run")
-    with pytest.raises(LptError, match="knn does not end with epochs"):
-        run.train(resolve({**CONFIG, "method": {"name": "knn"}}), tmp_path / "run")
+    for method in ({"name": "knn"}, {"name": "pre_finetune", "then": {"name": "knn"}}):
+        with pytest.raises(LptError, match="knn does not end with epochs"):
+            run.train(resolve({**CONFIG, "method": method}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

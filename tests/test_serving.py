@@ -1,5 +1,7 @@
 """A prompt file on another dataset: classes are matched by name, and what only one side has is said."""
 
+import json
+
 import pytest
 import torch
 from test_folder import fill
@@ -30,17 +32,18 @@ def test_another_dataset_is_matched_by_name(prompt, tmp_path):
     said = []
     found = evaluate_prompt(prompt, {"data": {"name": "folder", "root": str(tmp_path / "sketches")}}, say=said.append)
     text = "\n".join(said)
-    assert "classes matched by name: 3 of 4, 4 of 5 images" in text
+    assert "classes matched by name: 3 of 4, 20 of 27 images" in text
     assert "1 classes not in the data: eel" in text and "1 classes not in the prompt file: ant" in text
     assert found["absent_from_data"] == ["eel"] and found["unknown_to_prompt"] == ["ant"]
     # The same by hand: images one by one, the largest logit among the three classes that both know.
     model, header = open_prompt(prompt)
     task = load_task("folder", root=str(tmp_path / "sketches"))
     right = {name: [] for name in ("cat", "dog", "red owl")}
-    for i in range(len(task.test)):
-        name = task.classes[task.test.labels[i]]
+    test = task.train.plus(task.test)  # no part of it was trained on
+    for i in range(len(test)):
+        name = task.classes[test.labels[i]]
         if name in right:
-            views = model.backbone.preprocess.cut(task.test.take(torch.tensor([i])))
+            views = model.backbone.preprocess.cut(test.take(torch.tensor([i])))
             with torch.no_grad():
                 logits = dict(
                     zip(header.classes, model(model.backbone.preprocess.normalised(views)).logits[0], strict=True)
@@ -61,3 +64,10 @@ def test_other_classes_altogether_are_refused(prompt, tmp_path):
     fill(tmp_path / "other", {"apple": 5, "pear": 5, "cat": 5})
     with pytest.raises(PromptFileError, match="less than two names are the same"):
         evaluate_prompt(prompt, {"data": {"name": "folder", "root": str(tmp_path / "other")}})
+
+
+def test_its_own_data_keeps_its_test_part_and_its_group_rule(prompt):
+    found = evaluate_prompt(prompt, {"data": {"root": str(prompt.parents[1] / "photos")}})
+    stored = json.loads((prompt.parent / "report.json").read_text())
+    for key in ("accuracy", "many", "medium", "few", "group_rule", "nll"):
+        assert found[key] == stored[key]

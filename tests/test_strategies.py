@@ -11,6 +11,7 @@ import lpt
 from lpt.engine.loop import Fit
 from lpt.engine.optim import lr_at
 from lpt.errors import BackboneError, ConfigError, LptError
+from lpt.evaluate import features
 from lpt.heads import Calibration
 from lpt.history import History
 from lpt.losses import log_prior
@@ -31,7 +32,7 @@ def trained(method, task=None, backbone=None, spy=None, checkpoints=None, **sett
         def __call__(self, phase, model, *args, **kwargs):
             if self.before is not None:
                 self.start()
-                self._go_before(model)
+                self.go_before(model)
             before = {k: v.clone() for k, v in model.state_dict().items()}
             super().__call__(phase, model, *args, **kwargs)
             if spy:
@@ -99,8 +100,50 @@ def test_two_stage_inside_pre_finetuning():
     assert names == ["augmented", "reweighted", "tune"]
 
 
+@pytest.mark.parametrize("tuning", ["vpt_deep", "adaptformer"])
+def test_the_inner_first_step_sees_what_the_outer_one_has_learned(tuning):
+    """Stage 1 of two-stage trains on cached features: those after pre-finetuning, not before."""
+    seen = {}
+    backbone, task = small_backbone(), toy_task(COUNTS)
+
+    def spy(phase, before, after, kwargs):
+        seen[phase] = (after, kwargs.get("features"))
+
+    then = {"name": "fine_tune", "tuning": tuning, **FAST}
+    inside = {"name": "two_stage", "epochs_stage1": 1, "then": then}
+    model, _, _ = trained("pre_finetune", task, backbone, spy=spy, then=inside)
+    model.load_state_dict(seen["augmented"][0])
+    torch.testing.assert_close(seen["reweighted"][1], features(model, task.train))
+    names = []
+    alone = {**inside, "epochs_stage1": 0}
+    trained("pre_finetune", spy=lambda phase, *rest: names.append(phase), then=alone)
+    assert names == ["augmented", "tune"]
+
+
+def test_a_second_step_that_trains_nothing_is_refused():
+    for method in ("two_stage", "pre_finetune"):
+        with pytest.raises(LptError, match="class_mean trains nothing"):
+            trained(method, then={"name": "class_mean"})
+
+
+def test_the_loss_of_stage_2():
+    warned = lambda said: any("erase" in line for line in said)  # noqa: E731
+    lpt_then = {"name": "lpt", "epochs": [6, 0], "prompt_length": 2, "prefix_blocks": 2}
+    assert not warned(trained("two_stage", epochs_stage1=1, then=lpt_then)[2])  # its own loss
+    assert warned(trained("two_stage", epochs_stage1=1, stage2_loss="ce", then=lpt_then)[2])
+    with pytest.raises(LptError, match="class_mean has no loss of its own"):
+        trained("two_stage", stage2_loss="la", then={"name": "class_mean"})
+
+
+def test_class_balanced_sampling_is_not_adjusted_again():
+    with pytest.raises(LptError, match="would do so twice"):
+        trained("fine_tune", sampler="class", **FAST)
+    assert trained("fine_tune", sampler="class", loss="ce", tuning="head", **FAST)
+
+
 def test_long_cross_entropy_in_stage_2_is_warned_about():
-    short, long = ({"name": "fine_tune", "tuning": "head", **FAST, "epochs": e} for e in (5, 6))
+    settings = {"name": "fine_tune", "tuning": "head", "loss": "ce", **FAST}
+    short, long = ({**settings, "epochs": epochs} for epochs in (5, 6))
     said = trained("two_stage", then=short, epochs_stage1=1)[2]
     assert not any("erase" in line for line in said)
     said = trained("two_stage", then=long, epochs_stage1=1)[2]
@@ -134,7 +177,9 @@ def test_a_converged_head_does_not_remember_stage_1():
     backbone = small_backbone()
     backbone.preprocess = backbone.preprocess.with_(min_area=1.0, flip=False)
     plain, _, _ = trained("fine_tune", task, backbone, loss="ce", **settings)
-    both, _, _ = trained("two_stage", task, backbone, epochs_stage1=20, then={"name": "fine_tune", **settings})
+    both, _, _ = trained(
+        "two_stage", task, backbone, epochs_stage1=20, then={"name": "fine_tune", "loss": "ce", **settings}
+    )
     torch.testing.assert_close(plain.head.weight, both.head.weight, rtol=0.02, atol=0.01)
     assert plain.head.weight.abs().max() > 0.1
 
@@ -225,6 +270,35 @@ def test_posthoc_adjustment_of_lpt_with_its_pool():
     assert model.pool is not None and model.calibration is not None
     with pytest.raises(LptError, match="behind a prompt pool"):
         trained("decoupled", adjust="crt", first=first)
+
+
+def test_adjustments_see_the_mean_of_both_heads():
+    first = {
+        "name": "lpt",
+        "epochs": [1, 1],
+        "pool_size": 3,
+        "prompt_length": 2,
+        "prefix_blocks": 2,
+        "query_head": True,
+    }
+    task, backbone = toy_task(COUNTS), small_backbone()
+    plain, _, _ = trained("lpt", task, backbone, **{k: v for k, v in first.items() if k != "name"})
+    model, _, _ = trained("decoupled", task, backbone, adjust="posthoc_la", first=first)
+    before, after = (m.head.scale * m(images(backbone)).logits for m in (plain, model))
+    torch.testing.assert_close(after, before - log_prior(task.counts), rtol=1e-4, atol=1e-4)
+
+
+def test_impossible_adjustments_are_refused_before_anything_trains():
+    phases = []
+    spy = lambda phase, *rest: phases.append(phase)  # noqa: E731
+    for adjust, first, said in (
+        ("tau_norm", FIRST, "unit rows"),
+        ("temperature", FIRST, "val_per_class"),
+        ("crt", {"name": "two_stage", "then": {"name": "lpt", "epochs": [1, 1]}}, "behind a prompt pool"),
+    ):
+        with pytest.raises(LptError, match=said):
+            trained("decoupled", adjust=adjust, first=first, spy=spy)
+    assert not phases
 
 
 def test_temperature_is_the_minimum_of_the_nll():

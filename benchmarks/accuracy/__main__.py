@@ -36,7 +36,8 @@ HERE = Path(__file__).parent
 RUNS = Path("runs/accuracy")
 COLUMNS = ("accuracy", "class_accuracy", "many", "medium", "few", "worst_class", "ece")
 FACTS = ("trainable_parameters", "prompt_bytes", "seconds", "commit")
-T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t, two-sided, by number of seeds
+# Student's t, two-sided, by number of seeds
+T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 DRAWS = 10_000
 
 
@@ -69,16 +70,16 @@ def main() -> None:
         if any(done["config_hash"] == key and done["commit"] == commit for done in results):
             return
         print(f"{row['method']}  seed {seed}", flush=True)
-        out = folder(given.suite, row["method"], seed, key)
+        out = folder(given.suite, row["method"], seed, key, commit)
         if "phase1_of" in row and not out.exists():
             of = next(other for other in rows if other["method"] == row["phase1_of"])
             theirs = overrides_of(of, seed)
-            source = folder(given.suite, of["method"], seed, config_hash(of["config"], theirs))
+            source = folder(given.suite, of["method"], seed, config_hash(of["config"], theirs), commit)
             share_phase1(source, out, row["config"], overrides)
         report = run(row["config"], overrides, out, threads=max(1, (os.cpu_count() or 1) // given.jobs))
         facts = {"method": row["method"], "setting": row.get("set", []), "config_hash": key, "commit": commit}
         with writing:
-            results[:] = [done for done in results if done["config_hash"] != key]
+            results[:] = [done for done in results if (done["method"], done["seed"]) != (row["method"], seed)]
             results.append({**report, **facts})
             write(place, given.suite, rows, results)
 
@@ -91,14 +92,16 @@ def main() -> None:
     print(place.with_suffix(".md").read_text())
 
 
-def folder(suite: str, method: str, seed: int, key: str) -> Path:
-    return RUNS / suite / f"{method}-seed{seed}-{key}"
+def folder(suite: str, method: str, seed: int, key: str, commit: str) -> Path:
+    return RUNS / suite / f"{method}-seed{seed}-{key}-{commit}"
 
 
 def commit_of_the_package() -> str:
-    """The last commit that touched what a run executes."""
-    command = ["git", "log", "-1", "--format=%h", "--", "lpt", "pyproject.toml", "constraints.txt"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    """The last commit that touched what a run executes, with `-dirty` where it has been changed since."""
+    package = ["--", "lpt", "pyproject.toml", "constraints.txt"]
+    log = subprocess.run(["git", "log", "-1", "--format=%h", *package], capture_output=True, text=True).stdout.strip()
+    changed = subprocess.run(["git", "status", "--porcelain", *package], capture_output=True, text=True).stdout.strip()
+    return f"{log}-dirty" if changed else log
 
 
 def write(place: Path, suite: str, rows: list[dict[str, Any]], results: list[dict[str, Any]]) -> None:
@@ -114,7 +117,9 @@ def write(place: Path, suite: str, rows: list[dict[str, Any]], results: list[dic
 def compared(suite: str, results: list[dict[str, Any]], one: str, other: str) -> str:
     """Paired bootstrap of the difference in class accuracy, in points: test images are drawn anew, within classes and
     the same for both rows and all seeds that both have."""
-    of = {(r["method"], r["seed"]): folder(suite, r["method"], r["seed"], r["config_hash"]) for r in results}
+    of = {
+        (r["method"], r["seed"]): folder(suite, r["method"], r["seed"], r["config_hash"], r["commit"]) for r in results
+    }
     seeds = sorted({seed for name, seed in of if name == one} & {seed for name, seed in of if name == other})
     paths = [(of[one, seed], of[other, seed]) for seed in seeds]
     if absent := [path for pair in paths for path in pair if not (path / "predictions.safetensors").exists()]:
@@ -148,9 +153,12 @@ def bootstrap(difference: np.ndarray, labels: np.ndarray, *, seed: int = 0) -> t
 
 
 def config_hash(config: str, overrides: list[str]) -> str:
-    """Everything that moves a number; not where files lie."""
+    """Everything that moves a number, weights and prototypes by their content; not where files lie."""
     resolved = load_config(config, overrides)
-    return hashlib.sha256(resolved.run_hash("", "").encode()).hexdigest()[:12]
+    digest = hashlib.sha256(resolved.run_hash("", "").encode())
+    for path in (resolved.backbone.weights, resolved.prototypes.weights):
+        digest.update(hashlib.sha256(Path(path).read_bytes()).digest() if path else b"")
+    return digest.hexdigest()[:12]
 
 
 PHASE2 = ("pool_init", "pool_size", "topk", "key_init", "query_centering", "query_head", "beta", "prefix_blocks")

@@ -90,6 +90,12 @@ class Files:
         source = self.source
         return Files(lambda i: source(chosen[i]), self.labels[chosen], ids, prints, self.stamp)
 
+    def plus(self, other: "Files") -> "Files":
+        mine, n = self.source, len(self)
+        ids, prints = self.ids + other.ids, self.prints + other.prints
+        labels = torch.cat([self.labels, other.labels])
+        return Files(lambda i: mine(i) if i < n else other.source(i - n), labels, ids, prints, self.stamp + other.stamp)
+
     def content(self, rows: np.ndarray) -> bytes:
         """What a split's hash covers beside ids and labels: the prints, so that a long list starts at once."""
         return "\n".join(self.prints[i] for i in rows.tolist()).encode()

@@ -39,6 +39,16 @@ def write_whole(path: Path, content: bytes) -> None:
         fresh.unlink(missing_ok=True)
 
 
+def everywhere(here: bool) -> bool:
+    """Whether all processes say so: each asks its own disk, where another may just be writing, and they must agree on
+    what to do next."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return here
+    said: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(said, here)
+    return all(said)
+
+
 def save_checkpoint(path: Path, checkpoint: Checkpoint, *, run_hash: str) -> None:
     header = {"run": run_hash, **{k: getattr(checkpoint, k) for k in ("step", "finished", "seconds")}}
     tensors = {f"model/{k}": v.detach().cpu().contiguous() for k, v in checkpoint.tensors.items()}

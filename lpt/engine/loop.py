@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lpt.engine.checkpoint import (
     Checkpoint,
+    everywhere,
     load_checkpoint,
     optimizer_moments,
     restore_moments,
@@ -128,8 +129,8 @@ class Fit:
     on_epoch: EpochEnd | None = None
     before: Callable[[Any], None] | None = None
     """A first step that a method puts before another's first phase: called once, with the model that is to train."""
-    seconds_before: float = 0.0
-    """Seconds that earlier, killed processes have spent on what this one did not do again."""
+    seconds_before: dict[str, float] = field(default_factory=dict)
+    """Seconds by phase that earlier, killed processes have spent on what this one did not do again."""
     say: Callable[[str], None] = lambda text: None
     show: Callable[[str, int, int, str], None] = lambda phase, step, steps, text: None
 
@@ -158,7 +159,7 @@ class Fit:
         the largest norm of all gradients together.
         """
         self.start()
-        self._go_before(model)
+        self.go_before(model)
         images = images or self.images
         rank, world = 0, 1
         if self.accelerator is not None:
@@ -177,7 +178,7 @@ class Fit:
         if place and (found := load_checkpoint(place, run_hash=self.run_hash)):
             model.load_adapted(found.tensors)
             before = found.seconds
-            self.seconds_before += before
+            self.seconds_before[phase] = before
             if found.finished:
                 self.say(f"{phase}: finished before")
                 return
@@ -255,7 +256,10 @@ class Fit:
         again, unless an image file was written anew."""
         self.start()
         place = self.checkpoints / f"{name}-{self.images.digest[:12]}.safetensors" if self.checkpoints else None
-        if place and (found := load_checkpoint(place, run_hash=self.run_hash)):
+        if everywhere(bool(place and place.exists())):
+            assert place is not None
+            found = load_checkpoint(place, run_hash=self.run_hash)
+            assert found is not None
             return found.tensors["value"]
         value = make()
         if place and (self.accelerator is None or self.accelerator.is_main_process):
@@ -268,7 +272,7 @@ class Fit:
             self.on_start()
             self.on_start = None
 
-    def _go_before(self, model: Any) -> None:
+    def go_before(self, model: Any) -> None:
         """Runs `before`; what it trains for itself is not what the phase trains."""
         if self.before is None:
             return

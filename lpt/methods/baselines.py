@@ -13,6 +13,7 @@ from lpt.classifier import PromptedClassifier
 from lpt.data.task import Task
 from lpt.engine.loop import Fit
 from lpt.engine.optim import Optimizer, Warmup
+from lpt.errors import LptError
 from lpt.heads import CosineHead, NeighbourHead, class_means
 from lpt.losses import LossName
 from lpt.stage import HeadStart, Tuning, everything, head_features, learner, train_stage
@@ -127,6 +128,8 @@ def fine_tune(
     The defaults are LIFT's recipe (Shi 2024), with SGD's `lr` per 256 images. A linear head starts at zero, whatever
     `head_init`. `tau` is of la, `gamma` of focal, `beta` of the class-balanced losses, `margin` of the LDAM ones.
     """
+    if sampler == "class" and loss in ("la", "bs"):
+        raise LptError(f"method.sampler=class balances the classes already, and loss {loss} would do so twice: use ce")
     model = learner(
         task,
         backbone,

@@ -49,6 +49,16 @@ def tune(
     Heads train with AdamW on cached features (ours; the papers use SGD on images). Raises LptError where an adjustment
     makes no sense for the head.
     """
+    innermost = first
+    while "then" in innermost:
+        innermost = innermost["then"]
+    default = "linear" if innermost["name"] == "linear_probe" else "cosine"
+    if adjust == "tau_norm" and innermost.get("head", default) != "linear":
+        raise LptError("method.adjust=tau_norm: a cosine head has unit rows already, use method.first.head=linear")
+    if adjust == "temperature" and task.val is None:
+        raise LptError("method.adjust=temperature is fitted on held-out images: set data.val_per_class")
+    if adjust in ("crt", "lws", "marc") and innermost["name"] == "lpt" and innermost.get("epochs", (1, 1))[1]:
+        raise LptError(f"method.adjust={adjust} cannot train a head behind a prompt pool: use posthoc_la")
     model = second(first, fit)
     device, num_classes = next(model.parameters()).device, len(task.classes)
     head, prior = model.head, log_prior(task.counts).to(device)
@@ -61,8 +71,7 @@ def tune(
         train_stage(fit, f"adjust-{adjust}", model, task, train=names, **rest, **stage)
 
     if adjust == "tau_norm":
-        if not isinstance(head, LinearHead):
-            raise LptError("method.adjust=tau_norm: a cosine head has unit rows already, use method.first.head=linear")
+        assert isinstance(head, LinearHead)
         head.weight.data.div_(head.weight.data.norm(dim=1, keepdim=True).clamp(min=1e-12) ** tau)
         head.bias.data.zero_()
         return model
@@ -90,8 +99,7 @@ def tune(
     elif adjust == "posthoc_la":
         calibration.offset.data.copy_(-tau * prior / head.scale)
     else:
-        if task.val is None:
-            raise LptError("method.adjust=temperature is fitted on held-out images: set data.val_per_class")
+        assert task.val is not None
         found = predict(model, task.val)
         calibration.scale.data.fill_(1 / temperature(head.scale * found.logits.double(), found.labels))
     return model

@@ -15,6 +15,7 @@ from lpt.classifier import PromptedClassifier
 from lpt.data.augment import Augmenter, balanced
 from lpt.data.task import Task
 from lpt.engine.loop import Fit
+from lpt.errors import LptError
 from lpt.stage import Second, everything, train_stage
 
 
@@ -43,6 +44,7 @@ def tune(
     """
 
     def first(model: PromptedClassifier) -> None:
+        fit.go_before(model)
         images = balanced(
             task.train, len(task.classes), per_class, views, augmenter, seed=fit.seed, originals=include_original
         )
@@ -59,4 +61,10 @@ def tune(
             images=images,
         )
 
-    return second(then, replace(fit, before=first if epochs_stage1 else None))
+    if not epochs_stage1:
+        return second(then, fit)
+    following = replace(fit, before=first)
+    model = second(then, following)
+    if following.before is not None:
+        raise LptError(f"method.then.name={then['name']} trains nothing that could be pre-finetuned")
+    return model

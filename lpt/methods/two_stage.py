@@ -34,25 +34,33 @@ def tune(
     stage1_lr: Annotated[float, Field(ge=0, lt=1)] = 1e-2,
     beta: Annotated[float, Field(ge=0, lt=1)] = 0.9999,
     margin: float = 0.5,
-    stage2_loss: Literal["ce", "la"] = "ce",
-    then: Mapping[str, Any] = {"name": "fine_tune", "epochs": 3},
+    stage2_loss: Literal["ce", "la"] | None = None,
+    then: Mapping[str, Any] = {"name": "fine_tune", "epochs": 3, "loss": "ce"},
 ) -> PromptedClassifier:
-    """`then` is stage 2: a method's name and settings; `stage2_loss` is its loss. Cross-entropy is the paper's; it
-    erases what stage 1 has balanced, and more the longer it runs: `la` keeps it (ours).
+    """`then` is stage 2: a method's name and settings; `stage2_loss` replaces its loss. Cross-entropy is the paper's;
+    it erases what stage 1 has balanced, and more the longer it runs: `la` keeps it (ours).
 
     Stage 1 takes AdamW with a clipped norm of 1, as the authors' code does; 10 epochs instead of 1, since its features
     are cached (ours): those of the model as stage 2 will start it. `last_block` adds what is learned in the backbone's
     last block, and runs on images. `epochs_stage1=0` is stage 2 alone. Raises LptError where stage 2 has nothing to
     learn in the last block.
     """
-    epochs2 = then.get("epochs", 10)
-    if stage2_loss == "ce" and epochs_stage1 and isinstance(epochs2, int) and epochs2 > LONG:
+    if stage2_loss is not None:
+        if then["name"] not in ("fine_tune", "linear_probe", "lpt"):
+            raise LptError(
+                f"method.stage2_loss: {then['name']} has no loss of its own, set that of the method inside it"
+            )
+        then = {**then, "loss": stage2_loss}
+    given = then.get("epochs", 10)
+    epochs2 = max(given) if isinstance(given, list | tuple) else given
+    if then.get("loss") == "ce" and epochs_stage1 and epochs2 > LONG:
         fit.say(
             f"warning: {epochs2} epochs of cross-entropy in stage 2 erase what stage 1 has balanced: "
             f"use up to {LONG}, or method.stage2_loss=la"
         )
 
     def first(model: PromptedClassifier) -> None:
+        fit.go_before(model)  # a step that another method puts before this one: the features below depend on it
         train, cached = ["head."], None
         if stage1_train == "last_block":
             last = f"backbone.vit.blocks.{model.backbone.depth - 1}."
@@ -77,4 +85,10 @@ def tune(
             margin=margin,
         )
 
-    return second({**then, "loss": stage2_loss}, replace(fit, before=first if epochs_stage1 else None))
+    if not epochs_stage1:
+        return second(then, fit)
+    following = replace(fit, before=first)
+    model = second(then, following)
+    if following.before is not None:
+        raise LptError(f"method.then.name={then['name']} trains nothing: there is no stage 2")
+    return model
