@@ -42,9 +42,9 @@ def learner(
     head: Literal["cosine", "linear"],
     scale: float,
     head_init: HeadStart = "class_mean",
-    prompt_length: int = 0,
+    prompt_length: int = 10,
     bottleneck: int = 0,
-    rank: int = 0,
+    rank: int = 8,
 ) -> PromptedClassifier:
     """A model in which `tuning` and the head may train, all of it at its start. `bottleneck` 0 is LIFT's rule."""
     num_classes, width, seed = len(task.classes), backbone.feature_width, fit.seed

@@ -114,7 +114,7 @@ def test_predict_names_classes_and_goes_on_after_a_broken_image(run_folder, tmp_
 def test_inspect_and_list_say_what_there_is(run_folder, capsys):
     code, said, _ = lpt(capsys, "inspect", run_folder / "prompt.safetensors")
     assert code == 0
-    for part in ("format 1", "untrained:vit_tiny_patch16_224", "classes   10", "pool.tokens", "measured  few"):
+    for part in ("format 1", "nano", "classes   10", "pool.tokens", "measured  few"):
         assert part in said
     for what, part in (
         ("methods", "lpt"), ("backbones", "timm"), ("data", "cifar100-lt"), ("losses", "agcl"),
@@ -136,7 +136,7 @@ def test_inspect_and_list_say_what_there_is(run_folder, capsys):
         (["train", SMALL[0], "backbone.name=timm:resnet18.a1_in1k"], "no prompt seam; supported"),
         (["train", SMALL[0], "backbone.name=timm:vit_tiny_patch16_224"], "bare name"),
         (["train", SMALL[0], "backbone.name=vit_tiny_patch16_224"], "no known family"),
-        (["train", SMALL[0], "method.prefix_blocks=12"], "has 12 blocks, use 0 to 11"),
+        (["train", SMALL[0], "method.prefix_blocks=8"], "has 8 blocks, use 0 to 7"),
         (["train", SMALL[0], "method.topk=9"], "topk 9 does not fit a pool of 5"),
         (["train", SMALL[0], "method.epochs=[0, 0]"], "trains nothing"),
         (["train", SMALL[0], "train.device=cuda:x"], "train.device"),
@@ -171,7 +171,7 @@ def test_predicting_a_path_that_is_not_there_is_told(run_folder, tmp_path, capsy
 def test_a_prompt_for_another_backbone_or_task_is_refused(run_folder, tmp_path, capsys):
     prompt = run_folder / "prompt.safetensors"
     code, _, err = lpt(capsys, "evaluate", prompt, "backbone.name=untrained:deit3_small_patch16_224")
-    assert code == 2 and "untrained:vit_tiny_patch16_224" in err and "untrained:deit3_small_patch16_224" in err
+    assert code == 2 and "is for backbone nano (" in err and "untrained:deit3_small_patch16_224" in err
     code, _, err = lpt(capsys, "evaluate", prompt, "data.nam=x", "method.topk=1")
     assert code == 2 and "method: there is no such section here" in err
 
