@@ -86,13 +86,13 @@ class PromptedClassifier(nn.Module):
         logits = self.head(feature if feature_mask is None else feature * feature_mask)
         if self.query_head is not None and query is not None and not self.training:
             logits = (logits + self.query_head(query)) / 2
-        if self.calibration is not None:
-            logits = self.calibration(logits)
-        return Output(logits, feature, similarity, ids)
+        return Output(self._calibrated(logits), feature, similarity, ids)
 
     def classify(self, feature: Tensor) -> Tensor:
         """Head and calibration: [B D'] → logits [B C]."""
-        logits = self.head(feature)
+        return self._calibrated(self.head(feature))
+
+    def _calibrated(self, logits: Tensor) -> Tensor:
         return logits if self.calibration is None else self.calibration(logits)
 
     def probabilities(self, logits: Tensor) -> Tensor:

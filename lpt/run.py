@@ -200,10 +200,8 @@ class Best:
     def offer(self, model: PromptedClassifier, phase: str, step: int, score: float) -> None:
         place = self.folder / f"best-{phase}.safetensors"
         if phase != self.phase:  # another phase begins, or goes on in another process
-            self.phase, self.best = (
-                phase,
-                load_checkpoint(place, run_hash=self.run_hash) or Checkpoint(0, True, 0, {}, {}),
-            )
+            self.phase = phase
+            self.best = load_checkpoint(place, run_hash=self.run_hash) or Checkpoint(0, True, 0.0, {}, {})
         if score > self.best.moments.get("score", torch.tensor(-1.0)):
             tensors = {name: value.detach().cpu().clone() for name, value in model.adapted().items()}
             self.best = Checkpoint(step, True, 0.0, tensors, {"score": torch.tensor(score, dtype=torch.float64)})

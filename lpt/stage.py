@@ -116,20 +116,21 @@ def train_stage(
 
     early = loss if callable(loss) else of(loss)
     late = of("ldam_cb") if loss == "ldam_drw" else early
-    hits: list[Tensor] = []  # of this epoch: which of its few-shot images were right
+    hits: list[Tensor] = []  # of this epoch, by batch: few-shot images that were right, and all of them
 
     def step(model: PromptedClassifier, batches: dict[str, Batch], progress: Progress) -> Mapping[str, Tensor]:
         batch = batches[sampler]
         logits = model.classify(batch.views) if cached is not None else model(batch.views).logits
-        hits.append((logits.detach().argmax(1) == batch.labels)[few[batch.labels]])
+        rare = few[batch.labels]
+        hits.append(torch.stack([(rare & (logits.detach().argmax(1) == batch.labels)).sum(), rare.sum()]))
         value = (late if progress.step >= SWITCH * progress.steps else early)(logits, batch.labels)
         return {"loss": value}
 
     def erosion(model: PromptedClassifier, progress: Progress) -> Mapping[str, Any]:
         """Accuracy on the few-shot training images of the epoch, as they were seen: the cost is nothing."""
-        seen = torch.cat(hits).float()
+        right, seen = torch.stack(hits).sum(0).tolist()
         hits.clear()
-        return {"train_few": seen.mean().item()} if len(seen) else {}
+        return {"train_few": right / seen} if seen else {}
 
     per_epoch = max(1, len(on) // fit.batch_size)
     draw = {"labels": on.labels, "batch_size": fit.batch_size, "seed": fit.seed}

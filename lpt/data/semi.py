@@ -14,15 +14,10 @@ from lpt.errors import DataError
 
 Shape = Literal["consistent", "uniform", "reversed", "middle", "head-tail"]
 Preset = Literal["acr", "simpro", "daso", "usb"]
+"""Whose rules: acr and simpro take images in file order, daso and usb shuffle them by seed. Only acr has the labelled
+images among the unlabelled, only daso holds out a tenth of every class, and in usb's `uniform` M1 is the total."""
 Positive = Annotated[int, Field(ge=1)]
 Factor = Annotated[float, Field(ge=1)]
-
-PRESETS = {
-    "acr": "images in file order, the labelled ones among the unlabelled, no held-out part",
-    "simpro": "images in file order, disjoint, no held-out part",
-    "daso": "images shuffled by seed, disjoint, a tenth of every class held out",
-    "usb": "images shuffled by seed, disjoint, no held-out part; uniform: M1 is the total over classes",
-}
 
 
 def semi_counts(num_classes: int, largest: int, factor: float) -> list[int]:
