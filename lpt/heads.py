@@ -3,6 +3,8 @@
 Shapes: feature [B D], weight [C D], logits [B C].
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,17 +13,27 @@ from torch import Tensor, nn
 class CosineHead(nn.Module):
     """cos(f, w_j) in [-1, 1], no bias. Training losses bring their own scale; `scale` is for probabilities.
 
-    Start: uniform in (-1, 1), then unit rows (LPT's code); or give `weight` from class means or text.
+    Start: uniform in (-1, 1), then unit rows (LPT's code); or give `weight` from class means or text. `project` takes
+    the feature to another space first, the one of texts.
     """
 
-    def __init__(self, *, num_classes: int, width: int, scale: float, generator: torch.Generator | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        width: int,
+        scale: float,
+        generator: torch.Generator | None = None,
+        project: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         super().__init__()
+        self.project = project
         weight = torch.empty(num_classes, width).uniform_(-1, 1, generator=generator)
         self.weight = nn.Parameter(F.normalize(weight, dim=1))
         self.scale = scale
 
     def forward(self, feature: Tensor) -> Tensor:
-        feature = F.normalize(feature.float(), dim=1, eps=1e-12)
+        feature = F.normalize((self.project(feature) if self.project else feature).float(), dim=1, eps=1e-12)
         return feature @ F.normalize(self.weight.float(), dim=1, eps=1e-12).T
 
 

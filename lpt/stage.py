@@ -59,7 +59,7 @@ def learner(
             found = fit.once("features", lambda: features(plain, task.train, folder=fit.feature_cache))
             start.weight.data.copy_(class_means(found, task.train.labels, num_classes))
         elif head_init == "prototypes":
-            start.weight.data.copy_(backbone.class_prototypes(task.classes))
+            start.weight.data.copy_(backbone.unproject(backbone.class_prototypes(task.classes)))
     shared, inside = None, backbone
     if tuning == "vpt_deep":
         shared = DeepPrompt(layers=backbone.depth, length=prompt_length, width=backbone.width, generator=generator)

@@ -1,7 +1,7 @@
 """The seam: what a frozen backbone must offer so that prompts can be put into it.
 
 Shapes: images [B 3 H W], tokens [B P+N D] (P prefix tokens, N patches), prompt [n D] or [B n D],
-feature [B D'].
+feature [B D'], joint [B J], the space that image and text share.
 """
 
 import hashlib
@@ -74,11 +74,26 @@ class Backbone(nn.Module, ABC):
     def pool(self, tokens: Tensor) -> Tensor:
         """Final norm and pooling. [B P+N D] (or only its first `reads` tokens) → feature [B D'] in fp32."""
 
+    projection: Tensor | None = None
+    """What takes a feature to the joint space [D' J]; None where that is the space of the features."""
+
+    @property
+    def joint_width(self) -> int:
+        return self.feature_width if self.projection is None else self.projection.shape[1]
+
+    def project(self, feature: Tensor) -> Tensor:
+        """[B D'] → joint [B J], in fp32."""
+        return feature if self.projection is None else feature.float() @ self.projection.float()
+
+    def unproject(self, joint: Tensor) -> Tensor:
+        """Joint [C J] → [C D']: rows whose product with a feature is that of `joint` with the projected feature."""
+        return joint if self.projection is None else joint.float() @ self.projection.float().T
+
     prototypes: Mapping[str, Tensor] | None = None
-    """A unit vector [D'] for every class name that is known in the space of the features, for example of texts."""
+    """A vector [J] for every class name that is known in the joint space, for example of texts."""
 
     def class_prototypes(self, classes: Sequence[str]) -> Tensor:
-        """[C D'], matched by name (spaces and underscores are the same). Raises BackboneError."""
+        """[C J], matched by name (spaces and underscores are the same). Raises BackboneError."""
         if self.prototypes is None:
             raise BackboneError(f"{self.name} has no class prototypes: set prototypes.weights to a safetensors file")
         known = {name.replace("_", " ").lower(): row for name, row in self.prototypes.items()}
@@ -89,8 +104,8 @@ class Backbone(nn.Module, ABC):
                 + did_you_mean(absent[0], self.prototypes)
             )
         found = torch.stack([known[key] for key in names])
-        if found.shape[1] != self.feature_width:
-            wide = self.feature_width
+        if found.shape[1] != self.joint_width:
+            wide = self.joint_width
             raise BackboneError(f"prototypes of width {found.shape[1]} do not fit features of {self.name}, {wide} wide")
         return found
 
@@ -110,7 +125,7 @@ class Backbone(nn.Module, ABC):
 
 
 def read_prototypes(path: Path) -> dict[str, Tensor]:
-    """Class name → vector [D'], from a safetensors file with `prototypes` [C D'] and the names as a JSON list under
+    """Class name → vector [J], from a safetensors file with `prototypes` [C J] and the names as a JSON list under
     `classes` in its metadata. Raises BackboneError."""
     if not path.is_file():
         raise BackboneError(f"prototypes.weights {path} does not exist")

@@ -26,9 +26,10 @@ Scale = Annotated[float, Field(gt=0)]
 
 def zero_shot(task: Task, backbone: Backbone, fit: Fit, *, scale: Scale = 100.0) -> PromptedClassifier:
     """The nearest class prototype by cosine, of texts for example: no training image is looked at."""
-    model, head = _frozen(task, backbone, scale)
+    width, project = backbone.joint_width, backbone.project
+    head = CosineHead(num_classes=len(task.classes), width=width, scale=scale, project=project)
     head.weight.data.copy_(F.normalize(backbone.class_prototypes(task.classes), dim=1))
-    return model
+    return PromptedClassifier(backbone, head, classes=task.classes).to(next(backbone.parameters()).device)
 
 
 def class_mean(task: Task, backbone: Backbone, fit: Fit, *, scale: Scale = 25.0) -> PromptedClassifier:
