@@ -4,7 +4,6 @@ Shapes: images [B 3 H W], tokens [B P+N D], query and feature [B D'], logits [B 
 """
 
 import contextlib
-import math
 from typing import NamedTuple
 
 import torch
@@ -87,6 +86,10 @@ class PromptedClassifier(nn.Module):
         if self.query_head is not None and query is not None and not self.training:
             logits = (logits + self.query_head(query)) / 2
         return Output(self._calibrated(logits), feature, similarity, ids)
+
+    def feature(self, images: Tensor) -> Tensor:
+        """[B 3 H W] → [B D'] under the shared prompt alone, with a gradient where something learns."""
+        return self._finish(self.prefix(images), None)
 
     def classify(self, feature: Tensor) -> Tensor:
         """Head and calibration: [B D'] → logits [B C]."""
@@ -195,5 +198,5 @@ class PromptedClassifier(nn.Module):
 
     @property
     def trainable_parameters(self) -> int:
-        """Number of parameters that any phase trained: everything but the backbone and the query centre."""
-        return sum(math.prod(v.shape) for k, v in self.adapted().items() if k != "pool.centre")
+        """Number of parameters that a phase may train: all but the backbone's frozen ones. Buffers are none."""
+        return sum(p.numel() for name, p in self.named_parameters() if self._is_ours(name))

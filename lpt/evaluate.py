@@ -15,7 +15,8 @@ from torch import Tensor
 
 from lpt.classifier import PromptedClassifier
 from lpt.data.task import Files, Images
-from lpt.engine.checkpoint import everywhere, write_whole
+from lpt.engine.checkpoint import write_whole
+from lpt.engine.processes import everywhere, gathered, rank_and_world
 from lpt.matching import key_usage
 from lpt.metrics import summarise
 
@@ -92,9 +93,9 @@ def predict(
         if output.ids is not None:
             ids.append(output.ids)
     return Predictions(
-        _gathered(torch.cat(logits), len(images)),
+        gathered(torch.cat(logits), len(images)).cpu(),
         images.labels,
-        _gathered(torch.cat(ids), len(images)) if ids else None,
+        gathered(torch.cat(ids), len(images)).cpu() if ids else None,
     )
 
 
@@ -115,8 +116,8 @@ def features(
         except (SafetensorError, KeyError, OSError):
             place.unlink(missing_ok=True)  # cut off or damaged: computed again
     found = [model.query(model.prefix(_views(model, images, part))) for part in _mine(images).split(batch_size)]
-    whole = _gathered(torch.cat(found), len(images))
-    if place and _place()[0] == 0:
+    whole = gathered(torch.cat(found), len(images)).cpu()
+    if place and rank_and_world()[0] == 0:
         write_whole(place, to_bytes({"features": whole}))
     return whole
 
@@ -164,27 +165,7 @@ def _identity(model: PromptedClassifier, images: Images | Files) -> str:
     return digest.hexdigest()[:20]
 
 
-def _place() -> tuple[int, int]:
-    """(rank, world size)."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
-
-
 def _mine(images: Images | Files) -> Tensor:
     """The rows that this process predicts."""
-    rank, world = _place()
+    rank, world = rank_and_world()
     return torch.arange(len(images))[rank::world]
-
-
-def _gathered(mine: Tensor, total: int) -> Tensor:
-    """Interleaves the shares of all processes again, on the CPU: row i was predicted by process i mod w."""
-    _, world = _place()
-    if world == 1:
-        return mine.cpu()
-    rows = -(-total // world)
-    padded = mine.new_zeros(rows, *mine.shape[1:])
-    padded[: len(mine)] = mine
-    shares = [torch.empty_like(padded) for _ in range(world)]
-    torch.distributed.all_gather(shares, padded)  # on the device: nccl knows no other memory
-    return torch.stack(shares, dim=1).flatten(0, 1)[:total].cpu()

@@ -4,6 +4,7 @@ Shapes: feature [B D], weight [C D], logits [B C].
 """
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -33,8 +34,7 @@ class CosineHead(nn.Module):
         self.scale = scale
 
     def forward(self, feature: Tensor) -> Tensor:
-        feature = F.normalize((self.project(feature) if self.project else feature).float(), dim=1, eps=1e-12)
-        return feature @ F.normalize(self.weight.float(), dim=1, eps=1e-12).T
+        return cosines(self.project(feature) if self.project else feature, self.weight)
 
 
 class LinearHead(nn.Module):
@@ -83,7 +83,87 @@ class NeighbourHead(nn.Module):
         return shares.clamp(min=1e-6).log()
 
 
-Head = CosineHead | LinearHead | NeighbourHead
+Fusion = Literal["scale", "zscore", "prob", "daso"]
+
+
+class FusedHead(nn.Module):
+    """Two opinions on an image and their fusion: a cosine head on the feature, and its similarity to class prototypes
+    in the joint space (Zhang 2025, ULFine: dual-logit fusion; the forms of `fused` are ours).
+
+    `weight` [C D'] and `scales` [2] may train. The rest is state that methods keep: `prototypes` [C J], which are
+    compared with, `texts` [C J], where they started, `visual` [C J], running class means, `seen` [C], 1 once a class has
+    been in a batch, and `frequency` [C], a running distribution of pseudo-labels.
+    """
+
+    scale = 1.0
+
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        width: int,
+        joint_width: int,
+        project: Callable[[Tensor], Tensor],
+        scales: tuple[float, float] = (25.0, 25.0),
+        fusion: Fusion = "scale",
+        eta: float = 0.5,
+        temperature: float = 1.0,
+        fuse: bool = True,
+    ) -> None:
+        super().__init__()
+        self.project, self.fusion, self.eta, self.temperature, self.fuse = project, fusion, eta, temperature, fuse
+        self.weight = nn.Parameter(torch.zeros(num_classes, width))
+        self.scales = nn.Parameter(torch.tensor(scales))
+        for name in ("prototypes", "texts", "visual"):
+            self.register_buffer(name, torch.zeros(num_classes, joint_width))
+        self.register_buffer("seen", torch.zeros(num_classes))
+        self.register_buffer("frequency", torch.full((num_classes,), 1 / num_classes))
+        self.prototypes: Tensor
+        self.texts: Tensor
+        self.visual: Tensor
+        self.seen: Tensor
+        self.frequency: Tensor
+
+    def forward(self, feature: Tensor) -> Tensor:
+        linear, similarity = self.both(feature)
+        return self.fused(linear, similarity) if self.fuse else linear
+
+    def both(self, feature: Tensor) -> tuple[Tensor, Tensor]:
+        """Scaled cosines with `weight`, and of the projected feature with `prototypes`, [B C] each."""
+        joint = self.project(feature)
+        return self.scales[0] * cosines(feature, self.weight), self.scales[1] * cosines(joint, self.prototypes)
+
+    def fused(self, linear: Tensor, similarity: Tensor) -> Tensor:
+        """η linear + (1 - η) similarity, brought to one scale first:
+
+        - `scale`: as they are;
+        - `zscore`: both standardised over an image's classes, then times the deviation of `linear`;
+        - `prob`: the log of the mixed probabilities;
+        - `daso` (Oh 2022): the same with the weight of the similarity from the class k' that `linear` prefers,
+          h_k'^(1/T) / max h^(1/T), h being `frequency`: the more often a class is predicted, the less it is believed.
+        """
+        if self.fusion == "scale":
+            return self.eta * linear + (1 - self.eta) * similarity
+        if self.fusion == "zscore":
+            deviation = linear.std(1, keepdim=True)
+            return deviation * (self.eta * _standard(linear) + (1 - self.eta) * _standard(similarity))
+        share: float | Tensor = 1 - self.eta
+        if self.fusion == "daso":
+            often = self.frequency.clamp(min=1e-12) ** (1 / self.temperature)
+            share = (often / often.max())[linear.argmax(1)][:, None]
+        return ((1 - share) * linear.softmax(1) + share * similarity.softmax(1)).clamp(min=1e-12).log()
+
+
+def cosines(feature: Tensor, rows: Tensor) -> Tensor:
+    """[B D], [C D] → [B C], in fp32."""
+    return F.normalize(feature.float(), dim=1, eps=1e-12) @ F.normalize(rows.float(), dim=1, eps=1e-12).T
+
+
+def _standard(logits: Tensor) -> Tensor:
+    return (logits - logits.mean(1, keepdim=True)) / logits.std(1, keepdim=True).clamp(min=1e-12)
+
+
+Head = CosineHead | LinearHead | NeighbourHead | FusedHead
 
 
 class Calibration(nn.Module):

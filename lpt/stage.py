@@ -13,7 +13,7 @@ from lpt.adapters import Kind, adapted, auto_bottleneck
 from lpt.backbones.base import Backbone
 from lpt.classifier import PromptedClassifier
 from lpt.data.task import Files, Images, Task
-from lpt.engine.loop import Batch, Fit, Progress
+from lpt.engine.loop import Batch, Fit, Progress, Stream
 from lpt.engine.optim import Optimizer, Warmup, scaled_lr
 from lpt.errors import LptError
 from lpt.evaluate import features
@@ -116,21 +116,19 @@ def train_stage(
 
     early = loss if callable(loss) else of(loss)
     late = of("ldam_cb") if loss == "ldam_drw" else early
-    hits: list[Tensor] = []  # of this epoch, by batch: few-shot images that were right, and all of them
 
     def step(model: PromptedClassifier, batches: dict[str, Batch], progress: Progress) -> Mapping[str, Tensor]:
         batch = batches[sampler]
         logits = model.classify(batch.views) if cached is not None else model(batch.views).logits
-        rare = few[batch.labels]
-        hits.append(torch.stack([(rare & (logits.detach().argmax(1) == batch.labels)).sum(), rare.sum()]))
+        fit.memory.note(few=few[batch.labels], right=logits.argmax(1) == batch.labels)
         value = (late if progress.step >= SWITCH * progress.steps else early)(logits, batch.labels)
         return {"loss": value}
 
     def erosion(model: PromptedClassifier, progress: Progress) -> Mapping[str, Any]:
         """Accuracy on the few-shot training images of the epoch, as they were seen: the cost is nothing."""
-        right, seen = torch.stack(hits).sum(0).tolist()
-        hits.clear()
-        return {"train_few": right / seen} if seen else {}
+        noted = fit.memory.take()
+        right = noted["right"][noted["few"]]
+        return {"train_few": right.double().mean().item()} if len(right) else {}
 
     per_epoch = max(1, len(on) // fit.batch_size)
     draw = {"labels": on.labels, "batch_size": fit.batch_size, "seed": fit.seed}
@@ -140,15 +138,13 @@ def train_stage(
         name,
         model,
         step,
-        {sampler: drawn},
+        {sampler: Stream(drawn, on, features=cached)},
         steps=epochs * per_epoch,
         steps_per_epoch=per_epoch,
         optimizer=optimizer,
         lr=scaled_lr(optimizer, lr, fit.batch_size),
         weight_decay=weight_decay,
         warmup=warmup,
-        images=on,
-        features=cached,
         clip=clip,
         on_epoch=erosion,
     )

@@ -8,7 +8,7 @@ from conftest import toy_images
 from torch import nn
 
 from lpt.engine.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from lpt.engine.loop import Fit, Progress
+from lpt.engine.loop import Fit, Progress, Stream
 from lpt.engine.optim import lr_at, scaled_lr
 from lpt.errors import TrainingError
 from lpt.history import History
@@ -53,7 +53,7 @@ def fit(folder=None, *, steps=11, optimizer="adamw", step=step, model=None, **ch
     model = model or Linear()
     sampler = InstanceBalanced(LABELS, batch_size=4, seed=0)
     bound(
-        "phase1", model, step, {"all": sampler},
+        "phase1", model, step, {"all": Stream(sampler)},
         steps=steps, steps_per_epoch=4, optimizer=optimizer, lr=1e-2, weight_decay=0.01,
     )  # fmt: skip
     return model, bound

@@ -155,7 +155,7 @@ def test_one_step_has_the_gradients_of_the_formula():
             if phase == "phase1":
                 return super().__call__(phase, model, step, streams, **settings)
             progress = Progress(phase, 3, 12, 4, self.seed)
-            drawn = self._draw(self.images, streams, None, progress)
+            drawn = self._draw(streams, progress)
             batches = self._views(drawn, torch.device("cpu"))
             for part in step(model, batches, progress):
                 part["loss"].backward()

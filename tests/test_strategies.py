@@ -36,7 +36,8 @@ def trained(method, task=None, backbone=None, spy=None, checkpoints=None, **sett
             before = {k: v.clone() for k, v in model.state_dict().items()}
             super().__call__(phase, model, *args, **kwargs)
             if spy:
-                spy(phase, before, {k: v.clone() for k, v in model.state_dict().items()}, kwargs)
+                (stream, *_) = args[1].values()
+                spy(phase, before, {k: v.clone() for k, v in model.state_dict().items()}, stream)
 
     fit = Spied(task.train, backbone.preprocess, 8, history=history, checkpoints=checkpoints, say=said.append)
     model = METHODS[method](task, backbone, fit, **settings)
@@ -52,10 +53,13 @@ def test_stage_1_moves_the_head_alone_and_stage_2_what_it_may(tuning):
     stages = {}
     then = {"name": "fine_tune", "tuning": tuning, **FAST}
     trained(
-        "two_stage", spy=lambda phase, a, b, kw: stages.update({phase: (moved(a, b), kw)}), epochs_stage1=3, then=then
+        "two_stage",
+        spy=lambda phase, a, b, stream: stages.update({phase: (moved(a, b), stream)}),
+        epochs_stage1=3,
+        then=then,
     )
     assert list(stages) == ["reweighted", "tune"]
-    assert stages["reweighted"][0] == {"head.weight"} and stages["reweighted"][1]["features"] is not None
+    assert stages["reweighted"][0] == {"head.weight"} and stages["reweighted"][1].features is not None
     second = stages["tune"][0]
     assert "head.weight" in second and len(second) > 1
     assert all(name == "head.weight" or name.startswith("shared.") or ".adapter." in name for name in second)
@@ -64,7 +68,7 @@ def test_stage_1_moves_the_head_alone_and_stage_2_what_it_may(tuning):
 def test_stage_1_may_take_the_last_block_along():
     stages = {}
     then = {"name": "fine_tune", "tuning": "norm", **FAST}
-    spy = lambda phase, a, b, kw: stages.update({phase: moved(a, b)})  # noqa: E731
+    spy = lambda phase, a, b, stream: stages.update({phase: moved(a, b)})  # noqa: E731
     trained("two_stage", spy=spy, epochs_stage1=2, stage1_train="last_block", then=then)
     assert stages["reweighted"] > {"head.weight"}
     assert all(name == "head.weight" or name.startswith("backbone.vit.blocks.3.norm") for name in stages["reweighted"])
@@ -84,11 +88,11 @@ def test_without_stage_1_it_is_the_plain_method(method):
 
 def test_pre_finetuning_starts_on_a_set_with_equal_counts_and_goes_before_lpt_too():
     stages = {}
-    spy = lambda phase, a, b, kw: stages.update({phase: (moved(a, b), kw)})  # noqa: E731
+    spy = lambda phase, a, b, stream: stages.update({phase: (moved(a, b), stream)})  # noqa: E731
     then = {"name": "lpt", "epochs": [1, 1], "pool_size": 3, "prompt_length": 2, "prefix_blocks": 2}
     model, _, _ = trained("pre_finetune", spy=spy, per_class="max", views=1, then=then)
     assert list(stages) == ["augmented", "phase1", "phase2"] and model.pool is not None
-    assert torch.bincount(stages["augmented"][1]["images"].labels).tolist() == [30] * 4
+    assert torch.bincount(stages["augmented"][1].images.labels).tolist() == [30] * 4
     assert stages["augmented"][0] == {"head.weight", "shared.tokens"}
     assert "shared.tokens" in stages["phase1"][0] and "shared.tokens" not in stages["phase2"][0]
 
@@ -106,8 +110,8 @@ def test_the_inner_first_step_sees_what_the_outer_one_has_learned(tuning):
     seen = {}
     backbone, task = small_backbone(), toy_task(COUNTS)
 
-    def spy(phase, before, after, kwargs):
-        seen[phase] = (after, kwargs.get("features"))
+    def spy(phase, before, after, stream):
+        seen[phase] = (after, stream.features)
 
     then = {"name": "fine_tune", "tuning": tuning, **FAST}
     inside = {"name": "two_stage", "epochs_stage1": 1, "then": then}
@@ -211,7 +215,7 @@ FIRST = {"name": "fine_tune", "tuning": "vpt_deep", "loss": "ce", **FAST}
 @pytest.mark.parametrize("head", ["cosine", "linear"])
 def test_second_stages_touch_the_classifier_alone(adjust, head):
     stages = {}
-    spy = lambda phase, a, b, kw: stages.update({phase: moved(a, b)})  # noqa: E731
+    spy = lambda phase, a, b, stream: stages.update({phase: moved(a, b)})  # noqa: E731
     model, _, _ = trained("decoupled", spy=spy, adjust=adjust, first={**FIRST, "head": head}, epochs=2)
     allowed = {"crt": {"head.weight", "head.bias"}, "lws": {"calibration.scale"}}
     assert stages[f"adjust-{adjust}"] <= allowed.get(adjust, {"calibration.scale", "calibration.offset"})

@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -15,14 +16,16 @@ from lpt.errors import TrainingError
 
 
 class Checkpoint(NamedTuple):
-    """`tensors` are the model's adapted ones, `moments` the optimiser's by "<parameter>/<name>"; `seconds` were
-    spent on the phase so far."""
+    """`tensors` are the model's adapted ones, `moments` the optimiser's by "<parameter>/<name>", `memory` what the
+    method keeps between steps; `seconds` were spent on the phase so far, `flops` is what a step costs."""
 
     step: int
     finished: bool
     seconds: float
     tensors: dict[str, Tensor]
-    moments: dict[str, Tensor]
+    moments: Mapping[str, Tensor] = MappingProxyType({})
+    memory: Mapping[str, Tensor] = MappingProxyType({})
+    flops: int = 0
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -39,20 +42,10 @@ def write_whole(path: Path, content: bytes) -> None:
         fresh.unlink(missing_ok=True)
 
 
-def everywhere(here: bool) -> bool:
-    """Whether all processes say so: each asks its own disk, where another may just be writing, and they must agree on
-    what to do next."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return here
-    said: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(said, here)
-    return all(said)
-
-
 def save_checkpoint(path: Path, checkpoint: Checkpoint, *, run_hash: str) -> None:
-    header = {"run": run_hash, **{k: getattr(checkpoint, k) for k in ("step", "finished", "seconds")}}
-    tensors = {f"model/{k}": v.detach().cpu().contiguous() for k, v in checkpoint.tensors.items()}
-    tensors |= {f"moment/{k}": v.detach().cpu().contiguous() for k, v in checkpoint.moments.items()}
+    header = {"run": run_hash, **{k: getattr(checkpoint, k) for k in ("step", "finished", "seconds", "flops")}}
+    parts = {"model": checkpoint.tensors, "moment": checkpoint.moments, "memory": checkpoint.memory}
+    tensors = {f"{part}/{k}": v.detach().cpu().contiguous() for part, of in parts.items() for k, v in of.items()}
     write_whole(path, to_bytes(tensors, metadata={"lpt_checkpoint": json.dumps(header)}))
 
 
@@ -71,12 +64,18 @@ def load_checkpoint(path: Path, *, run_hash: str) -> Checkpoint | None:
             f"checkpoint {path} was made with other settings or data: use another --out, or the settings in "
             f"{path.parent.parent / 'config.yaml'}"
         )
+
+    def part(name: str) -> dict[str, Tensor]:
+        return {k.removeprefix(f"{name}/"): v for k, v in found.items() if k.startswith(f"{name}/")}
+
     return Checkpoint(
         step=header["step"],
         finished=header["finished"],
         seconds=header["seconds"],
-        tensors={k.removeprefix("model/"): v for k, v in found.items() if k.startswith("model/")},
-        moments={k.removeprefix("moment/"): v for k, v in found.items() if k.startswith("moment/")},
+        tensors=part("model"),
+        moments=part("moment"),
+        memory=part("memory"),
+        flops=header["flops"],
     )
 
 

@@ -7,9 +7,9 @@ drawn from (seed, step), views, noise and dropout from (seed, phase, step), so t
 as it would have.
 """
 
+import contextlib
 import hashlib
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -19,23 +19,29 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from lpt.augment import augmented
 from lpt.engine.checkpoint import (
     Checkpoint,
-    everywhere,
     load_checkpoint,
     optimizer_moments,
     restore_moments,
     save_checkpoint,
 )
+from lpt.engine.clock import Clock
+from lpt.engine.memory import Memory
 from lpt.engine.optim import Optimizer, Warmup, lr_at, make_optimizer
+from lpt.engine.processes import everywhere, gathered
 from lpt.errors import TrainingError
 from lpt.history import History
 from lpt.preprocess import Preprocess
 
 
 class Batch(NamedTuple):
+    """Views [B 3 H W] (or features [B D']), labels [B], and the rows [B] of the stream's images that they are of."""
+
     views: Tensor
     labels: Tensor
+    rows: Tensor
 
 
 @dataclass(frozen=True)
@@ -90,6 +96,21 @@ class Images(Protocol):
     def take(self, indices: Tensor) -> Any: ...
 
 
+@dataclass(frozen=True)
+class Stream:
+    """What a step is given under one name: which images, and how they are seen.
+
+    `images` are the training images by default. `strong` changes them by RandAugment and cutout before they are cropped
+    and flipped. With `features` a view is a row of them [N D'], and the backbone does not run; of several views of
+    every image [V N D'] each row is one by chance.
+    """
+
+    sampler: Sampler
+    images: Images | None = None
+    strong: bool = False
+    features: Tensor | None = None
+
+
 class Drawn(NamedTuple):
     """A stream's part of a batch before it is a view: pixels and their `chance` [B 5], or bytes cut from files, or
     features."""
@@ -97,6 +118,7 @@ class Drawn(NamedTuple):
     found: Tensor
     chance: Tensor | None
     labels: Tensor
+    rows: Tensor
 
 
 Part = Mapping[str, Tensor]
@@ -131,6 +153,13 @@ class Fit:
     """A first step that a method puts before another's first phase: called once, with the model that is to train."""
     seconds_before: dict[str, float] = field(default_factory=dict)
     """Seconds by phase that earlier, killed processes have spent on what this one did not do again."""
+    memory: Memory = field(default_factory=Memory)
+    """What the phase that runs keeps between steps, empty where it begins."""
+    cost: dict[str, dict[str, int]] = field(default_factory=dict)
+    """By phase: steps, images (views through the model, or rows of features) and FLOPs, of all processes."""
+    count_flops: bool = True
+    audit: Path | None = None
+    """Where a method that labels images by itself writes what it thought of each."""
     say: Callable[[str], None] = lambda text: None
     show: Callable[[str, int, int, str], None] = lambda phase, step, steps, text: None
 
@@ -139,7 +168,7 @@ class Fit:
         phase: str,
         model: Any,
         step: Step,
-        streams: Mapping[str, Sampler],
+        streams: Mapping[str, Stream],
         *,
         steps: int,
         steps_per_epoch: int,
@@ -147,20 +176,15 @@ class Fit:
         lr: float,
         weight_decay: float,
         warmup: Warmup = "linear",
-        images: Images | None = None,
-        features: Tensor | None = None,
         clip: float | None = None,
         on_epoch: EpochEnd | None = None,
     ) -> None:
         """Trains what `requires_grad` in `model`; returns when `steps` are done (at once if they were before).
 
-        A stage on other images than the training images gives `images`. One that trains the head alone gives the
-        `features` [N D'] of all its images: a batch's views are rows of them, and the backbone does not run. `clip` is
-        the largest norm of all gradients together.
+        `clip` is the largest norm of all gradients together.
         """
         self.start()
         self.go_before(model)
-        images = images or self.images
         rank, world = 0, 1
         if self.accelerator is not None:
             rank, world = self.accelerator.process_index, self.accelerator.num_processes
@@ -174,12 +198,17 @@ class Fit:
         optim = make_optimizer(optimizer, trained.values(), weight_decay=weight_decay)
         place = self.checkpoints / f"{phase}.safetensors" if self.checkpoints else None
 
-        first, before = 0, 0.0
+        memory, first, before, flops = self.memory, 0, 0.0, 0
+        memory.restore({}, device)
+        self.cost[phase] = cost = {"steps": steps, "images": 0, "flops": 0}
+        cost["images"] = steps * sum(len(stream.sampler.batch(0)) for stream in streams.values())
         if place and (found := load_checkpoint(place, run_hash=self.run_hash)):
             model.load_adapted(found.tensors)
-            before = found.seconds
+            memory.restore(found.memory, device)
+            before, flops = found.seconds, found.flops
             self.seconds_before[phase] = before
             if found.finished:
+                cost["flops"] = steps * flops
                 self.say(f"{phase}: finished before")
                 return
             restore_moments(optim, found.moments, trained)
@@ -188,25 +217,25 @@ class Fit:
         if rank == 0:
             self.history.rewind(phase, first)
 
-        clock = _Clock()
+        clock = Clock()
 
         def save(done: int) -> None:
             if place and rank == 0:
                 spent = before + clock.total()
-                state = Checkpoint(done, done == steps, spent, model.adapted(), optimizer_moments(optim, names))
+                moments = optimizer_moments(optim, names)
+                state = Checkpoint(done, done == steps, spent, model.adapted(), moments, memory.tensors(), flops)
                 save_checkpoint(place, state, run_hash=self.run_hash)
 
         model.train()
-        sums: dict[str, float] = {}
         with ThreadPoolExecutor(1) as ahead:
             progress = Progress(phase, first, steps, steps_per_epoch, self.seed, rank, world)
-            waiting = ahead.submit(self._draw, images, streams, features, progress)
+            waiting = ahead.submit(self._draw, streams, progress)
             for t in range(first, steps):
                 with clock.charge("wait"):
                     drawn = waiting.result()
                     following = replace(progress, step=t + 1)
                     if t + 1 < steps:
-                        waiting = ahead.submit(self._draw, images, streams, features, following)
+                        waiting = ahead.submit(self._draw, streams, following)
                 with clock.charge("views"):
                     batches = self._views(drawn, device)
                 with clock.charge("compute"):
@@ -214,26 +243,27 @@ class Fit:
                     for group in optim.param_groups:
                         group["lr"] = rate
                     optim.zero_grad(set_to_none=True)
-                    found = step(model, batches, progress)
                     logged: dict[str, Tensor] = {}
-                    for part in (found,) if isinstance(found, Mapping) else found:
-                        part["loss"].backward()
-                        for key, value in part.items():
-                            logged[key] = logged.get(key, 0) + value.detach().float()
-                    self._share_gradients(list(trained.values()), world)
-                    numbers = torch.stack(list(logged.values())).tolist()  # waits for the device once
-                    values = dict(zip(logged, numbers, strict=True))
+                    with _counting(self.count_flops and not flops) as counted:
+                        found = step(model, batches, progress)
+                        for part in (found,) if isinstance(found, Mapping) else found:
+                            part["loss"].backward()
+                            for key, value in part.items():
+                                logged[key] = logged.get(key, 0) + value.detach().float()
+                    flops = flops or counted() * world
+                    numbers = self._shared(list(trained.values()), torch.stack(list(logged.values())), world)
+                    values = dict(zip(logged, numbers.tolist(), strict=True))  # waits for the device once
                     _check_finite(values["loss"], progress, rate, place)
                     if clip:
                         torch.nn.utils.clip_grad_norm_(trained.values(), clip)
                     optim.step()
                 for key, value in values.items():
-                    sums[key] = sums.get(key, 0.0) + value
+                    memory.sums[key] = memory.sums.get(key, 0.0) + value
                 done = t + 1
                 epoch_ends = done % steps_per_epoch == 0 or done == steps
                 if epoch_ends:
                     since = (t % steps_per_epoch) + 1
-                    line = {k: v / min(since, done - first) for k, v in sums.items()}
+                    line = {k: v / since for k, v in memory.sums.items()}
                     line |= {"lr": rate, "seconds": round(clock.total(), 2)}
                     line |= {f"{k}_seconds": round(v, 2) for k, v in clock.spent.items()}
                     extra: dict[str, Any] = {}
@@ -243,12 +273,14 @@ class Fit:
                     if rank == 0:
                         self.history.write(phase=phase, step=done, epoch=progress.epoch + 1, **line, **extra)
                     self.say(_epoch_line(progress, line, extra, clock.left(done - first, steps - done)))
-                    sums = {}
+                    memory.sums = {}
                 if done == steps or clock.due("save", self.checkpoint_seconds):
                     save(done)
                 progress = following
-                a_step = len(streams) * self.batch_size
-                self.show(phase, done, steps, clock.rate(a_step, done - first, steps - done, values["loss"]))
+                self.show(
+                    phase, done, steps, clock.rate(cost["images"] // steps, done - first, steps - done, values["loss"])
+                )
+        cost["flops"] = steps * flops
         optim.zero_grad(set_to_none=True)  # what the next phase does not train must not keep a gradient
 
     def once(self, name: str, make: Callable[[], Tensor]) -> Tensor:
@@ -282,41 +314,90 @@ class Fit:
         for name, p in model.named_parameters():
             p.requires_grad_(trains[name])
 
-    def _draw(
-        self, images: Images, streams: Mapping[str, Sampler], features: Tensor | None, progress: Progress
-    ) -> dict[str, Drawn]:
+    @torch.no_grad()
+    def view_features(self, name: str, model: Any, stream: Stream) -> Tensor:
+        """The features [N D'] of one random view of each image of `stream`, in order: a stream's `features`, for
+        stages in which the backbone learns nothing. The sampler is not asked."""
+        images, device = stream.images or self.images, next(model.parameters()).device
+        rank, world = (self.accelerator.process_index, self.accelerator.num_processes) if self.accelerator else (0, 1)
+        size, found, flops = 128 * world, [], 0
+        steps = -(-len(images.labels) // size)
+        in_order = {name: replace(stream, sampler=_InOrder(len(images.labels), size))}
+        for t in range(steps):
+            progress = Progress(name, t, steps, steps, self.seed, rank, world)
+            views = self._views(self._draw(in_order, progress), device)[name].views
+            with _counting(self.count_flops and t == 0) as counted:
+                found.append(model.feature(views))
+            flops = flops or counted() // size * world * len(images.labels)
+            self.show(name, t + 1, steps, "")
+        self.cost[name] = {"steps": 0, "images": len(images.labels), "flops": flops}
+        return gathered(torch.cat(found), steps * size)[: len(images.labels)].cpu()
+
+    def _draw(self, streams: Mapping[str, Stream], progress: Progress) -> dict[str, Drawn]:
         """Runs ahead in a thread: files are decoded (or memory is gathered) while the step before is computed."""
         out = {}
-        for name, sampler in streams.items():
-            mine = sampler.batch(progress.step)[progress.rank :: progress.world]
-            labels = images.labels[mine]
-            if features is not None:
-                out[name] = Drawn(features[mine], None, labels)
+        for name, stream in streams.items():
+            images = stream.images or self.images
+            mine = stream.sampler.batch(progress.step)[progress.rank :: progress.world]
+            labels, rows = images.labels[mine], len(mine)
+            if (kept := stream.features) is not None:
+                view = (progress.uniform(f"view/{name}", rows) * len(kept)).long() if kept.dim() == 3 else None
+                out[name] = Drawn(kept[mine] if view is None else kept[view, mine], None, labels, mine)
                 continue
-            found, chance = images.take(mine), progress.uniform(f"view/{name}", len(mine), 5)
+            found, chance = images.take(mine), progress.uniform(f"view/{name}", rows, 5)
             cut = None if isinstance(found, Tensor) else self.preprocess.cut(found, chance)
-            out[name] = Drawn(found, chance, labels) if cut is None else Drawn(cut, None, labels)
+            pixels = found if cut is None else cut
+            if stream.strong:
+                seeds = (progress.uniform(f"strong/{name}", rows) * 2**24).long().tolist()
+                pixels = augmented(pixels, seeds, "strong")
+            out[name] = Drawn(pixels, chance if cut is None else None, labels, mine)
         return out
 
     def _views(self, drawn: Mapping[str, Drawn], device: torch.device) -> dict[str, Batch]:
         batches = {}
-        for name, (found, chance, labels) in drawn.items():
+        for name, (found, chance, labels, rows) in drawn.items():
             views = found.to(device, non_blocking=True)
             if chance is not None:
                 views = self.preprocess.train(views, chance.to(device), dtype=self.dtype)
             elif views.dtype == torch.uint8:
                 views = self.preprocess.normalised(views, dtype=self.dtype)
-            batches[name] = Batch(views, labels.to(device, non_blocking=True))
+            batches[name] = Batch(views, labels.to(device, non_blocking=True), rows)
         return batches
 
-    def _share_gradients(self, parameters: list[Any], world: int) -> None:
-        """One all-reduce a step, of the trained gradients alone (about the size of a prompt file)."""
+    def _shared(self, parameters: list[Any], numbers: Tensor, world: int) -> Tensor:
+        """One all-reduce a step, of the trained gradients (about the size of a prompt file) and of what is logged: the
+        means over processes, so that all see the same numbers, a loss that is not finite too."""
         if world == 1:
-            return
+            return numbers
         grads = [p.grad for p in parameters if p.grad is not None]
-        flat = self.accelerator.reduce(torch.cat([g.flatten() for g in grads]), reduction="mean")
-        for grad, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+        flat = self.accelerator.reduce(torch.cat([*(g.flatten() for g in grads), numbers]), reduction="mean")
+        *parts, shared = flat.split([*(g.numel() for g in grads), len(numbers)])
+        for grad, part in zip(grads, parts, strict=True):
             grad.copy_(part.view_as(grad))
+        return shared
+
+
+@dataclass(frozen=True)
+class _InOrder:
+    """Every image once; the last batch is filled up with the first ones."""
+
+    images: int
+    size: int
+
+    def batch(self, step: int) -> Tensor:
+        return torch.arange(step * self.size, (step + 1) * self.size) % self.images
+
+
+@contextlib.contextmanager
+def _counting(wanted: bool) -> Iterator[Callable[[], int]]:
+    """Counts the floating-point operations of what runs inside: two for each multiply-add of the matrix products."""
+    if not wanted:
+        yield lambda: 0
+        return
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        yield counter.get_total_flops
 
 
 def _check_finite(loss: float, progress: Progress, rate: float, place: Path | None) -> None:
@@ -340,44 +421,3 @@ def _epoch_line(progress: Progress, line: dict[str, Any], extra: Mapping[str, An
     if "key_usage" in extra:
         parts.append(f"key perplexity {extra['key_usage']['perplexity']:.1f}")
     return "  ".join([*parts, f"{line['seconds']:.0f} s", f"{left:.0f} s left"])
-
-
-class _Clock:
-    """Wall time of this process's part of a phase: in all, and by what it was spent on."""
-
-    def __init__(self) -> None:
-        self.start = time.perf_counter()
-        self.spent: dict[str, float] = {}
-        self._last: dict[str, float] = {}
-
-    def total(self) -> float:
-        return time.perf_counter() - self.start
-
-    def charge(self, what: str) -> "_Charge":
-        return _Charge(self, what)
-
-    def due(self, what: str, seconds: float) -> bool:
-        now = time.perf_counter()
-        if now - self._last.setdefault(what, self.start) < seconds:
-            return False
-        self._last[what] = now
-        return True
-
-    def left(self, done: int, more: int) -> float:
-        return self.total() / max(done, 1) * more
-
-    def rate(self, images: int, done: int, more: int, loss: float) -> str:
-        speed = images * done / max(self.total(), 1e-9)
-        return f"loss {loss:.3f}  {speed:.0f} images/s  {self.left(done, more):.0f} s left"
-
-
-class _Charge:
-    def __init__(self, clock: _Clock, what: str):
-        self.clock, self.what = clock, what
-
-    def __enter__(self) -> None:
-        self.began = time.perf_counter()
-
-    def __exit__(self, *error: object) -> None:
-        spent = self.clock.spent
-        spent[self.what] = spent.get(self.what, 0.0) + time.perf_counter() - self.began

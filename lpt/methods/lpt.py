@@ -19,7 +19,7 @@ from torch import Tensor
 from lpt.backbones.base import Backbone
 from lpt.classifier import PromptedClassifier
 from lpt.data.task import Task
-from lpt.engine.loop import Batch, Fit, Progress
+from lpt.engine.loop import Batch, Fit, Progress, Stream
 from lpt.engine.optim import Optimizer, Warmup, scaled_lr
 from lpt.errors import LptError
 from lpt.evaluate import features
@@ -108,8 +108,8 @@ def tune(
     def streams(number: Literal[1, 2]) -> dict[str, Any]:
         seed = 2 * fit.seed + number - 1  # each phase sees the images in an order of its own
         return {
-            "balanced": ClassBalanced(labels, num_classes=len(task.classes), batch_size=B, seed=seed),
-            "instance": instance(labels, batch_size=B, seed=seed),
+            "balanced": Stream(ClassBalanced(labels, num_classes=len(task.classes), batch_size=B, seed=seed)),
+            "instance": Stream(instance(labels, batch_size=B, seed=seed)),
         }
 
     def loss_of(gammas: tuple[float, float], prior: bool) -> Any:
@@ -120,7 +120,6 @@ def tune(
         return GCL(counts, scale, margin, noise, *gammas, label_smoothing, agcl_form, asymmetric=loss == "agcl")
 
     losses = {"balanced": loss_of(gammas_bal, False), "instance": loss_of(gammas_ins, True)}
-    chosen: list[tuple[Tensor, Tensor]] = []  # ids and labels of this epoch, for the key usage
 
     def step(model: PromptedClassifier, batches: dict[str, Batch], progress: Progress) -> Iterator[dict[str, Tensor]]:
         """L = A(balanced) - β S_key + η [A(instance) - β S_key] (LPT §2.6), a part for each stream.
@@ -145,13 +144,13 @@ def tune(
             if output.similarity is not None and output.ids is not None:
                 logged[f"key_{stream}"] = key_term = output.similarity.sum(1).mean()
                 value = value - beta * key_term
-                chosen.append((output.ids, batch.labels))
+                fit.memory.note(ids=output.ids, of=batch.labels)
             yield {"loss": value if stream == "balanced" else eta * value, stream: value, **logged}
 
     def usage(model: PromptedClassifier, progress: Progress) -> Mapping[str, Any]:
-        ids, of = (torch.cat(parts).cpu() for parts in zip(*chosen, strict=True))
-        chosen.clear()
-        found = key_usage(ids, pool_size) | {"class_keys": class_keys(ids, of, len(task.classes), pool_size)}
+        noted = fit.memory.take()
+        found = key_usage(noted["ids"], pool_size)
+        found |= {"class_keys": class_keys(noted["ids"], noted["of"], len(task.classes), pool_size)}
         # All images on the same keys have perplexity topk; a pool hardly larger than that cannot collapse.
         limit = max(COLLAPSED, 1.5 * topk)
         if isinstance(p := found["perplexity"], float) and p < limit < pool_size:

@@ -10,9 +10,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from lpt.augment import Augmenter
 from lpt.backbones.base import Backbone
 from lpt.classifier import PromptedClassifier
-from lpt.data.augment import Augmenter, balanced
+from lpt.data.balanced import balanced
 from lpt.data.task import Task
 from lpt.engine.loop import Fit
 from lpt.errors import LptError

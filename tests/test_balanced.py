@@ -7,7 +7,7 @@ import torch
 from conftest import toy_task
 from PIL import Image
 
-from lpt.data.augment import balanced
+from lpt.data.balanced import balanced
 from lpt.data.task import Files
 
 TASK = toy_task((30, 12, 5, 2))

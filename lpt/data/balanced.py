@@ -5,17 +5,16 @@ Shapes: pixels [N 3 h w] uint8, labels [N].
 
 import hashlib
 import io
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from lpt.augment import Augmenter, augmented
 from lpt.data.task import Files, Images
 from lpt.preprocess import decoded
-
-Augmenter = Literal["trivial", "rand", "weak"]
 
 
 def balanced(
@@ -46,15 +45,12 @@ def balanced(
             drawn += [(row, -1)] * originals + [(row, turn * views + j) for j in range(views)]
     ids = tuple(f"{images.ids[row]}#{j}" if j >= 0 else images.ids[row] for row, j in drawn)
     chosen = images.labels[torch.tensor([row for row, _ in drawn])]
-    operation = _operation(augmenter)
 
     def view(image: Tensor, row: int, j: int) -> Tensor:
         if j < 0:
             return image
         key = hashlib.sha256(f"{seed}/{images.ids[row]}/{j}".encode()).digest()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int.from_bytes(key[:7], "big"))
-            return operation(image)
+        return augmented(image[None], [int.from_bytes(key[:7], "big")], augmenter)[0]
 
     if isinstance(images, Images):
         return Images(torch.stack([view(images.pixels[row], row, j) for row, j in drawn]), chosen, ids)
@@ -70,19 +66,3 @@ def balanced(
 
     prints = tuple(f"{files.prints[row]}#{augmenter}{j}" for row, j in drawn)
     return Files(content, chosen, ids, prints, files.stamp)
-
-
-def _operation(augmenter: Augmenter) -> Any:
-    """A function of a uint8 image [3 h w] and torch's global generator; the shape stays."""
-    from torchvision.transforms import v2
-
-    if augmenter == "trivial":
-        return v2.TrivialAugmentWide()
-    if augmenter == "rand":
-        return v2.RandAugment(num_ops=2, magnitude=10)
-
-    def weak(image: Tensor) -> Tensor:
-        crop = v2.RandomResizedCrop(list(image.shape[-2:]), scale=(0.5, 1.0), antialias=True)
-        return v2.ColorJitter(0.4, 0.4, 0.4)(v2.RandomHorizontalFlip()(crop(image)))
-
-    return weak
