@@ -3,7 +3,7 @@
 Shapes: feature [B D], weight [C D], logits [B C].
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Literal
 
 import torch
@@ -90,9 +90,9 @@ class FusedHead(nn.Module):
     """Two opinions on an image and their fusion: a cosine head on the feature, and its similarity to class prototypes
     in the joint space (Zhang 2025, ULFine: dual-logit fusion; the forms of `fused` are ours).
 
-    `weight` [C D'] and `scales` [2] may train. The rest is state that methods keep: `prototypes` [C J], which are
-    compared with, `texts` [C J], where they started, `visual` [C J], running class means, `seen` [C], 1 once a class has
-    been in a batch, and `frequency` [C], a running distribution of pseudo-labels.
+    State beside `weight` [C D'] and `scales` [2]: `prototypes` [C J] are what is compared with, `texts` [C J] where
+    they started, `visual` [C J] running class means, `seen` [C] is 1 once a class has been in a batch, `frequency` [C]
+    is a running distribution of pseudo-labels. `learned` names what of it trains by gradient.
     """
 
     scale = 1.0
@@ -103,26 +103,31 @@ class FusedHead(nn.Module):
         num_classes: int,
         width: int,
         joint_width: int,
-        project: Callable[[Tensor], Tensor],
+        project: Callable[[Tensor], Tensor] | None = None,
         scales: tuple[float, float] = (25.0, 25.0),
         fusion: Fusion = "scale",
         eta: float = 0.5,
         temperature: float = 1.0,
         fuse: bool = True,
+        learned: Collection[str] = (),
     ) -> None:
         super().__init__()
         self.project, self.fusion, self.eta, self.temperature, self.fuse = project, fusion, eta, temperature, fuse
         self.weight = nn.Parameter(torch.zeros(num_classes, width))
-        self.scales = nn.Parameter(torch.tensor(scales))
-        for name in ("prototypes", "texts", "visual"):
-            self.register_buffer(name, torch.zeros(num_classes, joint_width))
-        self.register_buffer("seen", torch.zeros(num_classes))
-        self.register_buffer("frequency", torch.full((num_classes,), 1 / num_classes))
+        self.scales: Tensor
         self.prototypes: Tensor
         self.texts: Tensor
         self.visual: Tensor
         self.seen: Tensor
         self.frequency: Tensor
+        state = {name: torch.zeros(num_classes, joint_width) for name in ("prototypes", "texts", "visual")}
+        state |= {"scales": torch.tensor(scales), "seen": torch.zeros(num_classes)}
+        state |= {"frequency": torch.full((num_classes,), 1 / num_classes)}
+        for name, value in state.items():
+            if name in learned:
+                self.register_parameter(name, nn.Parameter(value))
+            else:
+                self.register_buffer(name, value)
 
     def forward(self, feature: Tensor) -> Tensor:
         linear, similarity = self.both(feature)
@@ -130,8 +135,12 @@ class FusedHead(nn.Module):
 
     def both(self, feature: Tensor) -> tuple[Tensor, Tensor]:
         """Scaled cosines with `weight`, and of the projected feature with `prototypes`, [B C] each."""
-        joint = self.project(feature)
+        joint = self.joint(feature)
         return self.scales[0] * cosines(feature, self.weight), self.scales[1] * cosines(joint, self.prototypes)
+
+    def joint(self, feature: Tensor) -> Tensor:
+        """[B D'] → [B J], where the prototypes are."""
+        return self.project(feature) if self.project else feature
 
     def fused(self, linear: Tensor, similarity: Tensor) -> Tensor:
         """η linear + (1 - η) similarity, brought to one scale first:

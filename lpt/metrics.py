@@ -29,11 +29,15 @@ def mean_of_present(values: Tensor) -> float | None:
 def expected_calibration_error(probabilities: Tensor, labels: Tensor, *, bins: int = 15) -> float:
     """ECE = Σ_b n_b/n · |acc_b - conf_b| over equal-width bins of the top probability (Guo 2017)."""
     confidence, predicted = probabilities.double().max(dim=1)
+    return calibration_error(confidence, predicted == labels, bins=bins)
+
+
+def calibration_error(confidence: Tensor, correct: Tensor, *, bins: int = 15) -> float:
+    """ECE from confidences [N] and whether each prediction is right [N]."""
     # Bins are (a, b]; a confidence of exactly 0 belongs to the first.
-    bin_of = (confidence * bins).ceil().long().clamp(1, bins) - 1
-    correct = (predicted == labels).double()
-    gap = torch.zeros(bins, dtype=torch.double).index_add_(0, bin_of, correct - confidence)
-    return gap.abs().sum().item() / max(len(labels), 1)
+    bin_of = (confidence.double() * bins).ceil().long().clamp(1, bins) - 1
+    gap = torch.zeros(bins, dtype=torch.double).index_add_(0, bin_of, correct.double() - confidence.double())
+    return gap.abs().sum().item() / max(len(confidence), 1)
 
 
 def negative_log_likelihood(probabilities: Tensor, labels: Tensor) -> float:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lpt.adapters import Kind, adapted, auto_bottleneck
@@ -17,7 +18,7 @@ from lpt.engine.loop import Batch, Fit, Progress, Stream
 from lpt.engine.optim import Optimizer, Warmup, scaled_lr
 from lpt.errors import LptError
 from lpt.evaluate import features
-from lpt.heads import CosineHead, LinearHead, class_means
+from lpt.heads import CosineHead, Head, LinearHead, class_means
 from lpt.longtail import shot_groups
 from lpt.losses import LossName, loss_by_name
 from lpt.prompts import DeepPrompt, ShallowPrompt
@@ -47,19 +48,44 @@ def learner(
     rank: int = 8,
 ) -> PromptedClassifier:
     """A model in which `tuning` and the head may train, all of it at its start. `bottleneck` 0 is LIFT's rule."""
-    num_classes, width, seed = len(task.classes), backbone.feature_width, fit.seed
-    device, generator = next(backbone.parameters()).device, torch.Generator().manual_seed(fit.seed)
+    num_classes, width = len(task.classes), backbone.feature_width
+    generator = torch.Generator().manual_seed(fit.seed)
     start: CosineHead | LinearHead
     if head == "linear":
         start = LinearHead(num_classes=num_classes, width=width)
     else:
-        start = CosineHead(num_classes=num_classes, width=width, scale=scale, generator=generator)
-        if head_init == "class_mean":
-            plain = PromptedClassifier(backbone, start, classes=task.classes).to(device)
-            found = fit.once("features", lambda: features(plain, task.train, folder=fit.feature_cache))
-            start.weight.data.copy_(class_means(found, task.train.labels, num_classes))
-        elif head_init == "prototypes":
-            start.weight.data.copy_(backbone.unproject(backbone.class_prototypes(task.classes)))
+        start = CosineHead(num_classes=num_classes, width=width, scale=scale)
+        start.weight.data.copy_(starting_rows(task, backbone, fit, head_init, generator))
+    inside = {"prompt_length": prompt_length, "bottleneck": bottleneck, "rank": rank}
+    return around(start, task, backbone, generator, tuning=tuning, **inside)
+
+
+def starting_rows(task: Task, backbone: Backbone, fit: Fit, start: HeadStart, generator: torch.Generator) -> Tensor:
+    """Where a cosine head starts [C D']: unit rows by chance, the class means of the features, or class prototypes."""
+    num_classes, width = len(task.classes), backbone.feature_width
+    plain = CosineHead(num_classes=num_classes, width=width, scale=1.0, generator=generator)
+    if start == "random":
+        return plain.weight.data
+    if start == "prototypes":
+        return F.normalize(backbone.unproject(backbone.class_prototypes(task.classes)), dim=1)
+    device = next(backbone.parameters()).device
+    model = PromptedClassifier(backbone, plain, classes=task.classes).to(device)
+    found = fit.once("features", lambda: features(model, task.train, folder=fit.feature_cache))
+    return class_means(found, task.train.labels, num_classes)
+
+
+def around(
+    head: Head,
+    task: Task,
+    backbone: Backbone,
+    generator: torch.Generator,
+    *,
+    tuning: Tuning,
+    prompt_length: int = 10,
+    bottleneck: int = 0,
+    rank: int = 8,
+) -> PromptedClassifier:
+    """`head` on `backbone`, with what `tuning` may train put in or thawed."""
     shared, inside = None, backbone
     if tuning == "vpt_deep":
         shared = DeepPrompt(layers=backbone.depth, length=prompt_length, width=backbone.width, generator=generator)
@@ -67,9 +93,10 @@ def learner(
         shared = ShallowPrompt(length=prompt_length, width=backbone.width, generator=generator)
     elif tuning != "head":
         kind: Kind = tuning
-        chosen = bottleneck or auto_bottleneck(num_classes, backbone.depth)
-        inside = adapted(backbone, kind, bottleneck=chosen, rank=rank, seed=seed)
-    return PromptedClassifier(inside, start, classes=task.classes, shared=shared).to(device)
+        chosen = bottleneck or auto_bottleneck(len(task.classes), backbone.depth)
+        inside = adapted(backbone, kind, bottleneck=chosen, rank=rank, seed=generator.initial_seed())
+    model = PromptedClassifier(inside, head, classes=task.classes, shared=shared)
+    return model.to(next(backbone.parameters()).device)
 
 
 def everything(model: PromptedClassifier) -> list[str]:

@@ -315,14 +315,14 @@ class Fit:
             p.requires_grad_(trains[name])
 
     @torch.no_grad()
-    def view_features(self, name: str, model: Any, stream: Stream) -> Tensor:
-        """The features [N D'] of one random view of each image of `stream`, in order: a stream's `features`, for
-        stages in which the backbone learns nothing. The sampler is not asked."""
-        images, device = stream.images or self.images, next(model.parameters()).device
+    def view_features(self, name: str, model: Any, images: Images, *, strong: bool = False) -> Tensor:
+        """The features [N D'] of one random view of each of `images`, in order: a stream's `features`, for stages in
+        which the backbone learns nothing. `name` draws the views."""
+        device = next(model.parameters()).device
         rank, world = (self.accelerator.process_index, self.accelerator.num_processes) if self.accelerator else (0, 1)
         size, found, flops = 128 * world, [], 0
         steps = -(-len(images.labels) // size)
-        in_order = {name: replace(stream, sampler=_InOrder(len(images.labels), size))}
+        in_order = {name: Stream(_InOrder(len(images.labels), size), images, strong)}
         for t in range(steps):
             progress = Progress(name, t, steps, steps, self.seed, rank, world)
             views = self._views(self._draw(in_order, progress), device)[name].views

@@ -9,7 +9,7 @@ from lpt.classifier import PromptedClassifier
 from lpt.data.task import Task
 from lpt.engine.loop import Fit
 from lpt.errors import ConfigError, LptError, did_you_mean
-from lpt.methods import baselines, decoupled, lpt, pre_finetune, two_stage
+from lpt.methods import baselines, decoupled, lpt, pre_finetune, semi, two_stage, ulfine
 from lpt.settings import settings_of, validated
 
 
@@ -29,6 +29,10 @@ def _with_another(tune: Callable[..., PromptedClassifier]) -> Callable[..., Prom
 
 METHODS: dict[str, Callable[..., PromptedClassifier]] = {
     "lpt": lpt.tune,
+    "ulfine": ulfine.tune,
+    "fixmatch": semi.fixmatch,
+    "finessl": semi.finessl,
+    "daso": semi.daso,
     "two_stage": _with_another(two_stage.tune),
     "pre_finetune": _with_another(pre_finetune.tune),
     "decoupled": _with_another(decoupled.tune),
