@@ -1,44 +1,28 @@
 """Your own images: class folders, images with metadata.csv or .jsonl, parquet files, or a dataset of the Hub.
 
-Tables are read through `datasets`; images are decoded when a batch needs them.
+Images are decoded when a batch needs them.
 """
 
-import glob
 import hashlib
 import os
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 from pydantic import Field
 
+from lpt.data.tables import PARTS, Part, metadata, read_metadata, read_tables
 from lpt.data.task import Count, Files, Task, hold_out
-from lpt.errors import DataError, LptError, did_you_mean
+from lpt.errors import DataError
 from lpt.longtail import shot_groups
 from lpt.preprocess import decoded
 
-PARTS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test",)}
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm", ".pgm", ".jp2")
 """What is an image by its name; other files in a folder are passed over."""
-METADATA = ("metadata.csv", "metadata.jsonl")
-LABELS = ("label", "fine_label", "labels", "class", "category", "species")
-
-
-class Part(NamedTuple):
-    """Encoded images of one part by number, and for each an id, a class name and a print of its content. `order` is
-    the dataset's own order of its classes, `left_out` what lies beside them and belongs to none."""
-
-    source: Callable[[int], str | bytes]
-    ids: list[str]
-    names: list[str]
-    prints: list[str]
-    stamp: str = ""
-    order: Sequence[str] = ()
-    left_out: Sequence[str] = ()
 
 
 def folder(
@@ -136,14 +120,14 @@ def _read(root: str, image_column: str | None, label_column: str | None) -> dict
     if place.is_dir():
         images = list(_images(place))
         if not images and any(place.rglob("*.parquet")):
-            return _tables(root, image_column, label_column)
+            return read_tables(root, image_column, label_column)
         if not images:
             raise DataError(f"data.root {root} holds no image ({', '.join(SUFFIXES)}) and no parquet file")
         return _folders(place, images, label_column)
     if place.exists():
         raise DataError(f"data.root {root} is a file: give the folder that it lies in")
     if root.count("/") == 1 and not root.startswith((".", "/", "~")):
-        return _tables(root, image_column, label_column)
+        return read_tables(root, image_column, label_column)
     raise DataError(f"data.root {root} does not exist")
 
 
@@ -181,9 +165,9 @@ def _folders(place: Path, images: list[tuple[str, ...]], label_column: str | Non
     roles: dict[str, list[str]] = {}
     for name, own in inside.items():
         role = next((r for r, names in PARTS.items() if name.lower() in names), None)
-        if role and (_metadata(place / name) or any(len(parts) > 2 for parts in own)):
+        if role and (metadata(place / name) or any(len(parts) > 2 for parts in own)):
             roles.setdefault(role, []).append(name)
-    if "train" not in roles or _metadata(place):
+    if "train" not in roles or metadata(place):
         return {"train": _part(place, place, images, label_column)}
     if double := [names for names in roles.values() if len(names) > 1]:
         raise DataError(f"data.root {place} has two folders for one part, {' and '.join(double[0])}: keep one of them")
@@ -195,14 +179,10 @@ def _folders(place: Path, images: list[tuple[str, ...]], label_column: str | Non
     return {role: _part(place, place / names[0], inside[names[0]], label_column) for role, names in roles.items()}
 
 
-def _metadata(place: Path) -> Path | None:
-    return next((place / name for name in METADATA if (place / name).is_file()), None)
-
-
 def _part(root: Path, place: Path, images: list[tuple[str, ...]], label_column: str | None) -> Part:
     depth = len(place.relative_to(root).parts)
-    if table := _metadata(place):
-        files, names = _described(table, label_column)
+    if table := metadata(place):
+        files, names = read_metadata(table, label_column)
         listed = {path.relative_to(root).as_posix() for path in files if path.is_relative_to(root)}
         left_out = ["/".join(parts) for parts in images if "/".join(parts) not in listed]
     else:
@@ -216,103 +196,6 @@ def _part(root: Path, place: Path, images: list[tuple[str, ...]], label_column: 
     stamp = hashlib.sha256(" ".join(str(f.st_mtime_ns) for f in facts).encode()).hexdigest()
     paths = [str(path) for path in files]
     return Part(lambda i: paths[i], ids, names, [str(f.st_size) for f in facts], stamp, (), left_out)
-
-
-def _described(table: Path, label_column: str | None) -> tuple[list[Path], list[str]]:
-    """(file, class name) of every row of a metadata file."""
-    kind = "csv" if table.suffix == ".csv" else "json"
-    rows = _load(str(table), kind, data_files={"train": glob.escape(str(table))})["train"]
-    if "file_name" not in rows.column_names:
-        raise DataError(f"{table} has columns {', '.join(rows.column_names)}: it needs file_name and a class")
-    others = [name for name in rows.column_names if name != "file_name"]
-    usual = [name for name in LABELS if name in others]
-    label = _column(str(table), "label", label_column, usual or (others if len(others) == 1 else []), others)
-    names = rows[label]
-    if (empty := sum(name is None for name in names)) > 0:
-        raise DataError(f"{table} has {empty} rows without a {label}; every image needs a class")
-    files = [table.parent / str(name) for name in rows["file_name"]]
-    if missing := [path for path in files if not path.is_file()]:
-        raise DataError(f"{table} names {len(missing)} files that are not there, the first is {missing[0]}")
-    return files, [str(name) for name in names]
-
-
-# Tables with encoded images.
-
-
-def _load(what: str, *words: str, **settings: Any) -> Any:
-    """`datasets.load_dataset`, quietly, with its many errors in one sentence."""
-    import datasets
-
-    quiet = not datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        return datasets.load_dataset(*words, **settings)
-    except LptError:
-        raise
-    except Exception as error:  # readers raise whatever their libraries do
-        reason = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0][:300]
-        raise DataError(f"data.root {what} cannot be read as a dataset of images ({reason})") from None
-    finally:
-        if quiet:
-            datasets.enable_progress_bars()
-
-
-def _tables(root: str, image_column: str | None, label_column: str | None) -> dict[str, Part]:
-    found = _load(root, str(Path(root).resolve()) if Path(root).is_dir() else root)
-    parts: dict[str, Part] = {}
-    for role, names in PARTS.items():
-        name = next((n for n in names if n in found), None)
-        if name and (part := _table(root, role, found[name], image_column, label_column)):
-            parts[role] = part
-    return parts
-
-
-def _table(root: str, role: str, rows: Any, image_column: str | None, label_column: str | None) -> Part | None:
-    """None for a part other than train whose labels are withheld, as the Hub's test parts often are."""
-    import datasets
-
-    features = rows.features
-    images = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
-    labels = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
-    named = [name for name in ("image", "img") if name in features]
-    image = _column(root, "image", image_column, images + named, features)
-    label = _column(root, "label", label_column, labels + [n for n in LABELS if n in features], features)
-    values, kind = rows[label], features[label]
-    unlabelled = sum(v is None or v == -1 for v in values)
-    if unlabelled == len(values) and role != "train":
-        return None
-    if unlabelled:
-        raise DataError(
-            f"data.root {root}: {unlabelled} of the {role} images have no {label}; every image needs a class"
-        )
-    try:
-        cells = rows.cast_column(image, datasets.Image(decode=False)).select_columns(image)
-        contents = [cell[image] for cell in cells]
-    except Exception:  # pyarrow's and datasets' own, for a column of another type
-        raise DataError(f"data.{image}: this column of {root} ({features[image]}) holds no images") from None
-    if empty := [i for i, c in enumerate(contents) if not c or not (c["bytes"] or c["path"])]:
-        raise DataError(f"data.root {root}: {len(empty)} {role} rows hold no image, the first is row {empty[0]}")
-    prints = [hashlib.sha256(c["bytes"]).hexdigest()[:16] if c["bytes"] else str(c["path"]) for c in contents]
-    del contents
-
-    def source(i: int) -> str | bytes:
-        cell = cells[i][image]
-        return cell["bytes"] or cell["path"]
-
-    order = list(kind.names) if isinstance(kind, datasets.ClassLabel) else []
-    names = [order[v] for v in values] if order else [str(v) for v in values]
-    return Part(source, [f"{role}/{i:07d}" for i in range(len(names))], names, prints, "", order)
-
-
-def _column(root: str, what: str, wanted: str | None, found: list[str], columns: Any) -> str:
-    if wanted is not None and wanted not in columns:
-        there = f"({', '.join(columns)}){did_you_mean(wanted, columns)}"
-        raise DataError(f"data.{what}_column {wanted!r} is no column of {root} {there}")
-    if wanted is None and not found:
-        raise DataError(
-            f"data.root {root} has columns {', '.join(columns)}: which holds the {what}? Set data.{what}_column"
-        )
-    return wanted or found[0]
 
 
 # From parts to a task.
