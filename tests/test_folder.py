@@ -368,3 +368,127 @@ def test_names_of_classes_may_be_any(tmp_path):
     names = ["a, b", "red panda", "кошка", "猫", "100 %", "<b>"]
     fill(tmp_path / "photos", {name: 3 for name in names})
     assert set(lpt.load_task("folder", root=str(tmp_path / "photos")).classes) == set(names)
+
+
+@pytest.fixture
+def more(tmp_path):
+    """Eight unlabelled images beside the photos: three in folders with the name of a class."""
+    fill(tmp_path / "more", {"cat": 2, "dog/yard": 1, "Owl": 1, "2024/cat": 2}, seed=3)
+    picture(900).save(tmp_path / "more" / "a b.png")
+    picture(901).save(tmp_path / "more" / "dog.png")
+    return tmp_path / "more"
+
+
+def test_unlabelled_images_lie_at_any_depth_and_keep_the_truth_of_their_topmost_folder(flat, more, monkeypatch):
+    task = lpt.load_task("folder", root=str(flat), unlabeled=str(more))
+    truth = dict(zip(task.unlabeled.ids, task.unlabeled.labels.tolist(), strict=True))
+    assert truth == {
+        "2024/cat/0.png": -1, "2024/cat/1.png": -1, "Owl/0.png": -1, "a b.png": -1, "cat/0.png": 0, "cat/1.png": 0,
+        "dog.png": -1, "dog/yard/0.png": 1,
+    }  # fmt: skip
+    assert task.classes == ("cat", "dog", "owl") and task.counts.tolist() == [5, 2, 1]
+    assert "8 unlabelled" in task.described()[0] and task.manifest()["parts"]["unlabeled"]["images"] == 8
+    assert Preprocess(size=8).cut(task.unlabeled.take(torch.arange(8))).shape == (8, 3, 8, 8)
+    monkeypatch.chdir(more)
+    again = lpt.load_task("folder", root=str(flat), unlabeled=".")
+    assert again.manifest()["sha256"] == task.manifest()["sha256"]
+    assert lpt.load_task("folder", root=str(flat)).manifest()["sha256"] != task.manifest()["sha256"]
+    picture(5, 20, 20).save(more / "dog.png")
+    assert lpt.load_task("folder", root=str(flat), unlabeled=".").manifest()["sha256"] != task.manifest()["sha256"]
+
+
+def test_an_unlabelled_folder_inside_root_is_no_class(flat, more):
+    apart = lpt.load_task("folder", root=str(flat), unlabeled=str(more))
+    with pytest.raises(DataError, match=r"has Unlabelled among its class folders: set data\.unlabeled=.*Unlabelled if"):
+        lpt.load_task("folder", root=str(more.rename(flat / "Unlabelled").parent))
+    inside = lpt.load_task("folder", root=str(flat), unlabeled=str(flat / "Unlabelled"))
+    assert inside.classes == apart.classes and inside.manifest()["sha256"] == apart.manifest()["sha256"]
+    whole = lpt.load_task("folder", root=str(flat / "Unlabelled"), unlabeled=str(flat / "Unlabelled"))
+    assert whole.classes == ("2024", "Owl", "cat", "dog") and len(whole.unlabeled) == 8
+
+
+def test_an_unlabelled_part_beside_the_others(tmp_path, more):
+    for role, counts in (("train", CLASSES), ("test", {"dog": 4})):
+        fill(tmp_path / "p" / role, counts, seed=len(role))
+    root = str(tmp_path / "p")
+    apart = lpt.load_task("folder", root=root, unlabeled=str(more))
+    shutil.copytree(more, tmp_path / "p" / "unlabelled")
+    beside = lpt.load_task("folder", root=root)
+    assert beside.unlabeled.ids == apart.unlabeled.ids and beside.counts.tolist() == [6, 3, 2]
+    assert beside.manifest()["sha256"] == apart.manifest()["sha256"]
+    (more / "dog.png").unlink()  # the one that is given is the one that is taken
+    assert len(lpt.load_task("folder", root=root, unlabeled=str(more)).unlabeled) == 7
+    trained = lpt.load_task("folder", root=root, unlabeled=str(tmp_path / "p" / "train"))
+    assert trained.counts.tolist() == [6, 3, 2] and trained.unlabeled.labels.tolist() == trained.train.labels.tolist()
+    fill(tmp_path / "p" / "unlabeled", {"x": 1})
+    with pytest.raises(DataError, match="two folders for one part, unlabeled and unlabelled: keep one of them"):
+        lpt.load_task("folder", root=root)
+
+
+def test_a_list_of_unlabelled_images(flat, more):
+    lines = ["a b.png", "cat/0.png", "dog/yard/0.png 1", "2024/cat/1.png 0", "../photos/owl/0.png"]
+    (more / "list.txt").write_text("\n".join(lines))
+    task = lpt.load_task("folder", root=str(flat), unlabeled=str(more / "list.txt"))
+    assert task.unlabeled.ids == ("a b.png", "cat/0.png", "dog/yard/0.png", "2024/cat/1.png", "../photos/owl/0.png")
+    assert task.unlabeled.labels.tolist() == [-1, -1, 1, 0, -1]
+    assert Preprocess(size=8).cut(task.unlabeled.take(torch.arange(5))).shape == (5, 3, 8, 8)
+    for text, says in (
+        ("\n", r"list\.txt is empty"),
+        ("a b.png 3\n", "line 1: label 3, and classes are 0 to 2"),
+        ("a b.png\ngone.png\n", r"names 1 files that are not there, the first is gone\.png: its paths start at .*more"),
+        ("dog.png\ndog.png 1\n", r"the unlabeled part of .* lists an image twice: dog\.png"),
+    ):
+        (more / "list.txt").write_text(text)
+        with pytest.raises(DataError, match=says):
+            lpt.load_task("folder", root=str(flat), unlabeled=str(more / "list.txt"))
+
+
+def test_unlabelled_images_that_cannot_be_had(flat, more, monkeypatch):
+    def says(place, match):
+        with pytest.raises(DataError, match=match):
+            lpt.load_task("folder", root=str(flat), unlabeled=str(place))
+
+    (more / "nothing").mkdir()
+    says(more / "gone", "data.unlabeled .*gone does not exist: give a folder of images, or a list of them")
+    says(more / "nothing", "data.unlabeled .*nothing holds no image")
+    says(more / "dog.png", "dog.png cannot be read")  # an image is no list
+    (more / "lost.png").symlink_to(more / "elsewhere.png")
+    says(more, r"image .*lost.png cannot be read \(No such file or directory\)")
+    scan = os.scandir
+
+    def refused(path):
+        if str(path).endswith("more"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    says(more, r"more cannot be read \(Permission denied\)")
+
+
+def test_a_broken_unlabelled_image_is_named_or_skipped(flat, more):
+    (more / "cat" / "1.png").write_bytes(b"no image")
+    task = lpt.load_task("folder", root=str(flat), unlabeled=str(more))
+    with pytest.raises(DataError, match=r"image cat/1\.png cannot be decoded"):
+        Preprocess(size=8).cut(task.unlabeled.take(torch.arange(8)))
+    task = lpt.load_task("folder", root=str(flat), unlabeled=str(more), on_error="skip")
+    assert len(task.unlabeled) == 7 and "cat/1.png" not in task.unlabeled.ids
+    assert any("1 images cannot be decoded and are skipped, for example image cat/1.png" in x for x in task.described())
+    for file in more.rglob("*.png"):
+        file.write_bytes(b"no image")
+    with pytest.raises(DataError, match="no unlabelled image that can be decoded"):
+        lpt.load_task("folder", root=str(flat), unlabeled=str(more), on_error="skip")
+
+
+def test_unlabelled_images_that_are_test_images_are_told(flat, more):
+    test = lpt.load_task("folder", root=str(flat)).test.ids
+    assert not any("test images too" in line for line in _described(flat, more))
+    (more / "link.png").symlink_to(flat / test[0])
+    (more / "hard.png").hardlink_to(flat / test[1])
+    assert "warning: 2 unlabelled images are test images too, for example hard.png" in _described(flat, more)
+    assert f"warning: {len(test)} unlabelled images are test images too, for example {test[0]}" in _described(
+        flat, flat
+    )
+
+
+def _described(root, unlabeled):
+    return lpt.load_task("folder", root=str(root), unlabeled=str(unlabeled)).described()

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from pydantic import Field
 
+from lpt.data.lists import read_unlabeled
 from lpt.data.tables import PARTS, Part, metadata, read_metadata, read_tables
 from lpt.data.task import Count, Files, Task, hold_out
 from lpt.errors import DataError
@@ -23,6 +24,7 @@ from lpt.preprocess import decoded
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm", ".pgm", ".jp2")
 """What is an image by its name; other files in a folder are passed over."""
+UNLABELED = ("unlabeled", "unlabelled")
 
 
 def folder(
@@ -31,6 +33,7 @@ def folder(
     test_share: Annotated[float, Field(gt=0, lt=1)] = 0.2,
     seed: Count = 0,
     val_per_class: Count = 0,
+    unlabeled: str | None = None,
     on_error: Literal["raise", "skip"] = "raise",
     image_column: str | None = None,
     label_column: str | None = None,
@@ -41,24 +44,31 @@ def folder(
     `seed`; a class with one image keeps it for training. `val_per_class` holds out training images where there is no
     val part. Groups are many/medium/few by count where none of them is empty, else rank thirds. A file that cannot be
     decoded ends a run when a batch needs it; `on_error=skip` decodes every file first and goes on without those.
+
+    `unlabeled` is a folder with images at any depth, by default ROOT/unlabeled/ where it lies beside train/. An image
+    whose topmost folder there is called as a class keeps that as its truth, for audits only. It may also be a list, a
+    path a line that starts at the list's own folder, then perhaps a space and the class by number, from 0 by name.
     """
     if root is None:
         raise DataError("data.root is missing: give a folder with one folder of images for each class")
-    parts = _read(root, image_column, label_column)
+    parts = _read(root, unlabeled, image_column, label_column)
     if "train" not in parts:
         raise DataError(f"data.root {root} has no training part, only {', '.join(parts) or 'nothing'}")
-    used = {name for part in parts.values() for name in part.names}
+    used = {name for role, part in parts.items() if role != "unlabeled" for name in part.names}
     _same_but_for_spelling(used, root)
     classes = _in_order(parts["train"].order, used)
-    made = {role: _files(root, part, classes) for role, part in parts.items()}
+    if unlabeled:
+        parts["unlabeled"] = _unlabeled(unlabeled, classes)
+    made = {role: _files(root, role, part, classes) for role, part in parts.items()}
     broken: list[str] = []
     if on_error == "skip":
         for role, files in made.items():
             errors = _errors(files)
             broken += [error for error in errors if error]
             made[role] = files.subset([i for i, error in enumerate(errors) if not error])
-        if len(made["train"]) == 0:
-            raise DataError(f"data.root {root} has no training image that can be decoded, for example: {broken[0]}")
+            word = {"train": "training", "unlabeled": "unlabelled"}.get(role)
+            if word and len(made[role]) == 0:
+                raise DataError(f"data.root {root} has no {word} image that can be decoded, for example: {broken[-1]}")
     train, val, test, split = made["train"], made.get("val"), made.get("test"), "as given"
     if test is None and val is not None:
         test, val, split = val, None, "the val part is the test set"
@@ -81,6 +91,7 @@ def folder(
         "left_out": [name for part in parts.values() for name in part.left_out],
         "empty_folders": _empty_folders(Path(root)),
         "skipped": broken,
+        "leaked": _same_files(test, made["unlabeled"]) if "unlabeled" in made else [],
     }
     facts = {"variant": Path(root).resolve().name, "profile": "natural", "seed": seed, "test_part": split}
     return Task(
@@ -89,6 +100,7 @@ def folder(
         train=train,
         val=val,
         test=test,
+        unlabeled=made.get("unlabeled"),
         group_rule=rule,
         facts=facts | {what: names for what, names in amiss.items() if names},
     )
@@ -114,11 +126,11 @@ def _empty_folders(place: Path) -> list[str]:
     return sorted(str(here.relative_to(place)) for here, names in found if all(n.startswith(".") for n in names))
 
 
-def _read(root: str, image_column: str | None, label_column: str | None) -> dict[str, Part]:
-    """The parts train, val and test that are there."""
+def _read(root: str, unlabeled: str | None, image_column: str | None, label_column: str | None) -> dict[str, Part]:
+    """The parts train, val, test and unlabeled that are there."""
     place = Path(root)
     if place.is_dir():
-        images = list(_images(place))
+        images = list(_images(place, without=_apart(place, unlabeled)))
         if not images and any(place.rglob("*.parquet")):
             return read_tables(root, image_column, label_column)
         if not images:
@@ -131,15 +143,24 @@ def _read(root: str, image_column: str | None, label_column: str | None) -> dict
     raise DataError(f"data.root {root} does not exist")
 
 
+def _apart(root: Path, unlabeled: str | None) -> Path | None:
+    """A folder of unlabelled images, which is no class if it lies inside root; root and its parts may serve as one."""
+    if unlabeled is None or os.path.realpath(unlabeled) == os.path.realpath(root):
+        return None
+    name = Path(unlabeled).name.lower()
+    return None if any(name in names for names in PARTS.values()) else Path(unlabeled)
+
+
 # Folders of images.
 
 
-def _images(place: Path) -> Iterator[tuple[str, ...]]:
-    """Image files below `place` as path parts, in order of name; hidden ones are passed over, links are followed."""
-    seen: set[str] = set()
+def _images(place: Path, *, without: Path | None = None) -> Iterator[tuple[str, ...]]:
+    """Image files below `place` as path parts, in order of name; hidden ones and the folder `without` are passed over,
+    links are followed."""
+    seen = {os.path.realpath(without)} if without else set[str]()
     for here, folders, files in os.walk(place, onerror=_unreadable, followlinks=True):
         real = os.path.realpath(here)
-        if real in seen:  # a link to where we have been
+        if real in seen:  # a link to where we have been, or `without`
             folders.clear()
             continue
         seen.add(real)
@@ -157,7 +178,7 @@ def _unreadable(error: OSError) -> None:
 
 def _folders(place: Path, images: list[tuple[str, ...]], label_column: str | None) -> dict[str, Part]:
     """A folder called train may be a part or a class: it is a part where images lie one folder deeper, or where a
-    metadata file describes them."""
+    metadata file describes them. Beside train a folder called unlabeled is a part too."""
     inside: dict[str, list[tuple[str, ...]]] = {}
     for parts in images:
         if len(parts) > 1:
@@ -167,6 +188,8 @@ def _folders(place: Path, images: list[tuple[str, ...]], label_column: str | Non
         role = next((r for r, names in PARTS.items() if name.lower() in names), None)
         if role and (metadata(place / name) or any(len(parts) > 2 for parts in own)):
             roles.setdefault(role, []).append(name)
+        if name.lower() in UNLABELED:
+            roles.setdefault("unlabeled", []).append(name)
     if "train" not in roles or metadata(place):
         return {"train": _part(place, place, images, label_column)}
     if double := [names for names in roles.values() if len(names) > 1]:
@@ -176,7 +199,9 @@ def _folders(place: Path, images: list[tuple[str, ...]], label_column: str | Non
             f"data.root {place} has parts ({', '.join(n[0] for n in roles.values())}) and beside them {others[0]}, "
             "which holds images too: move it elsewhere"
         )
-    return {role: _part(place, place / names[0], inside[names[0]], label_column) for role, names in roles.items()}
+    loose = roles.pop("unlabeled", None)
+    found = {role: _part(place, place / name, inside[name], label_column) for role, (name,) in roles.items()}
+    return found | {"unlabeled": _unlabeled(str(place / loose[0]), ())} if loose else found
 
 
 def _part(root: Path, place: Path, images: list[tuple[str, ...]], label_column: str | None) -> Part:
@@ -191,11 +216,65 @@ def _part(root: Path, place: Path, images: list[tuple[str, ...]], label_column: 
         files, names = [root.joinpath(*parts) for parts in inside], [parts[depth] for parts in inside]
         if not files:
             raise DataError(f"data.root {place} has images, but no class folders with images in them")
+        if loose := next((name for name in names if name.lower() in UNLABELED), None):
+            raise DataError(
+                f"data.root {place} has {loose} among its class folders: set data.unlabeled={place / loose} if its "
+                "images have no label, or give the class another name"
+            )
     ids = [path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path) for path in files]
-    facts = [os.stat(path) for path in files]
-    stamp = hashlib.sha256(" ".join(str(f.st_mtime_ns) for f in facts).encode()).hexdigest()
     paths = [str(path) for path in files]
-    return Part(lambda i: paths[i], ids, names, [str(f.st_size) for f in facts], stamp, (), left_out)
+    return Part(lambda i: paths[i], ids, names, *_prints(paths), (), left_out)
+
+
+def _unlabeled(given: str, classes: Sequence[str]) -> Part:
+    """Images of a folder at any depth, or of a list; `names` hold folders or classes, and nothing where there is none.
+
+    Raises DataError.
+    """
+    place = Path(given)
+    if os.path.isdir(given):
+        images = list(_images(place))
+        ids, names = ["/".join(parts) for parts in images], [parts[0] if len(parts) > 1 else "" for parts in images]
+        if not images:
+            raise DataError(f"data.unlabeled {given} holds no image ({', '.join(SUFFIXES)})")
+    elif os.path.isfile(given):
+        place = place.parent
+        ids, labels = read_unlabeled(Path(given), len(classes))
+        known = [*classes, ""]  # the last, -1, is an unknown label
+        names = [known[k] for k in labels.tolist()]
+        if missing := [name for name in ids if not os.path.isfile(place / name)]:
+            raise DataError(
+                f"list {given} names {len(missing)} files that are not there, the first is {missing[0]}: its paths "
+                f"start at {place}"
+            )
+    else:
+        raise DataError(f"data.unlabeled {given} does not exist: give a folder of images, or a list of them")
+    paths = [str(place / name) for name in ids]
+    return Part(lambda i: paths[i], ids, names, *_prints(paths))
+
+
+def _prints(paths: Sequence[str]) -> tuple[list[str], str]:
+    """(the size of each file, a stamp of when they were written). Raises DataError."""
+    try:
+        facts = [os.stat(path) for path in paths]
+    except OSError as error:
+        raise DataError(f"image {error.filename} cannot be read ({error.strerror}): move it away") from None
+    written = " ".join(str(f.st_mtime_ns) for f in facts)
+    return [str(f.st_size) for f in facts], hashlib.sha256(written.encode()).hexdigest()
+
+
+def _same_files(test: Files, unlabeled: Files) -> list[str]:
+    """Ids of unlabelled images whose file is a test image's too, by whatever path; images in tables have no file."""
+    first = test.source(0)
+    if isinstance(first, bytes) or not os.path.isfile(first):
+        return []
+
+    def file(images: Files, i: int) -> tuple[int, int]:
+        found = os.stat(images.source(i))
+        return found.st_dev, found.st_ino
+
+    tested = {file(test, i) for i in range(len(test))}
+    return [unlabeled.ids[i] for i in range(len(unlabeled)) if file(unlabeled, i) in tested]
 
 
 # From parts to a task.
@@ -219,12 +298,13 @@ def _in_order(order: Sequence[str], used: set[str]) -> list[str]:
     return sorted(used, key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name))
 
 
-def _files(root: str, part: Part, classes: list[str]) -> Files:
+def _files(root: str, role: str, part: Part, classes: list[str]) -> Files:
+    """A part with classes as numbers; -1 where a name is none, as in the unlabelled part alone."""
     if len(set(part.ids)) < len(part.ids):
         twice = next(name for name in part.ids if part.ids.count(name) > 1)
-        raise DataError(f"data.root {root} lists an image twice: {twice}")
+        raise DataError(f"the {role} part of data.root {root} lists an image twice: {twice}")
     index = {name: k for k, name in enumerate(classes)}
-    labels = torch.tensor([index[name] for name in part.names])
+    labels = torch.tensor([index.get(name, -1) for name in part.names])
     return Files(part.source, labels, tuple(part.ids), tuple(part.prints), part.stamp)
 
 
