@@ -46,8 +46,8 @@ def folder(
     decoded ends a run when a batch needs it; `on_error=skip` decodes every file first and goes on without those.
 
     `unlabeled` is a folder with images at any depth, by default ROOT/unlabeled/ where it lies beside train/. An image
-    whose topmost folder there is called as a class keeps that as its truth, for audits only. It may also be a list, a
-    path a line that starts at the list's own folder, then perhaps a space and the class by number, from 0 by name.
+    whose topmost folder there is called as a class keeps that as its truth, for audits only. It may also be a list: a
+    path a line that starts at the list's own folder, then perhaps a space and the number of the class in their order.
     """
     if root is None:
         raise DataError("data.root is missing: give a folder with one folder of images for each class")
