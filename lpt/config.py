@@ -87,7 +87,7 @@ class Config(BaseModel):
             ("train", "device"),
             ("train", "feature_cache"),
             ("prototypes", "weights"),
-            *(("data", place) for place in ("train", "val", "test", "classes", "lists")),
+            *(("data", place) for place in ("train", "val", "test", "unlabeled", "classes", "lists")),
         ):
             parts[part].pop(key, None)
         text = json.dumps([parts, split_sha256, backbone], sort_keys=True, default=list)

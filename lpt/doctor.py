@@ -37,10 +37,14 @@ def examine(task: Task, *, backbone: str | None = None) -> Findings:
     return found
 
 
+def _parts(task: Task) -> dict[str, Images | Files]:
+    parts = {"training": task.train, "unlabelled": task.unlabeled, "held-out": task.val, "test": task.test}
+    return {role: part for role, part in parts.items() if part is not None}
+
+
 def _tail(task: Task, found: Findings) -> None:
     counts, order = task.counts, task.counts.argsort(descending=True, stable=True).tolist()
-    parts = {"training": task.train, "held-out": task.val, "test": task.test}
-    sizes = ", ".join(f"{len(part)} {name}" for name, part in parts.items() if part is not None)
+    sizes = ", ".join(f"{len(part)} {name}" for name, part in _parts(task).items())
     groups = ", ".join(f"{name} {len(ids)}" for name, ids in shot_groups(counts, task.group_rule).items())
     found.facts += [
         f"{len(task.classes)} classes; images: {sizes}" + (f" ({p})" if (p := task.facts.get("test_part")) else ""),
@@ -68,9 +72,7 @@ def _images(task: Task, found: Findings) -> None:
     seen: dict[bytes, list[tuple[str, str, int]]] = defaultdict(list)
     broken: list[str] = []
     sides: list[int] = []
-    for role, part in (("training", task.train), ("held-out", task.val), ("test", task.test)):
-        if part is None:
-            continue
+    for role, part in _parts(task).items():
         for i, (digest, side) in enumerate(_digests(part)):
             if isinstance(digest, str):
                 broken.append(digest)
@@ -81,19 +83,26 @@ def _images(task: Task, found: Findings) -> None:
         found.problems.append(f"{len(broken)} files cannot be read: {_some(broken, '; ')}")
     if sides:
         found.facts.append(f"shorter sides from {min(sides)} to {max(sides)} pixels")
-    copies = [group for group in seen.values() if len(group) > 1]
-    leaks = [g for g in copies if len({role for role, _, _ in g}) > 1]
+    leaks, two, both, same = [], [], [], []
+    for group in (group for group in seen.values() if len(group) > 1):
+        roles = {role for role, _, _ in group}
+        known = [(name, label) for _, name, label in group if label >= 0]
+        if roles == {"training", "unlabelled"}:  # as many splits have it
+            both.append(f"{group[0][1]} = {group[-1][1]}")
+        elif len(roles) > 1:
+            leaks.append(f"{group[0][1]} ({group[0][0]}) = {group[-1][1]} ({group[-1][0]})")
+        if len({label for _, label in known}) > 1:
+            two.append(" = ".join(f"{name} ({task.classes[label]})" for name, label in known[:2]))
+        elif len(roles) == 1:
+            same.append(" = ".join(name for _, name, _ in group[:2]))
     if leaks:
-        pairs = [f"{g[0][1]} ({g[0][0]}) = {g[-1][1]} ({g[-1][0]})" for g in leaks]
-        found.problems.append(f"{len(leaks)} images are in more than one part: {_some(pairs)}")
-    two = [g for g in copies if len({label for _, _, label in g}) > 1]
+        found.problems.append(f"{len(leaks)} images are in more than one part: {_some(leaks)}")
     if two:
-        pairs = [" = ".join(f"{n} ({task.classes[label]})" for _, n, label in g[:2]) for g in two]
-        found.problems.append(f"{len(two)} images stand under two classes: {_some(pairs)}")
-    same = [g for g in copies if g not in leaks and g not in two]
+        found.problems.append(f"{len(two)} images stand under two classes: {_some(two)}")
+    if both:
+        found.notes.append(f"{len(both)} training images are among the unlabelled too: {_some(both)}")
     if same:
-        pairs = [" = ".join(n for _, n, _ in g[:2]) for g in same]
-        found.notes.append(f"{len(same)} images are there more than once within a part: {_some(pairs)}")
+        found.notes.append(f"{len(same)} images are there more than once within a part: {_some(same)}")
 
 
 def _digests(part: Images | Files) -> Iterator[tuple[bytes | str, int]]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from test_folder import fill
 
 from lpt import cli
 from lpt.prompt_file import read_prompt
@@ -139,6 +140,8 @@ def test_inspect_and_list_say_what_there_is(run_folder, capsys):
         (["train", SMALL[0], "method.prefix_blocks=8"], "has 8 blocks, use 0 to 7"),
         (["train", SMALL[0], "method.topk=9"], "topk 9 does not fit a pool of 5"),
         (["train", SMALL[0], "method.epochs=[0, 0]"], "trains nothing"),
+        (["train", SMALL[0], "data.name=cifar10-semi", "data.n1=0"], "data.n1: got 0"),
+        (["train", SMALL[0], "data.name=cifar10-semi", "data.gamma_u=.5"], "data.gamma_u: got 0.5"),
         (["train", SMALL[0], "train.device=cuda:x"], "train.device"),
         (["train", SMALL[0], "train.device=mps"], "train.device 'mps' is not supported"),
         (["train", SMALL[0], "method.scale=0"], "method.scale: got 0"),
@@ -160,6 +163,28 @@ def test_bad_input_gets_one_sentence_exit_code_2_and_nothing_half_written(tmp_pa
     code, _, err = lpt(capsys, *words, *(["--out", out] if words[0] == "train" else []))
     assert code == 2 and says in err and "Traceback" not in err
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("gone", "gone does not exist: give a folder of images, or a list of them"),
+        ("empty", "empty holds no image"),
+        ("blank.txt", "blank.txt is empty"),
+        ("lost.txt", "lost.txt names 1 files that are not there, the first is gone.png"),
+        ("wrong.txt", "wrong.txt, line 1: label 7, and classes are 0 to 1"),
+    ],
+)
+def test_unlabelled_images_that_cannot_be_had_are_told(tmp_path, capsys, name, says):
+    photos = fill(tmp_path / "photos", {"cat": 3, "dog": 3})
+    (tmp_path / "empty").mkdir()
+    for file, text in (("blank.txt", ""), ("lost.txt", "gone.png"), ("wrong.txt", "photos/cat/0.png 7")):
+        (tmp_path / file).write_text(text)
+    data = [f"data.root={photos}", f"data.unlabeled={tmp_path / name}"]
+    out = tmp_path / "out"
+    code, _, err = lpt(capsys, "train", SMALL[0], "data.name=folder", *data, "--out", out)
+    assert code == 2 and says in err and "Traceback" not in err and err.count("\n") == 1 and not out.exists()
+    assert lpt(capsys, "doctor", photos, data[1])[0] == 2
 
 
 def test_predicting_a_path_that_is_not_there_is_told(run_folder, tmp_path, capsys):

@@ -105,6 +105,9 @@ def test_the_run_hash_sees_settings_but_not_places():
     others = [resolve(RAW, [o]).run_hash("s", "f") for o in ("train.seed=1", "method.beta=0.1", "data.seed=1")]
     hashes = {base.run_hash("s", "f"), base.run_hash("t", "f"), base.run_hash("s", "g"), *others}
     assert len(hashes) == 6
+    data = {"name": "lists", "train": "a", "test": "b"}
+    there = [{**RAW, "data": {**data, "unlabeled": place}} for place in (None, "c", "d")]
+    assert len({resolve(raw).run_hash("s", "f") for raw in there}) == 1
 
 
 def test_another_dataset_or_method_leaves_out_what_the_config_says_of_the_first():

@@ -40,7 +40,7 @@ def _png(value: int) -> bytes:
     return file.getvalue()
 
 
-def _parquet_folder(folder, *, label: str = "label", names: list[str] | None = None, broken: bool = False):
+def parquet_folder(folder, *, label: str = "label", names: list[str] | None = None, broken: bool = False):
     for part, n in (("train", 5000), ("test", 2)):
         labels = np.repeat(np.arange(10), n)
         one = [{"bytes": _png(10 * k), "path": f"{k}.png"} for k in range(10)]
@@ -57,14 +57,14 @@ def _parquet_folder(folder, *, label: str = "label", names: list[str] | None = N
 
 def test_cifar10_lt_reads_the_hub_layout_and_its_class_names(tmp_path):
     names = [f"thing {k}" for k in range(10)]
-    task = load_task("cifar10-lt", root=str(_parquet_folder(tmp_path, names=names)), imbalance_factor=100)
+    task = load_task("cifar10-lt", root=str(parquet_folder(tmp_path, names=names)), imbalance_factor=100)
     assert len(task.train) == 12_406 and task.counts.tolist()[-1] == 50
     assert task.classes == tuple(names) and task.group_rule == "thirds"
     assert task.train.pixels[task.train.labels == 3].unique().tolist() == [30]
 
 
 def test_the_tail_is_drawn_by_the_seed_and_by_nothing_else(tmp_path):
-    root = str(_parquet_folder(tmp_path))
+    root = str(parquet_folder(tmp_path))
     one, again, other = (load_task("cifar10-lt", root=root, imbalance_factor=100, seed=s) for s in (0, 0, 42))
     assert one.train.ids == again.train.ids != other.train.ids
     rng = np.random.RandomState(0)  # LDAM-DRW's draw: one legacy generator, classes in ascending label
@@ -82,8 +82,8 @@ def test_the_tail_is_drawn_by_the_seed_and_by_nothing_else(tmp_path):
     [
         (lambda f: None, "data.root is missing"),
         (lambda f: f / "nowhere", "neither train.parquet"),
-        (lambda f: _parquet_folder(f, label="target"), "label column"),
-        (lambda f: _parquet_folder(f, broken=True), "row 0: the image cannot be decoded"),
+        (lambda f: parquet_folder(f, label="target"), "label column"),
+        (lambda f: parquet_folder(f, broken=True), "row 0: the image cannot be decoded"),
     ],
 )
 def test_a_bad_root_is_named(tmp_path, make, says):
@@ -93,7 +93,7 @@ def test_a_bad_root_is_named(tmp_path, make, says):
 
 
 def test_a_truncated_parquet_and_the_wrong_dataset_are_named(tmp_path):
-    _parquet_folder(tmp_path)
+    parquet_folder(tmp_path)
     with pytest.raises(DataError, match="10 classes, cifar100-lt has 100"):
         load_task("cifar100-lt", root=str(tmp_path))
     (tmp_path / "train.parquet").write_bytes(b"PAR1")

@@ -85,49 +85,6 @@ def test_a_class_may_be_called_train_or_test(tmp_path):
     assert task.classes == ("test tubes", "validation") and len(task.train) + len(task.test) == 9
 
 
-@pytest.mark.parametrize("kind", ["csv", "jsonl"])
-def test_metadata_names_the_class_of_each_file(tmp_path, kind):
-    place = tmp_path / "p"
-    place.mkdir()
-    rows = [(f"{i}.png", ["wren", "robin"][i % 2]) for i in range(10)]
-    for i, (name, _) in enumerate(rows):
-        picture(i).save(place / name)
-    if kind == "csv":
-        text = "file_name,species\n" + "".join(f"{name},{label}\n" for name, label in rows)
-    else:
-        text = "".join(json.dumps({"file_name": name, "species": label}) + "\n" for name, label in rows)
-    (place / f"metadata.{kind}").write_text(text)
-    task = lpt.load_task("folder", root=str(place))
-    assert task.classes == ("robin", "wren") and len(task.train) + len(task.test) == 10
-    labels = dict(rows)
-    for name, label in zip(task.train.ids, task.train.labels.tolist(), strict=True):
-        assert labels[name] == task.classes[label]
-
-
-def test_parquet_with_encoded_images(tmp_path):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    (tmp_path / "p").mkdir()
-    for role, n in (("train", 12), ("test", 4)):
-        cells = []
-        for i in range(n):
-            buffer = io.BytesIO()
-            picture(i).save(buffer, "PNG")
-            cells.append({"bytes": buffer.getvalue(), "path": None})
-        image = pa.array(cells, pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
-        table = pa.table({"picture": image, "kind": pa.array([i % 3 for i in range(n)])})
-        pq.write_table(table, tmp_path / "p" / f"{role}.parquet")
-    root = str(tmp_path / "p")
-    with pytest.raises(DataError, match=r"columns picture, kind: which holds the image\? Set data.image_column"):
-        lpt.load_task("folder", root=root)
-    with pytest.raises(DataError, match=r"image_column 'pictur' is no column .* did you mean picture"):
-        lpt.load_task("folder", root=root, image_column="pictur")
-    task = lpt.load_task("folder", root=root, image_column="picture", label_column="kind")
-    assert task.classes == ("0", "1", "2") and task.counts.tolist() == [4, 4, 4] and len(task.test) == 4
-    assert Preprocess(size=8).cut(task.test.take(torch.arange(4))).shape == (4, 3, 8, 8)
-
-
 def test_what_is_no_dataset_is_told(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "text").mkdir()
@@ -179,59 +136,6 @@ def test_links_brackets_and_nested_folders_are_read_and_strays_are_told(tmp_path
     assert Preprocess(size=8).cut(task.train.take(torch.arange(len(task.train)))).shape[0] == len(task.train)
 
 
-def test_metadata_that_does_not_fit_its_files(tmp_path):
-    place = tmp_path / "p[1]"
-    place.mkdir()
-    for i in range(4):
-        picture(i).save(place / f"{i}.png")
-
-    def says(text, match):
-        (place / "metadata.csv").write_text(text)
-        with pytest.raises(DataError, match=match):
-            lpt.load_task("folder", root=str(place))
-
-    says("file_name,label\n0.png,a\ngone.png,b\n", "names 1 files that are not there, the first is .*gone.png")
-    says("file_name,label\n0.png,a\n0.png,a\n1.png,b\n", "lists an image twice: 0.png")
-    says("file_name,label\n0.png,a\n1.png,\n", "1 rows without a label")
-    says("file_name,x,y\n0.png,a,b\n", r"which holds the label\? Set data.label_column")
-    says("name,label\n0.png,a\n", "it needs file_name and a class")
-    (place / "metadata.csv").write_text("file_name,label\n0.png,a\n1.png,a\n2.png,b\n")
-    assert lpt.load_task("folder", root=str(place)).facts["left_out"] == ["3.png"]
-
-
-def parquet(place, name, cells, labels, kind=None):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    place.mkdir(exist_ok=True)
-    image = pa.array(cells, kind or pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
-    pq.write_table(pa.table({"image": image, "label": pa.array(labels)}), place / f"{name}.parquet")
-
-
-def test_parquet_with_holes(tmp_path):
-    import pyarrow as pa
-
-    def cell(i):
-        return {"bytes": _png(torch.from_numpy(np.array(picture(i))).permute(2, 0, 1)), "path": None}
-
-    good = [cell(i) for i in range(6)]
-    for cells, kind in (([*good[:5], None], None), ([*good[:5], {"bytes": b"", "path": None}], None)):
-        parquet(tmp_path / "p", "train", cells, [0, 1] * 3, kind)
-        with pytest.raises(DataError, match="1 train rows hold no image, the first is row 5"):
-            lpt.load_task("folder", root=str(tmp_path / "p"))
-    parquet(tmp_path / "q", "train", list(range(6)), [0, 1] * 3, pa.int64())
-    with pytest.raises(DataError, match="holds no images"):
-        lpt.load_task("folder", root=str(tmp_path / "q"))
-    parquet(tmp_path / "r", "train", good, [0, 1] * 3)
-    before = lpt.load_task("folder", root=str(tmp_path / "r")).manifest()["sha256"]
-    parquet(tmp_path / "r", "test", good[:2], [-1, -1])  # withheld labels: not a test part
-    again = lpt.load_task("folder", root=str(tmp_path / "r"))
-    assert again.manifest()["sha256"] == before and "split off" in again.facts["test_part"]
-    shutil.rmtree(tmp_path / "r")
-    parquet(tmp_path / "r", "train", good[::-1], [0, 1] * 3)  # other images, the same labels
-    assert lpt.load_task("folder", root=str(tmp_path / "r")).manifest()["sha256"] != before
-
-
 def test_nothing_to_test_on_and_nothing_to_hold_out(tmp_path):
     with pytest.raises(DataError, match="has no image to test on"):
         lpt.load_task("folder", root=str(fill(tmp_path / "p", {"a": 1, "b": 1})))
@@ -260,7 +164,7 @@ def test_files_give_the_views_that_memory_gives(mode):
     """Up to Pillow's rounding to bytes, once for each direction."""
     preprocess = Preprocess(size=24, crop_ratio=0.9, interpolation=mode)
     pixels = torch.stack([torch.from_numpy(np.array(picture(i, 37, 53))).permute(2, 0, 1) for i in range(6)])
-    files = [File(str(i), _png(p)) for i, p in enumerate(pixels)]
+    files = [File(str(i), png(p)) for i, p in enumerate(pixels)]
     chance = torch.rand(6, 5, generator=torch.Generator().manual_seed(0))
     for theirs, ours in (
         (preprocess.test(pixels), preprocess.normalised(preprocess.cut(files))),
@@ -269,7 +173,7 @@ def test_files_give_the_views_that_memory_gives(mode):
         assert (theirs - ours).abs().max() <= 2.5 / 127.5 and (theirs - ours).abs().mean() <= 0.6 / 127.5
 
 
-def _png(pixels):
+def png(pixels):
     buffer = io.BytesIO()
     Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(buffer, "PNG")
     return buffer.getvalue()
@@ -283,7 +187,7 @@ def test_a_large_jpeg_is_decoded_small_and_looks_the_same():
     assert 64 <= min(small.size) < 400
     preprocess = Preprocess(size=32)
     cut = preprocess.cut([File("x", buffer.getvalue())]).float()
-    whole = preprocess.cut([File("x", _png(torch.from_numpy(np.array(image)).permute(2, 0, 1)))]).float()
+    whole = preprocess.cut([File("x", png(torch.from_numpy(np.array(image)).permute(2, 0, 1)))]).float()
     assert (cut - whole).abs().mean() < 3
 
 
@@ -464,3 +368,127 @@ def test_names_of_classes_may_be_any(tmp_path):
     names = ["a, b", "red panda", "кошка", "猫", "100 %", "<b>"]
     fill(tmp_path / "photos", {name: 3 for name in names})
     assert set(lpt.load_task("folder", root=str(tmp_path / "photos")).classes) == set(names)
+
+
+@pytest.fixture
+def more(tmp_path):
+    """Eight unlabelled images beside the photos: three in folders with the name of a class."""
+    fill(tmp_path / "more", {"cat": 2, "dog/yard": 1, "Owl": 1, "2024/cat": 2}, seed=3)
+    picture(900).save(tmp_path / "more" / "a b.png")
+    picture(901).save(tmp_path / "more" / "dog.png")
+    return tmp_path / "more"
+
+
+def test_unlabelled_images_lie_at_any_depth_and_keep_the_truth_of_their_topmost_folder(flat, more, monkeypatch):
+    task = lpt.load_task("folder", root=str(flat), unlabeled=str(more))
+    truth = dict(zip(task.unlabeled.ids, task.unlabeled.labels.tolist(), strict=True))
+    assert truth == {
+        "2024/cat/0.png": -1, "2024/cat/1.png": -1, "Owl/0.png": -1, "a b.png": -1, "cat/0.png": 0, "cat/1.png": 0,
+        "dog.png": -1, "dog/yard/0.png": 1,
+    }  # fmt: skip
+    assert task.classes == ("cat", "dog", "owl") and task.counts.tolist() == [5, 2, 1]
+    assert "8 unlabelled" in task.described()[0] and task.manifest()["parts"]["unlabeled"]["images"] == 8
+    assert Preprocess(size=8).cut(task.unlabeled.take(torch.arange(8))).shape == (8, 3, 8, 8)
+    monkeypatch.chdir(more)
+    again = lpt.load_task("folder", root=str(flat), unlabeled=".")
+    assert again.manifest()["sha256"] == task.manifest()["sha256"]
+    assert lpt.load_task("folder", root=str(flat)).manifest()["sha256"] != task.manifest()["sha256"]
+    picture(5, 20, 20).save(more / "dog.png")
+    assert lpt.load_task("folder", root=str(flat), unlabeled=".").manifest()["sha256"] != task.manifest()["sha256"]
+
+
+def test_an_unlabelled_folder_inside_root_is_no_class(flat, more):
+    apart = lpt.load_task("folder", root=str(flat), unlabeled=str(more))
+    with pytest.raises(DataError, match=r"has Unlabelled among its class folders: set data\.unlabeled=.*Unlabelled if"):
+        lpt.load_task("folder", root=str(more.rename(flat / "Unlabelled").parent))
+    inside = lpt.load_task("folder", root=str(flat), unlabeled=str(flat / "Unlabelled"))
+    assert inside.classes == apart.classes and inside.manifest()["sha256"] == apart.manifest()["sha256"]
+    whole = lpt.load_task("folder", root=str(flat / "Unlabelled"), unlabeled=str(flat / "Unlabelled"))
+    assert whole.classes == ("2024", "Owl", "cat", "dog") and len(whole.unlabeled) == 8
+
+
+def test_an_unlabelled_part_beside_the_others(tmp_path, more):
+    for role, counts in (("train", CLASSES), ("test", {"dog": 4})):
+        fill(tmp_path / "p" / role, counts, seed=len(role))
+    root = str(tmp_path / "p")
+    apart = lpt.load_task("folder", root=root, unlabeled=str(more))
+    shutil.copytree(more, tmp_path / "p" / "unlabelled")
+    beside = lpt.load_task("folder", root=root)
+    assert beside.unlabeled.ids == apart.unlabeled.ids and beside.counts.tolist() == [6, 3, 2]
+    assert beside.manifest()["sha256"] == apart.manifest()["sha256"]
+    (more / "dog.png").unlink()  # the one that is given is the one that is taken
+    assert len(lpt.load_task("folder", root=root, unlabeled=str(more)).unlabeled) == 7
+    trained = lpt.load_task("folder", root=root, unlabeled=str(tmp_path / "p" / "train"))
+    assert trained.counts.tolist() == [6, 3, 2] and trained.unlabeled.labels.tolist() == trained.train.labels.tolist()
+    fill(tmp_path / "p" / "unlabeled", {"x": 1})
+    with pytest.raises(DataError, match="two folders for one part, unlabeled and unlabelled: keep one of them"):
+        lpt.load_task("folder", root=root)
+
+
+def test_a_list_of_unlabelled_images(flat, more):
+    lines = ["a b.png", "cat/0.png", "dog/yard/0.png 1", "2024/cat/1.png 0", "../photos/owl/0.png"]
+    (more / "list.txt").write_text("\n".join(lines))
+    task = lpt.load_task("folder", root=str(flat), unlabeled=str(more / "list.txt"))
+    assert task.unlabeled.ids == ("a b.png", "cat/0.png", "dog/yard/0.png", "2024/cat/1.png", "../photos/owl/0.png")
+    assert task.unlabeled.labels.tolist() == [-1, -1, 1, 0, -1]
+    assert Preprocess(size=8).cut(task.unlabeled.take(torch.arange(5))).shape == (5, 3, 8, 8)
+    for text, says in (
+        ("\n", r"list\.txt is empty"),
+        ("a b.png 3\n", "line 1: label 3, and classes are 0 to 2"),
+        ("a b.png\ngone.png\n", r"names 1 files that are not there, the first is gone\.png: its paths start at .*more"),
+        ("dog.png\ndog.png 1\n", r"the unlabeled part of .* lists an image twice: dog\.png"),
+    ):
+        (more / "list.txt").write_text(text)
+        with pytest.raises(DataError, match=says):
+            lpt.load_task("folder", root=str(flat), unlabeled=str(more / "list.txt"))
+
+
+def test_unlabelled_images_that_cannot_be_had(flat, more, monkeypatch):
+    def says(place, match):
+        with pytest.raises(DataError, match=match):
+            lpt.load_task("folder", root=str(flat), unlabeled=str(place))
+
+    (more / "nothing").mkdir()
+    says(more / "gone", "data.unlabeled .*gone does not exist: give a folder of images, or a list of them")
+    says(more / "nothing", "data.unlabeled .*nothing holds no image")
+    says(more / "dog.png", "dog.png cannot be read")  # an image is no list
+    (more / "lost.png").symlink_to(more / "elsewhere.png")
+    says(more, r"image .*lost.png cannot be read \(No such file or directory\)")
+    scan = os.scandir
+
+    def refused(path):
+        if str(path).endswith("more"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    says(more, r"more cannot be read \(Permission denied\)")
+
+
+def test_a_broken_unlabelled_image_is_named_or_skipped(flat, more):
+    (more / "cat" / "1.png").write_bytes(b"no image")
+    task = lpt.load_task("folder", root=str(flat), unlabeled=str(more))
+    with pytest.raises(DataError, match=r"image cat/1\.png cannot be decoded"):
+        Preprocess(size=8).cut(task.unlabeled.take(torch.arange(8)))
+    task = lpt.load_task("folder", root=str(flat), unlabeled=str(more), on_error="skip")
+    assert len(task.unlabeled) == 7 and "cat/1.png" not in task.unlabeled.ids
+    assert any("1 images cannot be decoded and are skipped, for example image cat/1.png" in x for x in task.described())
+    for file in more.rglob("*.png"):
+        file.write_bytes(b"no image")
+    with pytest.raises(DataError, match="no unlabelled image that can be decoded"):
+        lpt.load_task("folder", root=str(flat), unlabeled=str(more), on_error="skip")
+
+
+def test_unlabelled_images_that_are_test_images_are_told(flat, more):
+    test = lpt.load_task("folder", root=str(flat)).test.ids
+    assert not any("test images too" in line for line in _described(flat, more))
+    (more / "link.png").symlink_to(flat / test[0])
+    (more / "hard.png").hardlink_to(flat / test[1])
+    assert "warning: 2 unlabelled images are test images too, for example hard.png" in _described(flat, more)
+    assert f"warning: {len(test)} unlabelled images are test images too, for example {test[0]}" in _described(
+        flat, flat
+    )
+
+
+def _described(root, unlabeled):
+    return lpt.load_task("folder", root=str(root), unlabeled=str(unlabeled)).described()

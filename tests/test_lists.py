@@ -8,8 +8,9 @@ import torch
 from PIL import Image
 
 from lpt.data import load_task
-from lpt.data.lists import PUBLISHED, read_list
+from lpt.data.lists import PUBLISHED, read_list, read_unlabeled
 from lpt.errors import DataError
+from lpt.preprocess import Preprocess
 
 
 @pytest.fixture(scope="module")
@@ -121,3 +122,48 @@ def test_reading_splits_at_the_last_space(tmp_path):
     (tmp_path / "x.txt").write_text("a b/c  d.jpg 7\n\ne.jpg 0  \n")
     paths, labels = read_list(tmp_path / "x.txt")
     assert paths == ["a b/c  d.jpg", "e.jpg"] and labels.tolist() == [7, 0]
+
+
+def test_unlabelled_lines_need_no_label(tree, tmp_path):
+    lines = ["train/red panda/an image 1.png", "val/café/an image 0.png 2", "train/n015/an image 0.png -1", "", "x 1 y"]
+    (tmp_path / "more.txt").write_text("\n".join(lines))
+    paths, labels = read_unlabeled(tmp_path / "more.txt", 3)
+    assert paths == [lines[0], "val/café/an image 0.png", "train/n015/an image 0.png", "x 1 y"]
+    assert labels.tolist() == [-1, 2, -1, -1]
+
+
+def test_an_unlabelled_list_is_a_part_of_the_task(tree, tmp_path):
+    (tmp_path / "more.txt").write_text("train/red panda/an image 1.png\ntrain/./n015/an image 0.png 1\n")
+    found = task(tree, unlabeled=str(tmp_path / "more.txt"))
+    assert found.unlabeled.labels.tolist() == [-1, 1] and found.counts.tolist() == [6, 3, 1]
+    assert Preprocess(size=8).cut(found.unlabeled.take(torch.arange(2))).shape == (2, 3, 8, 8)
+    assert "2 unlabelled" in found.described()[0] and "leaked" not in found.facts
+    assert found.manifest()["parts"]["unlabeled"]["images"] == 2
+    assert found.manifest()["sha256"] != task(tree).manifest()["sha256"]
+    (tmp_path / "more.txt").write_text("train/red panda/an image 1.png\nval/./n015/an image 0.png\n")
+    warned = task(tree, unlabeled=str(tmp_path / "more.txt")).described()
+    assert "warning: 1 unlabelled images are test images too, for example val/./n015/an image 0.png" in warned
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (" \n\n", "more.txt is empty"),
+        ("train/red panda/an image 1.png 1\nx.png 3\n", "line 2: label 3, and classes are 0 to 2: leave out the label"),
+        ("nowhere.png\n", "has no nowhere.png, which the unlabeled list names"),
+        (None, "more.txt cannot be read"),
+    ],
+)
+def test_an_unlabelled_list_that_is_none(tree, tmp_path, text, said):
+    if text is not None:
+        (tmp_path / "more.txt").write_text(text)
+    with pytest.raises(DataError, match=said):
+        task(tree, unlabeled=str(tmp_path / "more.txt"))
+
+
+def test_an_unlabelled_image_that_cannot_be_decoded_is_named(tree, tmp_path):
+    (tree / "broken one.png").write_bytes(b"no image")
+    (tmp_path / "more.txt").write_text("broken one.png\n")
+    found = task(tree, unlabeled=str(tmp_path / "more.txt"))
+    with pytest.raises(DataError, match=r"image broken one\.png cannot be decoded"):
+        Preprocess(size=8).cut(found.unlabeled.take(torch.arange(1)))

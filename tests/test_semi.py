@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from test_data import parquet_folder
 
 from lpt.data import load_task
 from lpt.data.semi import semi_counts, shaped
@@ -69,3 +70,28 @@ def test_a_mismatched_tail_and_more_than_there_is(cifar100_root):
     assert len(hashes) == 2
     with pytest.raises(DataError, match=r"needs 50 labelled and 460 unlabelled images, 500 are there: lower data\.m1"):
         load_task("cifar100-semi", root=str(cifar100_root), m1=460)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"n1": 0}, "data.n1 is 0: use 1 or more"),
+        ({"m1": -3}, "data.m1 is -3"),
+        ({"gamma_l": 0}, "data.gamma_l is 0"),
+        ({"gamma_u": 0}, "data.gamma_u is 0"),
+        ({"gamma_l": float("nan")}, "data.gamma_l is nan"),
+        ({"m1": 99, "shape": "uniform", "preset": "usb"}, "m1 99 in all .* each of 100 classes: use 100 or more"),
+    ],
+)
+def test_counts_that_make_no_split_are_told_before_the_data_is_read(wrong, says):
+    with pytest.raises(DataError, match=says):
+        load_task("cifar100-semi", root="nowhere", **wrong)
+
+
+def test_the_manifest_holds_the_unlabelled_counts(tmp_path):
+    root = str(parquet_folder(tmp_path))
+    manifest = load_task("cifar10-semi", root=root, n1=5, m1=9, gamma_l=4, preset="simpro").manifest()
+    assert manifest["counts"] == semi_counts(10, 5, 4) and manifest["unlabelled_counts"] == semi_counts(10, 9, 4)
+    assert manifest["parts"]["unlabeled"]["images"] == sum(semi_counts(10, 9, 4))
+    with pytest.raises(DataError, match=r"needs 500 labelled and 4600 .* 5000 are there: lower data\.m1 \(now 4600"):
+        load_task("cifar10-semi", root=root, m1=4600)

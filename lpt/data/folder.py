@@ -1,44 +1,30 @@
 """Your own images: class folders, images with metadata.csv or .jsonl, parquet files, or a dataset of the Hub.
 
-Tables are read through `datasets`; images are decoded when a batch needs them.
+Images are decoded when a batch needs them.
 """
 
-import glob
 import hashlib
 import os
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 from pydantic import Field
 
+from lpt.data.lists import read_unlabeled
+from lpt.data.tables import PARTS, Part, metadata, read_metadata, read_tables
 from lpt.data.task import Count, Files, Task, hold_out
-from lpt.errors import DataError, LptError, did_you_mean
+from lpt.errors import DataError
 from lpt.longtail import shot_groups
 from lpt.preprocess import decoded
 
-PARTS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test",)}
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm", ".pgm", ".jp2")
 """What is an image by its name; other files in a folder are passed over."""
-METADATA = ("metadata.csv", "metadata.jsonl")
-LABELS = ("label", "fine_label", "labels", "class", "category", "species")
-
-
-class Part(NamedTuple):
-    """Encoded images of one part by number, and for each an id, a class name and a print of its content. `order` is
-    the dataset's own order of its classes, `left_out` what lies beside them and belongs to none."""
-
-    source: Callable[[int], str | bytes]
-    ids: list[str]
-    names: list[str]
-    prints: list[str]
-    stamp: str = ""
-    order: Sequence[str] = ()
-    left_out: Sequence[str] = ()
+UNLABELED = ("unlabeled", "unlabelled")
 
 
 def folder(
@@ -47,6 +33,7 @@ def folder(
     test_share: Annotated[float, Field(gt=0, lt=1)] = 0.2,
     seed: Count = 0,
     val_per_class: Count = 0,
+    unlabeled: str | None = None,
     on_error: Literal["raise", "skip"] = "raise",
     image_column: str | None = None,
     label_column: str | None = None,
@@ -57,24 +44,31 @@ def folder(
     `seed`; a class with one image keeps it for training. `val_per_class` holds out training images where there is no
     val part. Groups are many/medium/few by count where none of them is empty, else rank thirds. A file that cannot be
     decoded ends a run when a batch needs it; `on_error=skip` decodes every file first and goes on without those.
+
+    `unlabeled` is a folder with images at any depth, by default ROOT/unlabeled/ where it lies beside train/. An image
+    whose topmost folder there is called as a class keeps that as its truth, for audits only. It may also be a list: a
+    path a line that starts at the list's own folder, then perhaps a space and the number of the class in their order.
     """
     if root is None:
         raise DataError("data.root is missing: give a folder with one folder of images for each class")
-    parts = _read(root, image_column, label_column)
+    parts = _read(root, unlabeled, image_column, label_column)
     if "train" not in parts:
         raise DataError(f"data.root {root} has no training part, only {', '.join(parts) or 'nothing'}")
-    used = {name for part in parts.values() for name in part.names}
+    used = {name for role, part in parts.items() if role != "unlabeled" for name in part.names}
     _same_but_for_spelling(used, root)
     classes = _in_order(parts["train"].order, used)
-    made = {role: _files(root, part, classes) for role, part in parts.items()}
+    if unlabeled:
+        parts["unlabeled"] = _unlabeled(unlabeled, classes)
+    made = {role: _files(root, role, part, classes) for role, part in parts.items()}
     broken: list[str] = []
     if on_error == "skip":
         for role, files in made.items():
             errors = _errors(files)
             broken += [error for error in errors if error]
             made[role] = files.subset([i for i, error in enumerate(errors) if not error])
-        if len(made["train"]) == 0:
-            raise DataError(f"data.root {root} has no training image that can be decoded, for example: {broken[0]}")
+            word = {"train": "training", "unlabeled": "unlabelled"}.get(role)
+            if word and len(made[role]) == 0:
+                raise DataError(f"data.root {root} has no {word} image that can be decoded, for example: {broken[-1]}")
     train, val, test, split = made["train"], made.get("val"), made.get("test"), "as given"
     if test is None and val is not None:
         test, val, split = val, None, "the val part is the test set"
@@ -97,6 +91,7 @@ def folder(
         "left_out": [name for part in parts.values() for name in part.left_out],
         "empty_folders": _empty_folders(Path(root)),
         "skipped": broken,
+        "leaked": _same_files(test, made["unlabeled"]) if "unlabeled" in made else [],
     }
     facts = {"variant": Path(root).resolve().name, "profile": "natural", "seed": seed, "test_part": split}
     return Task(
@@ -105,6 +100,7 @@ def folder(
         train=train,
         val=val,
         test=test,
+        unlabeled=made.get("unlabeled"),
         group_rule=rule,
         facts=facts | {what: names for what, names in amiss.items() if names},
     )
@@ -130,32 +126,41 @@ def _empty_folders(place: Path) -> list[str]:
     return sorted(str(here.relative_to(place)) for here, names in found if all(n.startswith(".") for n in names))
 
 
-def _read(root: str, image_column: str | None, label_column: str | None) -> dict[str, Part]:
-    """The parts train, val and test that are there."""
+def _read(root: str, unlabeled: str | None, image_column: str | None, label_column: str | None) -> dict[str, Part]:
+    """The parts train, val, test and unlabeled that are there."""
     place = Path(root)
     if place.is_dir():
-        images = list(_images(place))
+        images = list(_images(place, without=_apart(place, unlabeled)))
         if not images and any(place.rglob("*.parquet")):
-            return _tables(root, image_column, label_column)
+            return read_tables(root, image_column, label_column)
         if not images:
             raise DataError(f"data.root {root} holds no image ({', '.join(SUFFIXES)}) and no parquet file")
         return _folders(place, images, label_column)
     if place.exists():
         raise DataError(f"data.root {root} is a file: give the folder that it lies in")
     if root.count("/") == 1 and not root.startswith((".", "/", "~")):
-        return _tables(root, image_column, label_column)
+        return read_tables(root, image_column, label_column)
     raise DataError(f"data.root {root} does not exist")
+
+
+def _apart(root: Path, unlabeled: str | None) -> Path | None:
+    """A folder of unlabelled images, which is no class if it lies inside root; root and its parts may serve as one."""
+    if unlabeled is None or os.path.realpath(unlabeled) == os.path.realpath(root):
+        return None
+    name = Path(unlabeled).name.lower()
+    return None if any(name in names for names in PARTS.values()) else Path(unlabeled)
 
 
 # Folders of images.
 
 
-def _images(place: Path) -> Iterator[tuple[str, ...]]:
-    """Image files below `place` as path parts, in order of name; hidden ones are passed over, links are followed."""
-    seen: set[str] = set()
+def _images(place: Path, *, without: Path | None = None) -> Iterator[tuple[str, ...]]:
+    """Image files below `place` as path parts, in order of name; hidden ones and the folder `without` are passed over,
+    links are followed."""
+    seen = {os.path.realpath(without)} if without else set[str]()
     for here, folders, files in os.walk(place, onerror=_unreadable, followlinks=True):
         real = os.path.realpath(here)
-        if real in seen:  # a link to where we have been
+        if real in seen:  # a link to where we have been, or `without`
             folders.clear()
             continue
         seen.add(real)
@@ -173,7 +178,7 @@ def _unreadable(error: OSError) -> None:
 
 def _folders(place: Path, images: list[tuple[str, ...]], label_column: str | None) -> dict[str, Part]:
     """A folder called train may be a part or a class: it is a part where images lie one folder deeper, or where a
-    metadata file describes them."""
+    metadata file describes them. Beside train a folder called unlabeled is a part too."""
     inside: dict[str, list[tuple[str, ...]]] = {}
     for parts in images:
         if len(parts) > 1:
@@ -181,9 +186,11 @@ def _folders(place: Path, images: list[tuple[str, ...]], label_column: str | Non
     roles: dict[str, list[str]] = {}
     for name, own in inside.items():
         role = next((r for r, names in PARTS.items() if name.lower() in names), None)
-        if role and (_metadata(place / name) or any(len(parts) > 2 for parts in own)):
+        if role and (metadata(place / name) or any(len(parts) > 2 for parts in own)):
             roles.setdefault(role, []).append(name)
-    if "train" not in roles or _metadata(place):
+        if name.lower() in UNLABELED:
+            roles.setdefault("unlabeled", []).append(name)
+    if "train" not in roles or metadata(place):
         return {"train": _part(place, place, images, label_column)}
     if double := [names for names in roles.values() if len(names) > 1]:
         raise DataError(f"data.root {place} has two folders for one part, {' and '.join(double[0])}: keep one of them")
@@ -192,17 +199,15 @@ def _folders(place: Path, images: list[tuple[str, ...]], label_column: str | Non
             f"data.root {place} has parts ({', '.join(n[0] for n in roles.values())}) and beside them {others[0]}, "
             "which holds images too: move it elsewhere"
         )
-    return {role: _part(place, place / names[0], inside[names[0]], label_column) for role, names in roles.items()}
-
-
-def _metadata(place: Path) -> Path | None:
-    return next((place / name for name in METADATA if (place / name).is_file()), None)
+    loose = roles.pop("unlabeled", None)
+    found = {role: _part(place, place / name, inside[name], label_column) for role, (name,) in roles.items()}
+    return found | {"unlabeled": _unlabeled(str(place / loose[0]), ())} if loose else found
 
 
 def _part(root: Path, place: Path, images: list[tuple[str, ...]], label_column: str | None) -> Part:
     depth = len(place.relative_to(root).parts)
-    if table := _metadata(place):
-        files, names = _described(table, label_column)
+    if table := metadata(place):
+        files, names = read_metadata(table, label_column)
         listed = {path.relative_to(root).as_posix() for path in files if path.is_relative_to(root)}
         left_out = ["/".join(parts) for parts in images if "/".join(parts) not in listed]
     else:
@@ -211,108 +216,65 @@ def _part(root: Path, place: Path, images: list[tuple[str, ...]], label_column: 
         files, names = [root.joinpath(*parts) for parts in inside], [parts[depth] for parts in inside]
         if not files:
             raise DataError(f"data.root {place} has images, but no class folders with images in them")
+        if loose := next((name for name in names if name.lower() in UNLABELED), None):
+            raise DataError(
+                f"data.root {place} has {loose} among its class folders: set data.unlabeled={place / loose} if its "
+                "images have no label, or give the class another name"
+            )
     ids = [path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path) for path in files]
-    facts = [os.stat(path) for path in files]
-    stamp = hashlib.sha256(" ".join(str(f.st_mtime_ns) for f in facts).encode()).hexdigest()
     paths = [str(path) for path in files]
-    return Part(lambda i: paths[i], ids, names, [str(f.st_size) for f in facts], stamp, (), left_out)
+    return Part(lambda i: paths[i], ids, names, *_prints(paths), (), left_out)
 
 
-def _described(table: Path, label_column: str | None) -> tuple[list[Path], list[str]]:
-    """(file, class name) of every row of a metadata file."""
-    kind = "csv" if table.suffix == ".csv" else "json"
-    rows = _load(str(table), kind, data_files={"train": glob.escape(str(table))})["train"]
-    if "file_name" not in rows.column_names:
-        raise DataError(f"{table} has columns {', '.join(rows.column_names)}: it needs file_name and a class")
-    others = [name for name in rows.column_names if name != "file_name"]
-    usual = [name for name in LABELS if name in others]
-    label = _column(str(table), "label", label_column, usual or (others if len(others) == 1 else []), others)
-    names = rows[label]
-    if (empty := sum(name is None for name in names)) > 0:
-        raise DataError(f"{table} has {empty} rows without a {label}; every image needs a class")
-    files = [table.parent / str(name) for name in rows["file_name"]]
-    if missing := [path for path in files if not path.is_file()]:
-        raise DataError(f"{table} names {len(missing)} files that are not there, the first is {missing[0]}")
-    return files, [str(name) for name in names]
+def _unlabeled(given: str, classes: Sequence[str]) -> Part:
+    """Images of a folder at any depth, or of a list; `names` hold folders or classes, and nothing where there is none.
+
+    Raises DataError.
+    """
+    place = Path(given)
+    if os.path.isdir(given):
+        images = list(_images(place))
+        ids, names = ["/".join(parts) for parts in images], [parts[0] if len(parts) > 1 else "" for parts in images]
+        if not images:
+            raise DataError(f"data.unlabeled {given} holds no image ({', '.join(SUFFIXES)})")
+    elif os.path.isfile(given):
+        place = place.parent
+        ids, labels = read_unlabeled(Path(given), len(classes))
+        known = [*classes, ""]  # the last, -1, is an unknown label
+        names = [known[k] for k in labels.tolist()]
+        if missing := [name for name in ids if not os.path.isfile(place / name)]:
+            raise DataError(
+                f"list {given} names {len(missing)} files that are not there, the first is {missing[0]}: its paths "
+                f"start at {place}"
+            )
+    else:
+        raise DataError(f"data.unlabeled {given} does not exist: give a folder of images, or a list of them")
+    paths = [str(place / name) for name in ids]
+    return Part(lambda i: paths[i], ids, names, *_prints(paths))
 
 
-# Tables with encoded images.
-
-
-def _load(what: str, *words: str, **settings: Any) -> Any:
-    """`datasets.load_dataset`, quietly, with its many errors in one sentence."""
-    import datasets
-
-    quiet = not datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
+def _prints(paths: Sequence[str]) -> tuple[list[str], str]:
+    """(the size of each file, a stamp of when they were written). Raises DataError."""
     try:
-        return datasets.load_dataset(*words, **settings)
-    except LptError:
-        raise
-    except Exception as error:  # readers raise whatever their libraries do
-        reason = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0][:300]
-        raise DataError(f"data.root {what} cannot be read as a dataset of images ({reason})") from None
-    finally:
-        if quiet:
-            datasets.enable_progress_bars()
+        facts = [os.stat(path) for path in paths]
+    except OSError as error:
+        raise DataError(f"image {error.filename} cannot be read ({error.strerror}): move it away") from None
+    written = " ".join(str(f.st_mtime_ns) for f in facts)
+    return [str(f.st_size) for f in facts], hashlib.sha256(written.encode()).hexdigest()
 
 
-def _tables(root: str, image_column: str | None, label_column: str | None) -> dict[str, Part]:
-    found = _load(root, str(Path(root).resolve()) if Path(root).is_dir() else root)
-    parts: dict[str, Part] = {}
-    for role, names in PARTS.items():
-        name = next((n for n in names if n in found), None)
-        if name and (part := _table(root, role, found[name], image_column, label_column)):
-            parts[role] = part
-    return parts
+def _same_files(test: Files, unlabeled: Files) -> list[str]:
+    """Ids of unlabelled images whose file is a test image's too, by whatever path; images in tables have no file."""
+    first = test.source(0)
+    if isinstance(first, bytes) or not os.path.isfile(first):
+        return []
 
+    def file(images: Files, i: int) -> tuple[int, int]:
+        found = os.stat(images.source(i))
+        return found.st_dev, found.st_ino
 
-def _table(root: str, role: str, rows: Any, image_column: str | None, label_column: str | None) -> Part | None:
-    """None for a part other than train whose labels are withheld, as the Hub's test parts often are."""
-    import datasets
-
-    features = rows.features
-    images = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
-    labels = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
-    named = [name for name in ("image", "img") if name in features]
-    image = _column(root, "image", image_column, images + named, features)
-    label = _column(root, "label", label_column, labels + [n for n in LABELS if n in features], features)
-    values, kind = rows[label], features[label]
-    unlabelled = sum(v is None or v == -1 for v in values)
-    if unlabelled == len(values) and role != "train":
-        return None
-    if unlabelled:
-        raise DataError(
-            f"data.root {root}: {unlabelled} of the {role} images have no {label}; every image needs a class"
-        )
-    try:
-        cells = rows.cast_column(image, datasets.Image(decode=False)).select_columns(image)
-        contents = [cell[image] for cell in cells]
-    except Exception:  # pyarrow's and datasets' own, for a column of another type
-        raise DataError(f"data.{image}: this column of {root} ({features[image]}) holds no images") from None
-    if empty := [i for i, c in enumerate(contents) if not c or not (c["bytes"] or c["path"])]:
-        raise DataError(f"data.root {root}: {len(empty)} {role} rows hold no image, the first is row {empty[0]}")
-    prints = [hashlib.sha256(c["bytes"]).hexdigest()[:16] if c["bytes"] else str(c["path"]) for c in contents]
-    del contents
-
-    def source(i: int) -> str | bytes:
-        cell = cells[i][image]
-        return cell["bytes"] or cell["path"]
-
-    order = list(kind.names) if isinstance(kind, datasets.ClassLabel) else []
-    names = [order[v] for v in values] if order else [str(v) for v in values]
-    return Part(source, [f"{role}/{i:07d}" for i in range(len(names))], names, prints, "", order)
-
-
-def _column(root: str, what: str, wanted: str | None, found: list[str], columns: Any) -> str:
-    if wanted is not None and wanted not in columns:
-        there = f"({', '.join(columns)}){did_you_mean(wanted, columns)}"
-        raise DataError(f"data.{what}_column {wanted!r} is no column of {root} {there}")
-    if wanted is None and not found:
-        raise DataError(
-            f"data.root {root} has columns {', '.join(columns)}: which holds the {what}? Set data.{what}_column"
-        )
-    return wanted or found[0]
+    tested = {file(test, i) for i in range(len(test))}
+    return [unlabeled.ids[i] for i in range(len(unlabeled)) if file(unlabeled, i) in tested]
 
 
 # From parts to a task.
@@ -336,12 +298,13 @@ def _in_order(order: Sequence[str], used: set[str]) -> list[str]:
     return sorted(used, key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name))
 
 
-def _files(root: str, part: Part, classes: list[str]) -> Files:
+def _files(root: str, role: str, part: Part, classes: list[str]) -> Files:
+    """A part with classes as numbers; -1 where a name is none, as in the unlabelled part alone."""
     if len(set(part.ids)) < len(part.ids):
         twice = next(name for name in part.ids if part.ids.count(name) > 1)
-        raise DataError(f"data.root {root} lists an image twice: {twice}")
+        raise DataError(f"the {role} part of data.root {root} lists an image twice: {twice}")
     index = {name: k for k, name in enumerate(classes)}
-    labels = torch.tensor([index[name] for name in part.names])
+    labels = torch.tensor([index.get(name, -1) for name in part.names])
     return Files(part.source, labels, tuple(part.ids), tuple(part.prints), part.stamp)
 
 

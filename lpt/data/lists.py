@@ -3,8 +3,9 @@
 The published lists are not shipped: their licence is unclear. What they hold is checked against known totals instead.
 """
 
+import os
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -57,6 +58,7 @@ def own_lists(
     train: str,
     test: str,
     val: str | None = None,
+    unlabeled: str | None = None,
     classes: str | None = None,
     group_rule: GroupRule = "lt20",
     seed: Count = 0,
@@ -65,10 +67,13 @@ def own_lists(
     """Your own list files `train`, `test` and perhaps `val`; paths in them start at `root`, labels at 0.
 
     `classes` is a file with a name a line; without it a class is called as its folder, where each class has one folder
-    of its own, else by its number.
+    of its own, else by its number. `unlabeled` is a list too, whose lines need no label: one that is there is known
+    truth, for audits only.
     """
     place = _root("lists", root)
     found = {role: read_list(Path(path)) for role, path in (("train", train), ("val", val), ("test", test)) if path}
+    if unlabeled:
+        found["unlabeled"] = read_unlabeled(Path(unlabeled), 1 + max(int(of.max()) for _, of in found.values()))
     return _task("lists", place, found, classes, group_rule, seed, val_per_class)
 
 
@@ -102,23 +107,54 @@ def read_list(path: Path) -> tuple[list[str], Tensor]:
 
     Raises DataError with the number of a line that is none.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"list {path} cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    lines = _lines(path)
     paths: list[str] = []
     labels = np.empty(len(lines), dtype=np.int64)
-    for number, line in enumerate(lines):
-        name, space, label = line.rstrip().rpartition(" ")
-        if not line.strip():
-            continue
-        if not space or not label.isascii() or not label.isdigit() or len(label) > 9:
-            raise DataError(f"list {path}, line {number + 1}: {line[:80]!r} is not `relative/path label`")
-        labels[len(paths)] = int(label)
+    for row, (number, line) in enumerate(lines):
+        name, space, label = line.rpartition(" ")
+        if not space or not _is_label(label):
+            raise DataError(f"list {path}, line {number}: {line[:80]!r} is not `relative/path label`")
+        labels[row] = int(label)
         paths.append(name.rstrip())
-    if not paths:
+    return paths, torch.from_numpy(labels)
+
+
+def read_unlabeled(path: Path, num_classes: int) -> tuple[list[str], Tensor]:
+    """Paths and labels [N] of a list that needs no labels: -1 where a line ends with none, or with -1.
+
+    A line whose last word is no number is a path as a whole. Raises DataError for a label of no class.
+    """
+    lines = _lines(path)
+    paths: list[str] = []
+    labels = np.full(len(lines), -1, dtype=np.int64)
+    for row, (number, line) in enumerate(lines):
+        name, space, label = line.rpartition(" ")
+        if not space or not (label == "-1" or _is_label(label)):
+            paths.append(line)
+            continue
+        labels[row] = int(label)
+        if labels[row] >= num_classes:
+            raise DataError(
+                f"list {path}, line {number}: label {label}, and classes are 0 to {num_classes - 1}: leave out the "
+                "label of an image that is of none"
+            )
+        paths.append(name.rstrip())
+    return paths, torch.from_numpy(labels)
+
+
+def _lines(path: Path) -> list[tuple[int, str]]:
+    """(number, text) of the lines that are not blank. Raises DataError where there are none."""
+    try:
+        lines = [line.rstrip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"list {path} cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    if not any(lines):
         raise DataError(f"list {path} is empty")
-    return paths, torch.from_numpy(labels[: len(paths)])
+    return [(number, line) for number, line in enumerate(lines, start=1) if line]
+
+
+def _is_label(word: str) -> bool:
+    return word.isascii() and word.isdigit() and len(word) <= 9
 
 
 def _task(
@@ -148,14 +184,28 @@ def _task(
         # The list itself is the print: reading a million files to name them would take an hour.
         return Files(lambda i: str(root / mine[i]), of, tuple(mine), tuple([""] * len(mine)))
 
-    train, val, test = part("train"), part("val"), part("test")
+    train, val, test, unlabeled = part("train"), part("val"), part("test"), part("unlabeled")
     assert train is not None and test is not None
     if val is None and val_per_class:
         every = np.arange(len(train))
         kept, held = hold_out(every, every, train.labels.numpy(), val_per_class, seed)
         train, val = train.subset(kept.tolist()), train.subset(held.tolist())
-    facts = {"variant": "published" if name in PUBLISHED else "own lists", "profile": "natural", "seed": seed}
-    return Task(name=name, classes=names, train=train, val=val, test=test, group_rule=group_rule, facts=facts)
+    variant = "published" if name in PUBLISHED else "own lists"
+    facts: dict[str, Any] = {"variant": variant, "profile": "natural", "seed": seed}
+    if unlabeled:
+        tested = {os.path.normpath(path) for path in test.ids}
+        if leaked := [path for path in unlabeled.ids if os.path.normpath(path) in tested]:
+            facts["leaked"] = leaked
+    return Task(
+        name=name,
+        classes=names,
+        train=train,
+        val=val,
+        test=test,
+        unlabeled=unlabeled,
+        group_rule=group_rule,
+        facts=facts,
+    )
 
 
 def _names(file: str | None, paths: list[str], labels: Tensor, number: int) -> tuple[str, ...]:

@@ -97,9 +97,18 @@ def _semi(
     seed: int,
     download: bool,
 ) -> Task:
-    classes, labels, train, test, official = parts_of(name, num_classes, root, download)
+    gamma_u = gamma_l if gamma_u is None else gamma_u
+    for setting, value in {"n1": n1, "m1": m1, "gamma_l": gamma_l, "gamma_u": gamma_u}.items():
+        if not value >= 1:  # nan too
+            raise DataError(f"{name}: data.{setting} is {value}: use 1 or more")
     wanted = semi_counts(num_classes, n1, gamma_l)
-    more = shaped(semi_counts(num_classes, m1, gamma_u or gamma_l), shape, total=preset == "usb")
+    more = shaped(semi_counts(num_classes, m1, gamma_u), shape, total=preset == "usb")
+    if not any(more):
+        raise DataError(
+            f"{name}: data.m1 {m1} in all is less than one unlabelled image for each of {num_classes} classes: use "
+            f"{num_classes} or more"
+        )
+    classes, labels, train, test, official = parts_of(name, num_classes, root, download)
     labelled: list[int] = []
     unlabelled: list[int] = []
     held: list[int] = []
@@ -126,7 +135,7 @@ def _semi(
         group_rule="thirds",
         facts={
             "variant": f"{preset}{'' if official else '-reordered'}",
-            "profile": f"{shape}, unlabelled {m1} / {gamma_u or gamma_l:g}",
+            "profile": f"{shape}, unlabelled {m1} / {gamma_u:g}",
             "seed": seed,
             "unlabelled_counts": np.bincount(labels[unlabelled], minlength=num_classes).tolist(),
         },

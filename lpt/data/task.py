@@ -171,6 +171,7 @@ class Task:
         warnings = {
             "left_out": "{} images belong to no class and are left out",
             "skipped": "{} images cannot be decoded and are skipped",
+            "leaked": "{} unlabelled images are test images too",
             "empty_folders": "{} folders hold no image and are no classes",
         }
         for fact, text in warnings.items():
