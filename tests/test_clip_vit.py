@@ -12,9 +12,11 @@ from conftest import toy_task
 from plain import plain_block
 from safetensors.torch import load_file, save_file
 
+from lpt import run
 from lpt.adapters import adapted
 from lpt.backbones import clip_vit, load_backbone
 from lpt.backbones.clip_vit import ClipViT, read_templates
+from lpt.config import resolve
 from lpt.errors import BackboneError
 from lpt.heads import CosineHead
 from lpt.methods import METHODS
@@ -287,6 +289,28 @@ def test_a_head_starts_at_texts_brought_back_to_the_features(clip, tuning):
     model = learner(toy_task(), clip, Fit(), tuning=tuning, head="cosine", scale=25, head_init="prototypes")
     expected = F.normalize(clip.class_prototypes(CLASSES) @ clip.projection.T, dim=1)
     torch.testing.assert_close(F.normalize(model.head.weight, dim=1), expected)
+
+
+def test_a_run_makes_its_texts_by_template_unless_a_file_has_them(tmp_path, small):
+    config = {
+        "backbone": {"name": "open_clip:small", "weights": str(small[2])},
+        "data": {"name": "digits-lt"},
+        "method": {"name": "zero_shot"},
+    }
+    first = run._backbone(resolve(config, ["prototypes.template=ensemble"]))
+    assert len(first.templates) == 80 and first.prototypes is None
+    assert run._backbone(resolve(config)).templates == (clip_vit.TEMPLATE,)
+    with pytest.raises(BackboneError, match=r"'a digit' has no \{}"):
+        run._backbone(resolve(config, ["prototypes.template=a digit"]))
+
+    report = run.train(resolve(config, ["prototypes.template=the digit {}"]), tmp_path / "run")
+    assert report["method"] == "zero_shot" and report["labels_seen"] == {}
+    with pytest.raises(ValueError, match="other settings"):
+        run.train(resolve(config, ["prototypes.template=a {}"]), tmp_path / "run", resume=True)
+
+    save_file({"prototypes": torch.eye(10, 48)}, tmp_path / "p.safetensors", {"classes": json.dumps([*"0123456789"])})
+    given = run._backbone(resolve(config, [f"prototypes.weights={tmp_path / 'p.safetensors'}"]))
+    assert torch.equal(given.class_prototypes(["3", "0"]), torch.eye(10, 48)[[3, 0]])
 
 
 # Names, files and pixels.
