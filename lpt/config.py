@@ -12,6 +12,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
+from lpt.backbones.clip_vit import TEMPLATE
 from lpt.data import DATA
 from lpt.errors import ConfigError, did_you_mean
 from lpt.methods import METHODS
@@ -34,12 +35,15 @@ class BackboneSettings(BaseModel):
 
 
 class PrototypeSettings(BaseModel):
-    """Class prototypes in the space of the features, for zero-shot and as a start of the head."""
+    """Class prototypes in the joint space of images and texts, for zero-shot and as a start of the head."""
 
     model_config = ConfigDict(extra="forbid")
 
     weights: str | None = None
-    """A safetensors file: `prototypes` [C D'], and the class names as a JSON list under `classes` in its metadata."""
+    """A safetensors file: `prototypes` [C J], and the class names as a JSON list under `classes` in its metadata."""
+    template: str = TEMPLATE
+    """Where no file is given and the backbone has a text tower: a text with {} for the class name, `ensemble` for
+    OpenAI's 80 of ImageNet, or a file with one template a line."""
 
 
 class TrainSettings(BaseModel):

@@ -18,6 +18,7 @@ from safetensors.torch import save as to_bytes
 
 from lpt.backbones import load_backbone
 from lpt.backbones.base import Backbone, fingerprint_of, read_prototypes
+from lpt.backbones.clip_vit import ClipViT, read_templates
 from lpt.classifier import PromptedClassifier
 from lpt.config import Config, load_config
 from lpt.data import load_task
@@ -70,6 +71,8 @@ def train(
     identity = (manifest["sha256"], f"{backbone.fingerprint} in {precision}")
     if backbone.prototypes:
         identity = (identity[0], f"{identity[1]} with prototypes {fingerprint_of(backbone.prototypes.items())}")
+    elif isinstance(backbone, ClipViT):
+        identity = (identity[0], f"{identity[1]} with texts {backbone.templates}")
     run_hash = config.run_hash(*identity)
     if resume and (out / "config.yaml").exists() and load_config(out / "config.yaml").run_hash(*identity) != run_hash:
         raise LptError(
@@ -294,4 +297,6 @@ def _backbone(config: Config) -> Backbone:
     backbone.preprocess = pixels if min_area is None else pixels.with_(min_area=min_area)
     if config.prototypes.weights:
         backbone.prototypes = read_prototypes(Path(config.prototypes.weights))
+    elif isinstance(backbone, ClipViT):
+        backbone.templates = read_templates(config.prototypes.template)
     return backbone

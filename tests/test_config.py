@@ -43,6 +43,7 @@ def test_overrides_are_read_as_yaml_and_numbers_without_a_dot_too():
     )
     assert config.method["epochs"] == [1, 2] and config.method["lr"] == [5e-3, 1e-3]
     assert config.train.seed == 3 and config.data["imbalance_factor"] == 20
+    assert resolve(RAW, ["prototypes.template=a drawing of a {}"]).prototypes.template == "a drawing of a {}"
 
 
 def test_every_mistake_is_told_at_once_with_its_path_and_a_suggestion():

@@ -1,4 +1,4 @@
-"""Frozen backbones by name: `nano`, or `timm:<full tagged name>`."""
+"""Frozen backbones by name: `nano`, `timm:<full tagged name>`, or `open_clip:<model>/<tag>`."""
 
 from pathlib import Path
 
@@ -8,6 +8,7 @@ from lpt.errors import BackboneError, did_you_mean
 FAMILIES = {
     "nano": "a small ViT at 32 px that comes with lpt, distilled from DeiT-Tiny on CIFAR-100: no download",
     "timm": "a plain ViT of timm by its full tagged name, for example timm:deit_tiny_patch16_224.fb_in1k",
+    "open_clip": "an image tower of CLIP or SigLIP with texts for class names, for example open_clip:ViT-B-16/openai",
     "untrained": "a timm architecture with random weights, for smoke runs, for example untrained:vit_tiny_patch16_224",
 }
 
@@ -18,7 +19,7 @@ def load_backbone(name: str, *, weights: str | Path | None = None, image_size: i
     `weights` is a local safetensors file that is used instead of a download; `image_size` interpolates the
     position embedding. Raises BackboneError.
     """
-    from lpt.backbones import nano, timm_vit
+    from lpt.backbones import clip_vit, nano, timm_vit
 
     if name == "nano":
         if weights:
@@ -34,4 +35,6 @@ def load_backbone(name: str, *, weights: str | Path | None = None, image_size: i
                 f"backbone.name {name} has random weights by name: with backbone.weights use timm:{model}"
             )
         return timm_vit.untrained(model, image_size=image_size)
+    if family == "open_clip":
+        return clip_vit.load(model, weights=Path(weights) if weights else None, image_size=image_size)
     return timm_vit.load(model, weights=Path(weights) if weights else None, image_size=image_size)

@@ -50,6 +50,12 @@ class Backbone(nn.Module, ABC):
     """The arguments that `lpt.adapters.adapted` made this copy with, to make it again."""
     compute: torch.dtype | None = None
     """Its precision where that is not the one of all its parameters, since learned ones are kept in fp32."""
+    projection: Tensor | None
+    """What takes a feature to the joint space [D' J], a buffer; None where that is the space of the features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("projection", None)
 
     @abstractmethod
     def embed(self, images: Tensor) -> Tensor:
@@ -74,9 +80,6 @@ class Backbone(nn.Module, ABC):
     def pool(self, tokens: Tensor) -> Tensor:
         """Final norm and pooling. [B P+N D] (or only its first `reads` tokens) → feature [B D'] in fp32."""
 
-    projection: Tensor | None = None
-    """What takes a feature to the joint space [D' J]; None where that is the space of the features."""
-
     @property
     def joint_width(self) -> int:
         return self.feature_width if self.projection is None else self.projection.shape[1]
@@ -87,7 +90,9 @@ class Backbone(nn.Module, ABC):
 
     def unproject(self, joint: Tensor) -> Tensor:
         """Joint [C J] → [C D']: rows whose product with a feature is that of `joint` with the projected feature."""
-        return joint if self.projection is None else joint.float() @ self.projection.float().T
+        if self.projection is None:
+            return joint
+        return joint.to(self.projection.device, torch.float32) @ self.projection.float().T
 
     prototypes: Mapping[str, Tensor] | None = None
     """A vector [J] for every class name that is known in the joint space, for example of texts."""
@@ -100,7 +105,8 @@ class Backbone(nn.Module, ABC):
         names = [name.replace("_", " ").lower() for name in classes]
         if absent := [name for name, key in zip(classes, names, strict=True) if key not in known]:
             raise BackboneError(
-                f"the prototypes lack {len(absent)} of {len(classes)} classes: {', '.join(absent[:5])}"
+                "the prototypes (load the backbone again for those of other classes) "
+                f"lack {len(absent)} of {len(classes)} classes: {', '.join(absent[:5])}"
                 + did_you_mean(absent[0], self.prototypes)
             )
         found = torch.stack([known[key] for key in names])

@@ -26,7 +26,7 @@ SUPPORTED = (
 
 
 class TimmViT(Backbone):
-    """A frozen `timm.models.VisionTransformer`, final. Without prompts it is timm's own forward, bit for bit."""
+    """A frozen `timm.models.VisionTransformer`. Without prompts it is timm's own forward, bit for bit."""
 
     def __init__(self, vit: Any, *, name: str, preprocess: Preprocess, fingerprint: str):
         super().__init__()
@@ -136,7 +136,7 @@ def load(name: str, *, weights: Path | None = None, image_size: int | None = Non
             f"backbone timm:{name} is not a model of timm {timm.__version__}"
             + did_you_mean(architecture, timm.list_models("*vit*") + timm.list_models("deit*"))
         )
-    _refuse_unserved(name, architecture)
+    refuse_unserved(f"timm:{name}", architecture)
     if weights is None:
         tags = [full for full in timm.list_pretrained(f"{architecture}.*") if full.startswith(architecture + ".")]
         if not tag:
@@ -146,9 +146,9 @@ def load(name: str, *, weights: Path | None = None, image_size: int | None = Non
             )
         if name not in tags:
             raise BackboneError(f"backbone timm:{name} has no published weights{did_you_mean(name, tags)}")
-    with _quiet(), _download_errors(name, weights):
+    with _quiet(), download_errors(f"timm:{name}", "timm") if weights is None else contextlib.nullcontext():
         vit = timm.create_model(name if weights is None else architecture, pretrained=weights is None, num_classes=0)
-    _refuse_unserved_module(name, vit)
+    refuse_unserved_module(f"timm:{name}", vit)
     if weights is not None:
         _load_weights(vit, weights, architecture)
     return _wrap(vit, f"timm:{name}", image_size)
@@ -163,11 +163,11 @@ def untrained(architecture: str, *, image_size: int | None = None, seed: int = 0
             f"backbone untrained:{architecture} is not a model of timm {timm.__version__}"
             + did_you_mean(architecture, timm.list_models("*vit*") + timm.list_models("deit*"))
         )
-    _refuse_unserved(architecture, architecture)
+    refuse_unserved(f"untrained:{architecture}", architecture)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         vit = timm.create_model(architecture, pretrained=False, num_classes=0, **changes)
-    _refuse_unserved_module(architecture, vit)
+    refuse_unserved_module(f"untrained:{architecture}", vit)
     return _wrap(vit, f"untrained:{architecture}", image_size)
 
 
@@ -175,17 +175,10 @@ def _wrap(vit: Any, name: str, image_size: int | None) -> TimmViT:
     from timm.data.config import resolve_model_data_config
 
     config = resolve_model_data_config(vit)
-    size = image_size or config["input_size"][-1]
-    patch = vit.patch_embed.patch_size[0]
-    if size < patch or size % patch:
-        near = max(patch, round(size / patch) * patch)
-        raise BackboneError(
-            f"backbone.image_size {size} is not a multiple of the patch size {patch} of {name}: use {near}"
-        )
-    fingerprint = fingerprint_of(vit.named_parameters())  # before positions are resampled to another size
     native = config["input_size"][-1]
-    if vit.patch_embed.img_size != (size, size):
-        vit.set_input_size((size, size))
+    size = image_size or native
+    fingerprint = fingerprint_of(vit.named_parameters())  # before positions are resampled to another size
+    set_size(vit, size, name)
     preprocess = Preprocess(
         size=size,
         mean=tuple(config["mean"]),
@@ -196,16 +189,29 @@ def _wrap(vit: Any, name: str, image_size: int | None) -> TimmViT:
     return TimmViT(vit, name=name, preprocess=preprocess, fingerprint=fingerprint)
 
 
-def _refuse_unserved(name: str, architecture: str) -> None:
+def set_size(vit: Any, size: int, name: str) -> None:
+    """Resamples the position embedding to images of `size` pixels. Raises BackboneError between two patches."""
+    patch = vit.patch_embed.patch_size[0]
+    if size < patch or size % patch:
+        near = max(patch, round(size / patch) * patch)
+        raise BackboneError(
+            f"backbone.image_size {size} is not a multiple of the patch size {patch} of {name}: use {near}"
+        )
+    if vit.patch_embed.img_size != (size, size):
+        vit.set_input_size((size, size))
+
+
+def refuse_unserved(name: str, architecture: str, supported: str = SUPPORTED) -> None:
     """Before any download: is this one of timm's plain ViTs at all?"""
     from timm.models import model_entrypoint
 
     module = model_entrypoint(architecture).__module__.rpartition(".")[2]
     if module not in ("vision_transformer", "deit") or "_distilled_" in architecture:
-        raise BackboneError(f"backbone timm:{name} (timm's {module}) has no prompt seam; supported: {SUPPORTED}")
+        raise BackboneError(f"backbone {name} (timm's {module}) has no prompt seam; supported: {supported}")
 
 
-def _refuse_unserved_module(name: str, vit: Any) -> None:
+def refuse_unserved_module(name: str, vit: Any, supported: str = SUPPORTED) -> None:
+    """Once it is built: are all its blocks those that `TimmViT.block` runs?"""
     from timm.layers.attention import Attention
     from timm.models.vision_transformer import Block, VisionTransformer
 
@@ -214,27 +220,32 @@ def _refuse_unserved_module(name: str, vit: Any) -> None:
     )
     if not plain:
         kind = type(vit).__name__ if type(vit) is not VisionTransformer else type(vit.blocks[0]).__name__
-        raise BackboneError(f"backbone timm:{name} ({kind}) has no prompt seam; supported: {SUPPORTED}")
+        raise BackboneError(f"backbone {name} ({kind}) has no prompt seam; supported: {supported}")
 
 
 def _load_weights(vit: nn.Module, path: Path, architecture: str) -> None:
     found = read_weights(path)
     # The head of another label set is no part of a backbone; every other key must fit exactly.
     found = {k: v.float() for k, v in found.items() if not k.startswith(("head.", "head_dist."))}
-    wanted = {k: tuple(v.shape) for k, v in vit.state_dict().items()}
+    check_fit(vit.state_dict(), found, path, architecture)
+    vit.load_state_dict(found)
+
+
+def check_fit(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], path: Path, architecture: str) -> None:
+    """Raises BackboneError unless `found` has the names and shapes of `wanted`; every key that does not is named."""
+    shapes = {k: tuple(v.shape) for k, v in wanted.items()}
     complaints = {
-        "missing": sorted(wanted.keys() - found.keys()),
-        "unexpected": sorted(found.keys() - wanted.keys()),
+        "missing": sorted(shapes.keys() - found.keys()),
+        "unexpected": sorted(found.keys() - shapes.keys()),
         "of another shape": [
-            f"{k} (file {tuple(found[k].shape)}, model {wanted[k]})"
-            for k in sorted(wanted.keys() & found.keys())
-            if tuple(found[k].shape) != wanted[k]
+            f"{k} (file {tuple(found[k].shape)}, model {shapes[k]})"
+            for k in sorted(shapes.keys() & found.keys())
+            if tuple(found[k].shape) != shapes[k]
         ],
     }
     if any(complaints.values()):
         said = "; ".join(f"{what}: {', '.join(keys)}" for what, keys in complaints.items() if keys)
         raise BackboneError(f"backbone.weights {path} does not fit {architecture}: {said}")
-    vit.load_state_dict(found)
 
 
 def read_weights(path: Path) -> Mapping[str, Tensor]:
@@ -251,16 +262,15 @@ def read_weights(path: Path) -> Mapping[str, Tensor]:
 
 
 @contextlib.contextmanager
-def _download_errors(name: str, weights: Path | None) -> Iterator[None]:
+def download_errors(name: str, library: str) -> Iterator[None]:
+    """What goes wrong while `library`'s weights are downloaded becomes a BackboneError."""
     try:
         yield
     except (OSError, RuntimeError) as error:
-        if weights is not None:
-            raise
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise BackboneError(
-            f"backbone timm:{name} could not be downloaded ({reason}): "
-            "give backbone.weights a local safetensors file with timm's key names, or use backbone.name=nano"
+            f"backbone {name} could not be downloaded ({reason}): "
+            f"give backbone.weights a local safetensors file with {library}'s key names, or use backbone.name=nano"
         ) from error
 
 

@@ -1,0 +1,356 @@
+"""Image towers of open_clip behind the seam: CLIP's own ViTs and SigLIP's, and texts for the names of classes.
+
+Shapes: feature [B D'], projection [D' J], texts and prototypes [C J] in the joint space of both towers.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lpt.backbones.base import fingerprint_of
+from lpt.backbones.timm_vit import (
+    TimmViT,
+    check_fit,
+    download_errors,
+    read_weights,
+    refuse_unserved,
+    refuse_unserved_module,
+    set_size,
+)
+from lpt.errors import BackboneError, did_you_mean
+from lpt.preprocess import Preprocess
+
+SUPPORTED = (
+    "open_clip's own ViTs that read the class token (ViT-B-16, ViT-L-14, ...), and plain timm ViTs with one matrix or "
+    "nothing behind them (ViT-*-SigLIP, ViT-*-SigLIP2)"
+)
+FILE = "open_clip_model.safetensors"
+"""What open_clip calls the weights in a repository of its own."""
+NAMES = {
+    "cls_token": "class_embedding",
+    "pos_embed": "positional_embedding",
+    "patch_embed.proj": "conv1",
+    "blocks.": "transformer.resblocks.",
+    ".norm": ".ln_",
+    ".ls": ".ls_",
+    "norm_pre.": "ln_pre.",
+    "norm.": "ln_post.",
+    "attn.qkv.": "attn.in_proj_",
+    "attn.proj.": "attn.out_proj.",
+    "mlp.fc1.": "mlp.c_fc.",
+    "mlp.fc2.": "mlp.c_proj.",
+}
+"""Parts of timm's names of tensors, and open_clip's, in the order of their replacement."""
+TEMPLATE = "a photo of a {}"
+TEXTS = 256
+"""Texts that the tower encodes at a time."""
+
+
+@dataclass(frozen=True)
+class Texts:
+    """A text tower that is on disk only: `encode` reads it, in fp32, and drops it when done.
+
+    So it is never in memory beside a training, no `.to(bfloat16)` reaches it, and a copy of the backbone copies a path.
+    """
+
+    name: str
+    model: str
+    config: Mapping[str, Any]
+    """Of open_clip's model: `embed_dim`, `text_cfg` and `quick_gelu`."""
+    path: Path
+
+    @torch.no_grad()
+    def encode(self, classes: Sequence[str], templates: Sequence[str], device: torch.device) -> dict[str, Tensor]:
+        """Class name → vector [J] on the CPU: the unit mean over templates of unit text features, as in CLIP's
+        zero-shot classifiers (Radford 2021, section 3.1.4). Underscores in names are read as spaces.
+
+        Raises BackboneError where the tower or its tokenizer cannot be loaded.
+        """
+        tokenizer, tower = self._tokenizer(), self._tower().to(device)
+        texts = [t.replace("{}", name.replace("_", " ")) for name in classes for t in templates]
+        parts = [tower(tokenizer(texts[i : i + TEXTS]).to(device)) for i in range(0, len(texts), TEXTS)]
+        features = F.normalize(torch.cat(parts), dim=1).view(len(classes), len(templates), -1)
+        return dict(zip(classes, F.normalize(features.mean(1), dim=1).cpu(), strict=True))
+
+    def _tower(self) -> nn.Module:
+        from open_clip import CustomTextCLIP
+
+        text = self.config["text_cfg"]
+        if text.get("hf_model_name"):
+            raise BackboneError(
+                f"the texts of {self.name} are those of another library's tower ({text['hf_model_name']}), which is "
+                "not supported: set prototypes.weights to a safetensors file"
+            )
+        image: Any = {
+            "layers": 1,
+            "width": 64,
+            "patch_size": 32,
+            "image_size": 32,
+        }  # comes with the text tower; not kept
+        tower = CustomTextCLIP(self.config["embed_dim"], image, text, quick_gelu=self.config["quick_gelu"]).text
+        # open_clip has two layouts of a file: the text tower's keys begin with `text.`, or stand beside `visual.`.
+        found = {k.removeprefix("text."): v for k, v in read_weights(self.path).items()}
+        found = {k: v for k, v in found.items() if not k.startswith(("visual.", "logit_"))}
+        check_fit(tower.state_dict(), found, self.path, f"the text tower of {self.model}")
+        tower.load_state_dict(found)
+        return tower.requires_grad_(False).eval()
+
+    def _tokenizer(self) -> Any:
+        from open_clip import get_tokenizer
+
+        try:
+            return get_tokenizer(self.model)
+        except Exception as error:  # transformers and its parts raise errors of any class
+            wanted = self.config["text_cfg"].get("hf_tokenizer_name") or self.model
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            raise BackboneError(
+                f"the tokenizer {wanted} of {self.name} could not be loaded ({reason}): it needs transformers and a "
+                "download, or else set prototypes.weights to a safetensors file"
+            ) from error
+
+
+class ClipViT(TimmViT):
+    """An image tower of open_clip as a timm ViT, with its projection to the joint space beside it.
+
+    `templates` make texts of class names when prototypes are first asked for.
+    """
+
+    def __init__(
+        self,
+        vit: Any,
+        *,
+        name: str,
+        preprocess: Preprocess,
+        fingerprint: str,
+        projection: Tensor | None = None,
+        texts: Texts,
+    ) -> None:
+        super().__init__(vit, name=name, preprocess=preprocess, fingerprint=fingerprint)
+        self.projection, self.texts = projection, texts
+        self.templates: tuple[str, ...] = (TEMPLATE,)
+
+    def class_prototypes(self, classes: Sequence[str]) -> Tensor:
+        """[C J] of texts, which are encoded once for the classes first asked for, unless `prototypes` were given.
+        Raises BackboneError."""
+        if self.prototypes is None:
+            self.prototypes = self.texts.encode(classes, self.templates, next(self.parameters()).device)
+        return super().class_prototypes(classes)
+
+
+def read_templates(template: str) -> tuple[str, ...]:
+    """Templates with `{}` for the class name: `template` itself, OpenAI's 80 for ImageNet for `ensemble`, or the lines
+    of the file at `template`. Raises BackboneError."""
+    if template == "ensemble":
+        from open_clip import OPENAI_IMAGENET_TEMPLATES
+
+        return tuple(of("{}") for of in OPENAI_IMAGENET_TEMPLATES)
+    if "{}" in template:
+        return (template,)
+    path = Path(template)
+    if not path.is_file():
+        raise BackboneError(
+            f"prototypes.template {template!r} has no {{}} for the class name and is no file: give a text such as "
+            f"{TEMPLATE!r}, `ensemble`, or a file with one template a line"
+        )
+    try:
+        lines = tuple(line.strip() for line in path.read_text().splitlines() if line.strip())
+    except UnicodeDecodeError:
+        raise BackboneError(f"prototypes.template {path} is not a text file: give one with a template a line") from None
+    if without := [line for line in lines if "{}" not in line]:
+        raise BackboneError(f"prototypes.template {path}: {without[0]!r} has no {{}} for the class name: put it in")
+    if not lines:
+        raise BackboneError(f"prototypes.template {path} is empty: give it one template a line")
+    return lines
+
+
+def load(model: str, *, weights: Path | None = None, image_size: int | None = None) -> ClipViT:
+    """`model` is `<model>/<tag>` of open_clip; the tag may be left out where `weights`, a local safetensors file in
+    open_clip's key names, is given.
+
+    A tag says whether QuickGELU was trained, and with which pixels. Without one the model's config says the first, and
+    the first tag of the model the second. Raises BackboneError for unknown names, for towers that the seam cannot serve
+    (before any download), for weights that are pickles only, and for weights that do not fit (every key named).
+    """
+    import open_clip
+
+    name = f"open_clip:{model}"
+    model, _, tag = model.partition("/")
+    if model not in open_clip.list_models():
+        raise BackboneError(
+            f"backbone {name} is not a model of open_clip {open_clip.__version__}"
+            + (did_you_mean(model, open_clip.list_models()) or f"; supported: {SUPPORTED}")
+        )
+    config: Any = open_clip.get_model_config(model)
+    _refuse_unserved(name, config)
+    tags = open_clip.list_pretrained_tags_by_model(model)
+    if tag and not open_clip.is_pretrained_cfg(model, tag):
+        known = did_you_mean(tag, tags) or f"; its tags are {', '.join(tags) or 'none'}"
+        raise BackboneError(f"backbone {name}: open_clip has no weights {tag!r} of {model}{known}")
+    if not tag and weights is None:
+        raise BackboneError(
+            f"backbone {name} does not say which weights: add a tag ({', '.join(tags) or 'none published'}), or give "
+            "backbone.weights a local safetensors file"
+        )
+    published = open_clip.get_pretrained_cfg(model, tag or next(iter(tags), ""))
+    config["quick_gelu"] = bool(config.get("quick_gelu") or (tag and published.get("quick_gelu")))
+    path = _download(name, published["hf_hub"]) if weights is None else weights
+
+    timm_tower = bool(config["vision_cfg"].get("timm_model_name"))
+    vit, projection = (_timm_tower if timm_tower else _own_tower)(name, config, path)
+    parts = [*vit.named_parameters()] + ([] if projection is None else [("projection", projection)])
+    if config["quick_gelu"] and not timm_tower:  # the same weights are another tower under another activation
+        parts.append(("quick_gelu", torch.ones(())))
+    fingerprint = fingerprint_of(parts)  # before positions are resampled to another size
+    size = image_size or vit.patch_embed.img_size[0]
+    set_size(vit, size, name)
+    pixels = published or {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
+    preprocess = Preprocess(
+        size=size,
+        mean=tuple(pixels["mean"]),
+        std=tuple(pixels["std"]),
+        interpolation=pixels.get("interpolation", "bicubic"),
+        square=pixels.get("resize_mode") == "squash",
+    )
+    return ClipViT(
+        vit,
+        name=name,
+        preprocess=preprocess,
+        fingerprint=fingerprint,
+        projection=projection,
+        texts=Texts(name, model, config, path),
+    )
+
+
+def _refuse_unserved(name: str, config: Mapping[str, Any]) -> None:
+    """Before any download: raises BackboneError for a tower that is not one of `SUPPORTED`."""
+    import timm
+    from open_clip import CLIPVisionCfg
+
+    vision = CLIPVisionCfg(**config["vision_cfg"])
+    if "multimodal_cfg" in config:
+        raise BackboneError(f"backbone {name} (CoCa) has no prompt seam; supported: {SUPPORTED}")
+    if isinstance(vision.layers, list | tuple):
+        raise BackboneError(f"backbone {name} (a ResNet) has no prompt seam; supported: {SUPPORTED}")
+    if architecture := vision.timm_model_name:
+        if not timm.is_model(architecture):
+            raise BackboneError(f"backbone {name} needs {architecture}, no model of timm {timm.__version__}: update it")
+        refuse_unserved(name, architecture, SUPPORTED)
+        if vision.timm_proj == "mlp" or vision.timm_pool in ("abs_attn", "rot_attn"):
+            raise BackboneError(f"backbone {name} ends in more than one matrix; supported: {SUPPORTED}")
+        return
+    served = {"layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size", "ls_init_value"}
+    served |= {"patch_dropout", "output_tokens", "timm_model_name"}  # of training, of CoCa, None
+    odd = [f.name for f in fields(vision) if f.name not in served and getattr(vision, f.name) != f.default]
+    if odd:
+        said = ", ".join(f"{key}={getattr(vision, key)}" for key in odd)
+        raise BackboneError(f"backbone {name} ({said}) has no prompt seam; supported: {SUPPORTED}")
+
+
+def _own_tower(name: str, config: Mapping[str, Any], path: Path) -> tuple[Any, Tensor]:
+    """open_clip's VisionTransformer as timm's, and its projection [D' J].
+
+    The arguments are those of timm's `vit_base_patch16_clip_224`; a convolution without bias goes with `pre_norm`.
+    """
+    from open_clip import CLIPVisionCfg
+    from timm.models.vision_transformer import VisionTransformer
+
+    vision: Any = CLIPVisionCfg(**config["vision_cfg"])
+    vit = VisionTransformer(
+        img_size=vision.image_size,
+        patch_size=vision.patch_size,
+        num_classes=0,
+        global_pool="token",
+        embed_dim=vision.width,
+        depth=vision.layers,
+        num_heads=vision.width // vision.head_width,
+        mlp_ratio=vision.mlp_ratio,
+        init_values=vision.ls_init_value,
+        pre_norm=True,
+        norm_layer=partial(nn.LayerNorm, eps=1e-5),
+        act_layer="quick_gelu" if config["quick_gelu"] else "gelu",
+        weight_init="skip",
+    )
+    projection = torch.empty(vision.width, config["embed_dim"])
+    wanted = {_open_clips(key): value for key, value in vit.state_dict().items()}
+    wanted["visual.class_embedding"] = wanted["visual.class_embedding"][0, 0]
+    wanted["visual.positional_embedding"] = wanted["visual.positional_embedding"][0]
+    _fill({**wanted, "visual.proj": projection}, path, name)
+    return vit, projection
+
+
+def _open_clips(key: str) -> str:
+    """open_clip's name of a tensor of timm's VisionTransformer.
+
+    >>> _open_clips("blocks.3.attn.qkv.weight"), _open_clips("norm.bias")
+    ('visual.transformer.resblocks.3.attn.in_proj_weight', 'visual.ln_post.bias')
+    """
+    for timms, theirs in NAMES.items():
+        key = key.replace(timms, theirs)
+    return f"visual.{key}"
+
+
+def _timm_tower(name: str, config: Mapping[str, Any], path: Path) -> tuple[Any, Tensor | None]:
+    """A timm ViT inside open_clip, and the matrix [D' J] behind it if there is one."""
+    from open_clip import CLIPVisionCfg
+    from open_clip.timm_model import TimmModel
+
+    vision: Any = CLIPVisionCfg(**config["vision_cfg"])
+    tower: Any = TimmModel(
+        vision.timm_model_name,
+        config["embed_dim"],
+        image_size=vision.image_size,
+        pool=vision.timm_pool,
+        proj=vision.timm_proj,
+        proj_bias=vision.timm_proj_bias,
+    )
+    refuse_unserved_module(name, tower.trunk, SUPPORTED)
+    _fill({f"visual.{key}": value for key, value in tower.state_dict().items()}, path, name)
+    inside, behind = tower.trunk.get_classifier(), getattr(tower.head, "proj", None)
+    matrix = next((part for part in (inside, behind) if isinstance(part, nn.Linear)), None)
+    if isinstance(inside, nn.Linear):
+        tower.trunk.head = nn.Identity()
+    if matrix is None:
+        return tower.trunk, None
+    if matrix.bias is not None and matrix.bias.any():
+        raise BackboneError(f"backbone {name} ends in a matrix with a bias; supported: {SUPPORTED}")
+    return tower.trunk, matrix.weight.detach().T.contiguous()
+
+
+@torch.no_grad()
+def _fill(wanted: Mapping[str, Tensor], path: Path, name: str) -> None:
+    """Copies the image tower of a file into tensors by open_clip's names, all of them. Raises BackboneError."""
+    found = {key: value for key, value in read_weights(path).items() if key.startswith("visual.")}
+    check_fit(wanted, found, path, name)
+    for key, value in wanted.items():
+        value.copy_(found[key])
+
+
+def _download(name: str, place: str) -> Path:
+    """The safetensors file at open_clip's `hf_hub` entry, `<owner>/<repository>/` with or without a file's name.
+
+    Raises BackboneError where it cannot be downloaded, and where there are pickles only.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    repository, _, file = place.rpartition("/")
+    file = file or FILE
+    pickled = BackboneError(
+        f"backbone {name}: {repository} has no {file if file == FILE else 'weights but ' + file}, and pickles are not "
+        "read: convert its weights to safetensors and give them as backbone.weights"
+    )
+    if not file.endswith(".safetensors"):
+        raise pickled
+    with download_errors(name, "open_clip"):
+        try:
+            return Path(hf_hub_download(repository, file))
+        except LocalEntryNotFoundError:  # nothing is known of the repository: no connection
+            raise
+        except EntryNotFoundError:
+            raise pickled from None
