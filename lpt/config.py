@@ -60,6 +60,8 @@ class TrainSettings(BaseModel):
     """Blocks through torch.compile: exact up to rounding, a minute or two of compiling first."""
     select: Literal["last", "best_val"] = "last"
     """Which weights are evaluated and stored: the last, or the last phase's best epoch on held-out images."""
+    watch_test: int = Field(default=0, ge=0)
+    """After how many of the last epochs the test set is evaluated, to report last, mean, median and best of them."""
     feature_cache: str | None = None
     """A folder where features of fixed views are kept for later runs."""
 

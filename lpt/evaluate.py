@@ -4,7 +4,9 @@ Shapes: logits [N C], labels [N], ids [N k], features [N D'].
 """
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -17,14 +19,21 @@ from lpt.classifier import PromptedClassifier
 from lpt.data.task import Files, Images
 from lpt.engine.checkpoint import write_whole
 from lpt.engine.processes import everywhere, gathered, rank_and_world
+from lpt.heads import FusedHead
 from lpt.matching import key_usage
 from lpt.metrics import summarise
 
+ALONE = ("accuracy", "class_accuracy", "many", "medium", "few", "worst_class", "geometric_mean", "harmonic_mean", "ece")
+"""What is said of a head by itself."""
+
 
 class Predictions(NamedTuple):
+    """`opinions` are the logits of each head by itself, where there are two."""
+
     logits: Tensor
     labels: Tensor
     ids: Tensor | None
+    opinions: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class PrefixCache:
@@ -81,22 +90,31 @@ def predict(
     """
     model.eval()
     if folder and model.pool is None:
-        found = features(model, images, folder=folder, batch_size=batch_size)
-        head = model.classify(found.to(next(model.parameters()).device))
-        return Predictions(head.float().cpu(), images.labels, None)
+        found = features(model, images, folder=folder, batch_size=batch_size).to(next(model.parameters()).device)
+        opinions = {name: logits.cpu() for name, logits in _opinions(model, found).items()}
+        return Predictions(model.classify(found).float().cpu(), images.labels, None, opinions)
     cache = cache or PrefixCache(limit=0)
-    logits, ids = [], []
+    logits, ids, opinions = [], [], {}
     for part in _mine(images).split(batch_size):
         tokens, query = cache.get(model, images, part)
         output = model.tail(tokens, query=query)
         logits.append(output.logits.float())
         if output.ids is not None:
             ids.append(output.ids)
+        for name, of in _opinions(model, output.feature).items():
+            opinions.setdefault(name, []).append(of)
     return Predictions(
         gathered(torch.cat(logits), len(images)).cpu(),
         images.labels,
         gathered(torch.cat(ids), len(images)).cpu() if ids else None,
+        {name: gathered(torch.cat(of), len(images)).cpu() for name, of in opinions.items()},
     )
+
+
+def _opinions(model: PromptedClassifier, feature: Tensor) -> dict[str, Tensor]:
+    if not isinstance(model.head, FusedHead):
+        return {}
+    return dict(zip(("linear", "similarity"), model.head.both(feature), strict=True))
 
 
 @torch.no_grad()
@@ -139,7 +157,11 @@ def measure(
     model: PromptedClassifier, predictions: Predictions, counts: Tensor, *, group_rule: str = "lt20"
 ) -> dict[str, Any]:
     """The metrics of predictions that `model` has made."""
-    metrics = summarise(model.probabilities(predictions.logits), predictions.labels, counts, group_rule=group_rule)
+    labels, opinions = predictions.labels, predictions.opinions
+    metrics = summarise(model.probabilities(predictions.logits), labels, counts, group_rule=group_rule)
+    if predictions.opinions:  # each head alone: the ablation of their fusion
+        alone = {name: summarise(z.softmax(1), labels, counts, group_rule=group_rule) for name, z in opinions.items()}
+        metrics["heads"] = {name: {key: of[key] for key in ALONE} for name, of in alone.items()}
     if predictions.ids is not None and model.pool is not None:
         metrics["key_usage"] = key_usage(predictions.ids, len(model.pool.keys))
     return metrics

@@ -2,7 +2,8 @@
 
 Format 1. Tensors: `shared.tokens` [L n D], `pool.tokens` [K L' n D], `pool.keys` [K D'], `pool.centre` [D'],
 `head.weight` [C D'], `head.bias` [C] where the head is linear and not cosine, or `head.bank` [N D'] where it is nearest
-neighbours, `query_head.weight` [C D'] where the query has a head of its own, `calibration.scale` and `.offset` [C], and
+neighbours, `query_head.weight` [C D'] where the query has a head of its own, `calibration.scale` and `.offset` [C],
+with a fused head `head.scales` [2], `.prototypes`, `.texts` and `.visual` [C J], `.seen` and `.frequency` [C], and
 `backbone.*`, what was learned inside a copy of the backbone as the header's `inside` says. A shallow prompt has L = 1.
 The header stands under `lpt` in the file's metadata.
 """
@@ -23,13 +24,15 @@ from lpt.backbones.base import Backbone
 from lpt.classifier import PromptedClassifier
 from lpt.engine.checkpoint import write_whole
 from lpt.errors import PromptFileError
-from lpt.heads import Calibration, CosineHead, Head, LinearHead, NeighbourHead
+from lpt.heads import Calibration, CosineHead, FusedHead, Fusion, Head, LinearHead, NeighbourHead
 from lpt.preprocess import Preprocess
 from lpt.prompts import DeepPrompt, PromptPool, ShallowPrompt
 
 FORMAT = 1
 LARGEST_HEADER = 8 * 2**20
 
+FUSED = {"head.scales": 1, "head.prototypes": 2, "head.texts": 2, "head.visual": 2, "head.seen": 1, "head.frequency": 1}
+"""Ranks of what a fused head has besides its weight."""
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -45,6 +48,15 @@ class Inside(BaseModel):
     kind: Kind
     bottleneck: int = Field(ge=1, le=4096)
     rank: int = Field(ge=1, le=4096)
+
+
+class Fused(BaseModel):
+    """How a fused head makes one answer of two: arguments of `FusedHead`."""
+
+    fusion: Fusion
+    eta: float = Field(ge=0, le=1)
+    temperature: float = Field(gt=0, allow_inf_nan=False)
+    fuse: bool
 
 
 class Header(BaseModel):
@@ -63,6 +75,9 @@ class Header(BaseModel):
     topk: int = Field(default=0, ge=0)
     first: int = Field(default=0, ge=0)
     inside: Inside | None = None
+    fused: Fused | None = None
+    space: Literal["features", "joint"] = "features"
+    """Where a head of class prototypes compares: in the space of the features, or of images and texts."""
     neighbours: int = Field(default=0, ge=0)
     temperature: float = Field(default=0.07, gt=0, allow_inf_nan=False)
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -103,6 +118,10 @@ def save_prompt(
     backbone, pool, head = model.backbone, model.pool, model.head
     if isinstance(head, NeighbourHead):
         facts |= {"neighbours": head.k, "temperature": head.temperature}
+    if isinstance(head, FusedHead):
+        facts["fused"] = Fused.model_validate(head, from_attributes=True)
+    if isinstance(head, FusedHead | CosineHead) and head.project:
+        facts["space"] = "joint"
     facts.setdefault("precision", "bf16" if backbone.dtype == torch.bfloat16 else "fp32")
     header = Header(
         format=FORMAT,
@@ -163,16 +182,28 @@ def load_prompt(path: str | Path, backbone: Backbone) -> PromptedClassifier:
             f"{backbone.preprocess.size}: set backbone.image_size={header.backbone.image_size}"
         )
     rows = tensors["head.bank" if "head.bank" in tensors else "head.weight"]
-    if (wide := rows.shape[1]) != backbone.feature_width:
-        raise PromptFileError(f"prompt file {path}: head of width {wide}, backbone of {backbone.feature_width}")
+    joint = header.space == "joint"
+    meets = backbone.joint_width if joint else backbone.feature_width
+    wanted = backbone.feature_width if header.fused or not joint else meets
+    if (wide := rows.shape[1]) != wanted:
+        raise PromptFileError(f"prompt file {path}: head of width {wide}, backbone of {wanted}")
     if header.inside:
         backbone = adapted(backbone, **header.inside.model_dump())
+    project = backbone.project if joint else None
 
-    def cosine() -> CosineHead:
-        return CosineHead(num_classes=len(header.classes), width=backbone.feature_width, scale=header.scale)
+    def cosine(project: Any = None) -> CosineHead:
+        return CosineHead(num_classes=len(header.classes), width=wanted, scale=header.scale, project=project)
 
-    head: Head = cosine()
-    if "head.bank" in tensors:
+    head: Head = cosine(project)
+    if header.fused:
+        head = FusedHead(
+            num_classes=len(header.classes),
+            width=wanted,
+            joint_width=meets,
+            project=project,
+            **header.fused.model_dump(),
+        )
+    elif "head.bank" in tensors:
         counts = torch.tensor(header.counts)
         head = NeighbourHead(bank=rows, counts=counts, k=header.neighbours, temperature=header.temperature)
     elif "head.bias" in tensors:
@@ -247,6 +278,7 @@ def _check_tensors(path: Path, header: Header, tensors: Mapping[str, Tensor]) ->
         "head.bank": 2,
         "calibration.scale": 1,
         "calibration.offset": 1,
+        **FUSED,
     }
     inside = {k for k in tensors if k.startswith("backbone.")}  # checked against the backbone when it is there
     wrong = sorted(set(tensors) - set(ranks) - inside)
@@ -262,6 +294,8 @@ def _check_tensors(path: Path, header: Header, tensors: Mapping[str, Tensor]) ->
         say = f"{len(tensors['head.bank'])} neighbours for {sum(header.counts)} training images"
     elif "head.bank" in tensors and not 1 <= header.neighbours <= sum(header.counts):
         say = f"{header.neighbours} nearest of {sum(header.counts)} training images"
+    elif (header.fused is not None) != bool(FUSED.keys() & tensors):
+        say = "the header and the tensors do not agree on whether its head is a fused one"
     elif ("calibration.scale" in tensors) != ("calibration.offset" in tensors):
         say = "a calibration needs scale and offset"
     elif "head.bias" in tensors and len(tensors["head.bias"]) != len(header.classes):

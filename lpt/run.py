@@ -22,10 +22,10 @@ from lpt.backbones.clip_vit import ClipViT, read_templates
 from lpt.classifier import PromptedClassifier
 from lpt.config import Config, load_config
 from lpt.data import load_task
-from lpt.data.task import Files, Images
+from lpt.data.task import Files, Images, Task
 from lpt.device import PRECISIONS, peak_memory, pick_device, pick_precision, versions
 from lpt.doctor import labels_seen
-from lpt.engine.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, write_whole
+from lpt.engine.checkpoint import write_whole
 from lpt.engine.loop import Fit
 from lpt.errors import LptError
 from lpt.evaluate import PrefixCache, evaluate, measure, predict
@@ -33,8 +33,11 @@ from lpt.history import History
 from lpt.methods import METHODS
 from lpt.page import html
 from lpt.prompt_file import DTYPES, save_prompt
+from lpt.pseudo_labels import diagnose, read_last_round
 from lpt.report import markdown
+from lpt.selection import Best, watched
 
+WATCHED = ("accuracy", "class_accuracy", "many", "medium", "few", "ece")
 NO_EPOCHS = {"decoupled", "class_mean", "knn", "zero_shot"}
 """Methods that end otherwise than with a phase of epochs."""
 Say = Callable[[str], None]
@@ -99,7 +102,14 @@ def train(
         metrics = evaluate(model, task.val, task.counts, group_rule=task.group_rule, cache=cache)
         if config.train.select == "best_val":
             best.offer(model, progress.phase, progress.step + 1, metrics["class_accuracy"])
-        return {"val": {k: metrics[k] for k in ("accuracy", "class_accuracy", "many", "medium", "few", "ece")}}
+        return {"val": {k: metrics[k] for k in WATCHED}}
+
+    def after_epoch(model: PromptedClassifier, progress: Any) -> dict[str, Any]:
+        found = held_out(model, progress)
+        if progress.epochs - progress.epoch <= config.train.watch_test:
+            metrics = evaluate(model, task.test, task.counts, group_rule=task.group_rule)
+            found["test"] = {k: metrics[k] for k in WATCHED}
+        return found
 
     def begin() -> None:
         if main:
@@ -118,7 +128,9 @@ def train(
         accelerator=accelerator,
         dtype=PRECISIONS[precision],
         on_start=begin,
-        on_epoch=held_out,
+        on_epoch=after_epoch,
+        count_flops=not config.train.compile,
+        audit=out / "pseudo_labels.parquet",
         say=say if main else lambda text: None,
         show=show if main else lambda phase, step, steps, text: None,
     )
@@ -150,6 +162,7 @@ def train(
         "seed": config.train.seed,
         "precision": precision,
         "trainable_parameters": model.trainable_parameters,
+        "cost": {key: sum(of[key] for of in fit.cost.values()) for key in ("steps", "images", "flops")},
         "absent_classes": task.absent_classes(),
         "skipped_images": list(task.facts.get("skipped", ())),
         "labels_seen": {name: len(shared) for name, shared in seen.items()},
@@ -172,6 +185,10 @@ def train(
             metrics={k: metrics[k] for k in ("accuracy", "class_accuracy", "many", "medium", "few", "ece", "nll")},
             versions=versions(),
         )
+        if told := _pseudo_labels(out / "pseudo_labels.parquet", task):
+            report["pseudo_labels"] = told
+        if seen_on_test := watched(fit.history.lines):
+            report["watched"] = seen_on_test
         report |= {
             "prompt_bytes": (out / "prompt.safetensors").stat().st_size,
             "seconds": round(spent, 1),
@@ -187,38 +204,20 @@ def train(
     return report
 
 
+def _pseudo_labels(path: Path, task: Task) -> dict[str, Any] | None:
+    """What the last round of pseudo-labels was like, if there was one."""
+    if not path.exists() or task.unlabeled is None:
+        return None
+    noted, number = read_last_round(path, task.classes)
+    every = task.unlabeled.labels
+    known = torch.bincount(every, minlength=len(task.classes)) if bool((every >= 0).all()) else None
+    return {"round": number, **diagnose(noted, noted["truth"], task.counts, known)}
+
+
 def method_names(method: Mapping[str, Any]) -> set[str]:
     """The method's name and those of the methods that it runs inside."""
     inside = (method_names(method[key]) for key in ("then", "first") if key in method)
     return {method["name"]}.union(*inside)
-
-
-class Best:
-    """The best epoch of every phase by class accuracy on held-out images, in `checkpoints/best-PHASE.safetensors`."""
-
-    def __init__(self, folder: Path, run_hash: str, *, writes: bool):
-        self.folder, self.run_hash, self.writes = folder, run_hash, writes
-        self.phase, self.best = "", Checkpoint(0, True, 0.0, {}, {})
-
-    def offer(self, model: PromptedClassifier, phase: str, step: int, score: float) -> None:
-        place = self.folder / f"best-{phase}.safetensors"
-        if phase != self.phase:  # another phase begins, or goes on in another process
-            self.phase = phase
-            self.best = load_checkpoint(place, run_hash=self.run_hash) or Checkpoint(0, True, 0.0, {}, {})
-        if score > self.best.moments.get("score", torch.tensor(-1.0)):
-            tensors = {name: value.detach().cpu().clone() for name, value in model.adapted().items()}
-            self.best = Checkpoint(step, True, 0.0, tensors, {"score": torch.tensor(score, dtype=torch.float64)})
-            if self.writes:
-                save_checkpoint(place, self.best, run_hash=self.run_hash)
-
-    def restore(self, model: PromptedClassifier) -> str:
-        """Puts the last phase's best into `model`; returns the name of the selection."""
-        if not self.phase:  # all phases were finished before this process
-            place = max(self.folder.glob("best-*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
-            self.phase = place.stem.removeprefix("best-")
-            self.best = load_checkpoint(place, run_hash=self.run_hash) or self.best
-        model.load_adapted(self.best.tensors)
-        return f"best on held-out images: step {self.best.step} of {self.phase}"
 
 
 Rows = dict[str, dict[str, Any]]

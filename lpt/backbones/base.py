@@ -105,8 +105,7 @@ class Backbone(nn.Module, ABC):
         names = [name.replace("_", " ").lower() for name in classes]
         if absent := [name for name, key in zip(classes, names, strict=True) if key not in known]:
             raise BackboneError(
-                "the prototypes (load the backbone again for those of other classes) "
-                f"lack {len(absent)} of {len(classes)} classes: {', '.join(absent[:5])}"
+                f"the prototypes lack {len(absent)} of {len(classes)} classes: {', '.join(absent[:5])}"
                 + did_you_mean(absent[0], self.prototypes)
             )
         found = torch.stack([known[key] for key in names])

@@ -134,12 +134,15 @@ class ClipViT(TimmViT):
         super().__init__(vit, name=name, preprocess=preprocess, fingerprint=fingerprint)
         self.projection, self.texts = projection, texts
         self.templates: tuple[str, ...] = (TEMPLATE,)
+        self.encoded = False
 
     def class_prototypes(self, classes: Sequence[str]) -> Tensor:
-        """[C J] of texts, which are encoded once for the classes first asked for, unless `prototypes` were given.
-        Raises BackboneError."""
-        if self.prototypes is None:
-            self.prototypes = self.texts.encode(classes, self.templates, next(self.parameters()).device)
+        """[C J] of texts, each of which is encoded once, unless `prototypes` were given. Raises BackboneError."""
+        if self.prototypes is None or self.encoded:
+            known = dict(self.prototypes or {})
+            if fresh := [name for name in classes if name not in known]:
+                known |= self.texts.encode(fresh, self.templates, next(self.parameters()).device)
+            self.prototypes, self.encoded = known, True
         return super().class_prototypes(classes)
 
 

@@ -1,0 +1,61 @@
+"""Which weights of a run are reported: the last, or the best on held-out images; and what others would have said.
+
+The test set may be watched after epochs, for the numbers that semi-supervised papers report; nothing is chosen by it.
+"""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lpt.classifier import PromptedClassifier
+from lpt.engine.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+
+LAST = 20
+"""Evaluations that a mean or median is taken over (ACR and DARP report the mean of the last 20, DASO their median)."""
+
+
+class Best:
+    """The best epoch of every phase by class accuracy on held-out images, in `checkpoints/best-PHASE.safetensors`."""
+
+    def __init__(self, folder: Path, run_hash: str, *, writes: bool):
+        self.folder, self.run_hash, self.writes = folder, run_hash, writes
+        self.phase, self.best = "", Checkpoint(0, True, 0.0, {})
+
+    def offer(self, model: PromptedClassifier, phase: str, step: int, score: float) -> None:
+        place = self.folder / f"best-{phase}.safetensors"
+        if phase != self.phase:  # another phase begins, or goes on in another process
+            self.phase = phase
+            self.best = load_checkpoint(place, run_hash=self.run_hash) or Checkpoint(0, True, 0.0, {})
+        if score > self.best.moments.get("score", torch.tensor(-1.0)):
+            tensors = {name: value.detach().cpu().clone() for name, value in model.adapted().items()}
+            self.best = Checkpoint(step, True, 0.0, tensors, {"score": torch.tensor(score, dtype=torch.float64)})
+            if self.writes:
+                save_checkpoint(place, self.best, run_hash=self.run_hash)
+
+    def restore(self, model: PromptedClassifier) -> str:
+        """Puts the last phase's best into `model`; returns the name of the selection."""
+        if not self.phase:  # all phases were finished before this process
+            place = max(self.folder.glob("best-*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
+            self.phase = place.stem.removeprefix("best-")
+            self.best = load_checkpoint(place, run_hash=self.run_hash) or self.best
+        model.load_adapted(self.best.tensors)
+        return f"best on held-out images: step {self.best.step} of {self.phase}"
+
+
+def watched(history: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Class accuracies on the test set after epochs, as papers report them, from a run's history; None where it was not
+    watched. `best_on_test` is what a choice by the test set would have given, and no result."""
+    seen = [line["test"]["class_accuracy"] for line in history if "test" in line]
+    if not seen:
+        return None
+    late = seen[-LAST:]
+    return {
+        "evaluations": len(seen),
+        "last": seen[-1],
+        "mean20": statistics.fmean(late),
+        "median20": statistics.median(late),
+        "best_on_test": max(seen),
+    }
