@@ -95,3 +95,11 @@ def test_the_manifest_holds_the_unlabelled_counts(tmp_path):
     assert manifest["parts"]["unlabeled"]["images"] == sum(semi_counts(10, 9, 4))
     with pytest.raises(DataError, match=r"needs 500 labelled and 4600 .* 5000 are there: lower data\.m1 \(now 4600"):
         load_task("cifar10-semi", root=root, m1=4600)
+
+
+def test_images_held_out_are_no_others(cifar100_root):
+    task = load_task("cifar100-semi", root=str(cifar100_root), val_per_class=50)
+    assert torch.bincount(task.val.labels).tolist() == [50] * 100
+    assert not set(task.val.ids) & {*task.train.ids, *task.unlabeled.ids}
+    with pytest.raises(DataError, match="or hold out less than 51"):
+        load_task("cifar100-semi", root=str(cifar100_root), val_per_class=51)

@@ -61,11 +61,13 @@ def cifar100_semi(
     gamma_u: Factor | None = None,
     shape: Shape = "consistent",
     preset: Preset = "acr",
+    val_per_class: Count = 0,
     seed: Count = 0,
     download: bool = False,
 ) -> Task:
-    """CIFAR-100-LT with unlabelled images: n1 and m1 of the first class, gamma_l and gamma_u times less of the last."""
-    return _semi("cifar100-semi", 100, root, n1, m1, gamma_l, gamma_u, shape, preset, seed, download)
+    """CIFAR-100-LT with unlabelled images: n1 and m1 of the first class, gamma_l and gamma_u times less of the last;
+    `val_per_class` are held out from the end of each class's images."""
+    return _semi("cifar100-semi", 100, root, n1, m1, gamma_l, gamma_u, shape, preset, val_per_class, seed, download)
 
 
 def cifar10_semi(
@@ -77,11 +79,13 @@ def cifar10_semi(
     gamma_u: Factor | None = None,
     shape: Shape = "consistent",
     preset: Preset = "acr",
+    val_per_class: Count = 0,
     seed: Count = 0,
     download: bool = False,
 ) -> Task:
-    """CIFAR-10-LT with unlabelled images: n1 and m1 of the first class, gamma_l and gamma_u times less of the last."""
-    return _semi("cifar10-semi", 10, root, n1, m1, gamma_l, gamma_u, shape, preset, seed, download)
+    """CIFAR-10-LT with unlabelled images: n1 and m1 of the first class, gamma_l and gamma_u times less of the last;
+    `val_per_class` are held out from the end of each class's images."""
+    return _semi("cifar10-semi", 10, root, n1, m1, gamma_l, gamma_u, shape, preset, val_per_class, seed, download)
 
 
 def _semi(
@@ -94,6 +98,7 @@ def _semi(
     gamma_u: float | None,
     shape: Shape,
     preset: Preset,
+    val_per_class: int,
     seed: int,
     download: bool,
 ) -> Task:
@@ -116,11 +121,13 @@ def _semi(
         own = np.where(labels == k)[0]
         if preset in ("daso", "usb"):
             own = np.random.default_rng((seed, 19, k)).permutation(own)
-        spare = len(own) // 10 if preset == "daso" else 0
+        spare = len(own) // 10 if preset == "daso" and not val_per_class else val_per_class
         if n + m > len(own) - spare:
             raise DataError(
                 f"{name}: class {classes[k]!r} needs {n} labelled and {m} unlabelled images, {len(own) - spare} are "
                 f"there: lower data.m1 (now {m1}) or data.n1 (now {n1})"
+                + f", or hold out less than {spare}"
+                * bool(spare)
             )
         labelled += own[:n].tolist()
         unlabelled += own[0 if preset == "acr" else n : n + m].tolist()
