@@ -19,7 +19,7 @@ from lpt.data.task import Files, Images
 from lpt.errors import DataError
 from lpt.longtail import GROUPS
 from lpt.preprocess import decoded
-from lpt.report import percent
+from lpt.report import cost_line, percent, pseudo_label_line
 
 WORST, SHOWN, SIDE = 10, 5, 72
 
@@ -103,6 +103,7 @@ def html(
                 f"{usage['dead_keys']} of them chosen less than once in a hundred.",
             )
         )
+    parts += _pseudo_labels(report)
     if history:
         parts.append(_section("Training", plots.curves(history), "Mean loss of each epoch."))
     parts.append(_again(report, config, command))
@@ -125,6 +126,24 @@ def _tiles(report: Mapping[str, Any]) -> str:
     facts |= {"prompt file": f"{report['prompt_bytes'] / 1000:,.0f} kB", "trained in": _time(report["seconds"])}
     tiles = (f'<div class="tile">{escape(name)}<b>{escape(value)}</b></div>' for name, value in facts.items())
     return f'<div class="tiles">{"".join(tiles)}</div>'
+
+
+def _pseudo_labels(report: Mapping[str, Any]) -> list[str]:
+    """What a semi-supervised run believed of its unlabelled images, if it is one."""
+    if not (found := report.get("pseudo_labels")):
+        return []
+    counts = report["data"]["counts"]
+    silent = sum(n == 0 for n in found["predicted"])
+    note = f"{pseudo_label_line(found)} {silent} of {len(counts)} classes have none."
+    parts = [_section("What was believed", plots.pseudo_labels(found["predicted"], found.get("true"), counts), note)]
+    if "precision" in found:
+        curves = plots.precision_and_recall(found["per_class_precision"], found["per_class_recall"], counts)
+        parts.append(_section("How rightly, class by class", curves, "Of the kept pseudo-labels of the last round."))
+        wrong = "They train as the right ones do: the surer, the worse."
+        parts.append(
+            _section("How sure the wrong ones are", plots.wrong_ones(found["false_histogram"]), wrong, narrow=True)
+        )
+    return parts
 
 
 def _time(seconds: float) -> str:
@@ -193,6 +212,7 @@ def _again(report: Mapping[str, Any], config: str, command: str) -> str:
         "split": f"SHA-256 {report['data']['split_sha256']}",
         "trained": f"{report['trainable_parameters']:,} parameters in {report['seconds']:.0f} s, "
         f"seed {report['seed']}, {report['precision']}, peak memory {report['peak_memory_bytes'] / 2**20:,.0f} MiB",
+        "cost": cost_line(report),
         "versions": versions,
     }
     rows = "".join(

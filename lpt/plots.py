@@ -128,6 +128,45 @@ def key_usage(selections: Sequence[int]) -> str:
     return out[0]
 
 
+def pseudo_labels(predicted: Sequence[int], true: Sequence[int] | None, counts: Sequence[int]) -> str:
+    """How the kept pseudo-labels are spread over the classes, against the truth where it is known; both as shares."""
+    order = np.argsort(-np.asarray(counts), kind="stable")
+    x = np.arange(1, len(order) + 1)
+    with _figure(height=2.5) as (_, axes, out):
+        for values, colour, label in ((predicted, COLOURS["many"], "kept pseudo-labels"), (true, INK, "the truth")):
+            if values is not None and sum(values):
+                share = 100 * np.asarray(values)[order] / sum(values)
+                axes.step(x, share, where="mid", color=colour, label=label, lw=1.8 if values is predicted else 1.2)
+        axes.set(xlabel="class, from most to fewest labelled images", ylabel="share, %", ylim=(0, None))
+        axes.legend(frameon=False, fontsize=10)
+    return out[0]
+
+
+def precision_and_recall(
+    precision: Sequence[float | None], recall: Sequence[float | None], counts: Sequence[int]
+) -> str:
+    """Of the kept pseudo-labels, class by class in order of the labelled count; lines are running means."""
+    order = np.argsort(-np.asarray(counts), kind="stable")
+    x = np.arange(1, len(order) + 1)
+    with _figure(height=2.5) as (_, axes, out):
+        for values, colour, label in ((precision, COLOURS["many"], "precision"), (recall, COLOURS["few"], "recall")):
+            shown = np.array([np.nan if v is None else 100 * v for v in values])[order]
+            axes.plot(x, shown, "o", ms=3, color=colour, alpha=0.6)
+            axes.plot(x, _smooth(shown), color=colour, lw=2, label=label)
+        axes.set(xlabel="class, from most to fewest labelled images", ylabel="%", ylim=(-3, 103))
+        axes.legend(frameon=False, fontsize=10)
+    return out[0]
+
+
+def wrong_ones(histogram: Sequence[int]) -> str:
+    """How sure the wrong ones among the kept pseudo-labels are, in equal bins of confidence from 0 to 1."""
+    width = 1 / len(histogram)
+    with _figure(4.4, 2.2) as (_, axes, out):
+        axes.bar(np.arange(len(histogram)) * width, histogram, width * 0.95, align="edge", color=COLOURS["few"])
+        axes.set(xlabel="confidence", ylabel="wrong pseudo-labels", xlim=(0, 1))
+    return out[0]
+
+
 def curves(history: Sequence[Mapping[str, Any]]) -> str:
     """Training loss of each epoch over all phases, and held-out accuracy where there was a held-out part."""
     with _figure() as (_, axes, out):

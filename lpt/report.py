@@ -6,6 +6,15 @@ from typing import Any
 COLUMNS = ("accuracy", "class_accuracy", "many", "medium", "few", "worst_class", "ece")
 NAMES = {"accuracy": "all", "class_accuracy": "class mean", "worst_class": "worst class", "ece": "ECE"}
 
+SWAPS = (("tail", "head"), ("head", "tail"))
+SEEN = {
+    "last": "last",
+    "mean of 20": "mean20",
+    "median of 20": "median20",
+    "best (chosen on test: no result)": "best_on_test",
+}
+"""What papers report of evaluations on the test set, by what they are."""
+
 
 def percent(value: float | None) -> str:
     """One decimal; an empty group is n/a, never NaN.
@@ -28,6 +37,25 @@ def table(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
 
     rule = "|" + "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths)) + "|"
     return "\n".join([show(head), rule, *map(show, body)])
+
+
+def cost_line(report: Mapping[str, Any]) -> str:
+    """Steps, images, FLOPs, time and memory, each by itself: few steps of a large model are no little work."""
+    cost, memory = report["cost"], report["peak_memory_bytes"] / 2**20
+    flops = f"{cost['flops'] / 1e12:,.1f} TFLOPs" if cost["flops"] else "FLOPs not counted"
+    return (
+        f"{cost['steps']:,} steps, {cost['images']:,} images, {flops} in training, {report['seconds']:.0f} s in all, "
+        f"peak memory {memory:,.0f} MiB"
+    )
+
+
+def pseudo_label_line(found: Mapping[str, Any]) -> str:
+    """How many pseudo-labels of the last round were kept, and how rightly where that is known."""
+    line = f"Round {found['round']}: {found['kept']:,} of {found['images']:,} kept ({percent(found['coverage'])} %)"
+    if "precision" not in found:
+        return line + "; the truth is not known."
+    sure = "" if found["false_confidence"] is None else f", {found['false_confidence']:.2f} sure on average"
+    return line + f", {percent(found['precision'])} % of them right; {found['false_kept']:,} wrong ones{sure}."
 
 
 def markdown(report: Mapping[str, Any], *, classes: Sequence[str], command: str) -> str:
@@ -56,7 +84,7 @@ def markdown(report: Mapping[str, Any], *, classes: Sequence[str], command: str)
         f"| split SHA-256 | `{data['split_sha256']}` |",
         f"| trained | {report['trainable_parameters']:,} parameters, seed {report['seed']}, {report['precision']} |",
         f"| prompt file | {report['prompt_bytes']:,} bytes |",
-        f"| time | {report['seconds']:.0f} s, peak memory {report['peak_memory_bytes'] / 2**20:.0f} MiB |",
+        f"| cost | {cost_line(report)} |",
         f"| NLL, Brier | {report['nll']:.4f}, {report['brier']:.4f} |",
     ]
     if usage := report.get("key_usage"):
@@ -64,6 +92,19 @@ def markdown(report: Mapping[str, Any], *, classes: Sequence[str], command: str)
             f"| keys on the test set | perplexity {usage['perplexity']:.1f} of {len(usage['selections'])}, "
             f"{usage['dead_keys']} dead |"
         )
+    for name, alone in report.get("heads", {}).items():
+        lines.append(
+            f"| the {name} head alone | class mean {percent(alone['class_accuracy'])}, few {percent(alone['few'])} |"
+        )
+    if found := report.get("pseudo_labels"):
+        lines.append(f"| pseudo-labels | {pseudo_label_line(found)} |")
+        if "precision" in found:
+            swaps = ", ".join(f"{a} taken for {b} {percent(found[f'{a}_taken_for_{b}'])} %" for a, b in SWAPS)
+            far = f"KL to the truth {found['kl']:.2f}, " if "kl" in found else ""
+            lines.append(f"| their bias | {far}{swaps} |")
+    if seen := report.get("watched"):
+        values = ", ".join(f"{name} {percent(seen[key])}" for name, key in SEEN.items())
+        lines.append(f"| class mean on the test set over {seen['evaluations']} evaluations | {values} |")
     for name, number in report.get("labels_seen", {}).items():
         lines.append(f"| labels seen | the backbone knows {number} of these classes as labels of {name} |")
     if skipped := report.get("skipped_images"):

@@ -8,6 +8,7 @@ import json
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +181,8 @@ def train(
             precision=precision,
             data={
                 **data,
-                "settings": {k: v for k, v in config.data.items() if k not in ("root", "download")},
+                "labelled_sha256": replace(task, unlabeled=None).manifest()["sha256"],
+                "settings": {k: v for k, v in config.data.items() if k not in ("root", "download", "unlabeled")},
             },
             metrics={k: metrics[k] for k in ("accuracy", "class_accuracy", "many", "medium", "few", "ece", "nll")},
             versions=versions(),

@@ -101,8 +101,10 @@ def evaluate_prompt(
 
 
 def _whole(task: Task, header: Header) -> Task:
-    """A folder without parts that the prompt file was not trained on is a test set as a whole."""
-    if task.manifest()["sha256"] == header.data.get("split_sha256"):
+    """A folder without parts that the prompt file was not trained on is a test set as a whole. Whether it was is asked
+    of its labelled images: the unlabelled ones need not be at hand."""
+    labelled = replace(task, unlabeled=None).manifest()["sha256"]
+    if labelled == header.data.get("labelled_sha256", header.data.get("split_sha256")):
         return task
     assert isinstance(task.train, Files) and isinstance(task.test, Files)
     return replace(task, test=task.train.plus(task.test), facts={**task.facts, "test_part": "all images are tested on"})

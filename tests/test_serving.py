@@ -71,3 +71,18 @@ def test_its_own_data_keeps_its_test_part_and_its_group_rule(prompt):
     stored = json.loads((prompt.parent / "report.json").read_text())
     for key in ("accuracy", "many", "medium", "few", "group_rule", "nll"):
         assert found[key] == stored[key]
+
+
+def test_unlabelled_images_need_not_be_at_hand_again(tmp_path):
+    fill(tmp_path / "photos", {"cat": 9, "dog": 6, "red owl": 4})
+    fill(tmp_path / "more", {"any": 7}, seed=5)
+    config = {
+        "backbone": {"name": "untrained:vit_tiny_patch16_224", "image_size": 32},
+        "data": {"name": "folder", "root": str(tmp_path / "photos"), "unlabeled": str(tmp_path / "more")},
+        "method": {"name": "fixmatch", "tuning": "head", "head_init": "class_mean", "steps": 2, "rounds": 1},
+        "train": {"precision": "fp32", "batch_size": 4},
+    }
+    report = run.train(resolve(config), tmp_path / "run")
+    (tmp_path / "more").rename(tmp_path / "gone")
+    found = evaluate_prompt(tmp_path / "run" / "prompt.safetensors", {"data": {"root": str(tmp_path / "photos")}})
+    assert found["per_class"] == report["per_class"] and found["nll"] == report["nll"]  # the test part, not all images
