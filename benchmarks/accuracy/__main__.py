@@ -36,6 +36,14 @@ HERE = Path(__file__).parent
 RUNS = Path("runs/accuracy")
 COLUMNS = ("accuracy", "class_accuracy", "many", "medium", "few", "worst_class", "ece")
 FACTS = ("trainable_parameters", "prompt_bytes", "seconds", "commit")
+# Shown where a row has them: pseudo-labels of the last round, the heads of a fused one, and the work, not only its time
+MORE = {
+    "kept": "pseudo_labels.coverage",
+    "right of them": "pseudo_labels.precision",
+    "wrong ones' confidence": "pseudo_labels.false_confidence",
+    "linear head": "heads.linear.class_accuracy",
+    "similarity": "heads.similarity.class_accuracy",
+}
 # Student's t, two-sided, by number of seeds
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 DRAWS = 10_000
@@ -207,16 +215,34 @@ def processor() -> str:
 
 def table(suite: str, rows: list[dict[str, Any]], results: list[dict[str, Any]]) -> str:
     """Mean ± half width of the 95 % t-interval over seeds, per cent; the rows of the suite in their order."""
-    lines = [f"# {suite}", ""]
-    lines += ["| method | seeds | " + " | ".join(COLUMNS) + " | parameters | file, kB | seconds |"]
-    lines += ["|---|---:" + "|---:" * (len(COLUMNS) + 3) + "|"]
+    more = {name: path for name, path in MORE.items() if any(value_at(r, path) is not None for r in results)}
+    work = {key: f"cost.{key}" for key in ("steps", "images", "flops") if any("cost" in r for r in results)}
+    heads = [
+        *COLUMNS,
+        *more,
+        "parameters",
+        "file, kB",
+        *(f"T{w.upper()}" if w == "flops" else w for w in work),
+        "seconds",
+    ]
+    lines = [f"# {suite}", "", "| method | seeds | " + " | ".join([*heads, "MiB"] if work else heads) + " |"]
+    lines += ["|---|---:" + "|---:" * (len(heads) + bool(work)) + "|"]
     for row in rows:
         found = [r for r in results if r["method"] == row["method"]]
         if not found:
             continue
         cells = [interval([100 * r[c] for r in found if r[c] is not None]) for c in COLUMNS]
+        for path in more.values():
+            known = [100 * value for r in found if (value := value_at(r, path)) is not None]
+            cells.append(interval(known) if known else "-")
         size, seconds = found[0]["prompt_bytes"] / 1000, statistics.mean(r["seconds"] for r in found)
-        facts = [f"{found[0]['trainable_parameters']:,}", f"{size:.0f}", f"{seconds:.0f}"]
+        facts = [f"{found[0]['trainable_parameters']:,}", f"{size:.0f}"]
+        for key, path in work.items():
+            value = value_at(found[0], path)
+            facts.append("-" if value is None else f"{value / 1e12:.1f}" if key == "flops" else f"{value:,}")
+        facts.append(f"{seconds:.0f}")
+        if work:
+            facts.append(f"{statistics.mean(r['peak_memory_bytes'] for r in found) / 2**20:.0f}")
         lines.append(f"| {row['method']} | {len(found)} | " + " | ".join([*cells, *facts]) + " |")
     lines += ["", "What each row sets beyond its config:", ""]
     lines += [f"- **{row['method']}**: {' '.join(row.get('set', [])) or '-'}" for row in rows]
@@ -226,6 +252,14 @@ def table(suite: str, rows: list[dict[str, Any]], results: list[dict[str, Any]])
         commits = ", ".join(sorted({r["commit"] for r in results}))
         lines += ["", f"{last['processor']}; {versions}; commits {commits}."]
     return "\n".join([*lines, ""])
+
+
+def value_at(report: dict[str, Any], path: str) -> float | None:
+    """The number at a dotted path of a report, None where there is none."""
+    found: Any = report
+    for key in path.split("."):
+        found = found.get(key) if isinstance(found, dict) else None
+    return found
 
 
 def interval(values: list[float]) -> str:
