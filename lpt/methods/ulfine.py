@@ -208,7 +208,7 @@ class Fitting:
         feature = feature.detach().requires_grad_(self.orth_weight > 0)
         with torch.enable_grad():
             mine = F.one_hot(labels, num_classes).float().T @ F.normalize(head.joint(feature).float(), dim=1)
-            sums = mine + (summed(mine.detach()) - mine.detach())
+            sums = summed(mine.detach()) + (mine - mine.detach())  # the same bits everywhere, and a gradient in `mine`
             counts = summed(torch.bincount(labels, minlength=num_classes).float())
             following = self.following(head, sums, counts, *self._predicted(found, num_classes))
             if not self.orth_weight:
