@@ -195,7 +195,8 @@ def _cached(fit: Fit, model: PromptedClassifier, streams: dict[str, Stream], vie
         assert stream.images is not None
         images = stream.images
         if not stream.strong:
-            found = fit.once(f"{name}-features", lambda n=name, i=images: fit.view_features(n, model, i))
+            whole = f"{name}-features"
+            found = fit.once(whole, lambda n=whole, i=images: fit.view_features(n, model, i))
         elif strong is None:
             names = [f"strong-features-{v}" for v in range(views)]
             seen = [fit.once(n, lambda n=n, i=images: fit.view_features(n, model, i, strong=True)) for n in names]
