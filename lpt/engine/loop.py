@@ -323,7 +323,7 @@ class Fit:
         which the backbone learns nothing. `name` draws the views."""
         device = next(model.parameters()).device
         rank, world = (self.accelerator.process_index, self.accelerator.num_processes) if self.accelerator else (0, 1)
-        size, found, flops = 128 * world, [], 0
+        size, found, flops = min(128, -(-len(images.labels) // world)) * world, [], 0
         steps = -(-len(images.labels) // size)
         in_order = {name: Stream(_InOrder(len(images.labels), size), images, strong)}
         for t in range(steps):
