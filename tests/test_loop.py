@@ -345,7 +345,7 @@ def test_operations_are_counted_once_and_change_no_bit():
     assert bound.cost == {"phase1": {"steps": 11, "images": 44, "flops": 11 * 2 * (2 * 4 * 192 * 3)}}
     assert other.cost == {"phase1": {"steps": 11, "images": 44, "flops": 0}}
     assert torch.equal(counted.weight, plain.weight)
-    parts, again = fit(step=in_parts)
+    _, again = fit(step=in_parts)
     assert again.cost == bound.cost
 
 
