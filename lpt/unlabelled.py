@@ -78,7 +78,7 @@ def unlabelled_of(task: Task) -> Images | Files:
     if task.unlabeled is None or len(task.unlabeled) == 0:
         raise LptError(
             f"{task.name} has no unlabelled images: take data.name=cifar100-semi, give data.unlabeled a folder or "
-            "list, or train on labels alone with method.lambda_u=0"
+            "list, or train on labels alone with method.name=fixmatch and method.lambda_u=0"
         )
     return task.unlabeled
 
