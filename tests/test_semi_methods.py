@@ -11,8 +11,6 @@ import torch.nn.functional as F
 from conftest import toy_task
 from semi import COUNTS, FAST, Killed, cross_entropy, normal, semi, semi_task, unit
 
-from lpt import run
-from lpt.config import resolve
 from lpt.heads import FusedHead
 from lpt.losses import loss_by_name
 from lpt.methods import semi as methods
@@ -310,29 +308,3 @@ def test_an_opinion_in_parts():
         assert torch.equal(part.probability, probability[rows]) and torch.equal(part.kept, kept[rows])
         assert torch.equal(part.weight, kept[rows].float()) and torch.equal(part.heads["second"], -probability[rows])
         assert torch.equal(part.heads["linear"], probability[rows])
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    from test_folder import fill
-
-    root = tmp_path_factory.mktemp("semi")
-    fill(root / "photos", {"class 0": 9, "class 1": 6, "class 2": 4, "class 3": 4})
-    return fill(root / "more", {"class 0": 4, "class 1": 5, "class 2": 3, "class 3": 3}, seed=3).parent
-
-
-def config(tower, photos, method, *overrides):
-    raw = {
-        "backbone": {"name": tower[2], "weights": str(tower[3])},
-        "data": {"name": "folder", "root": str(photos / "photos"), "unlabeled": str(photos / "more")},
-        "method": {"name": method, "steps": 6, "rounds": 3, "lr": 0.05, "tau": 0.4},
-        "train": {"batch_size": 4, "precision": "fp32"},
-    }
-    return resolve(raw, overrides)
-
-
-@pytest.mark.parametrize("method", ["finessl", "daso", "fixmatch"])
-def test_the_best_round_on_held_out_images_can_be_chosen(tower, photos, tmp_path, method):
-    chosen = config(tower, photos, method, "train.select=best_val", "data.val_per_class=1")
-    report = run.train(chosen, tmp_path / "run")
-    assert report["selection"].startswith("best on held-out images: step")
