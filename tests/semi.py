@@ -82,18 +82,32 @@ class Watched(Fit):
         super().__call__(phase, model, watched, streams, **rest)
 
 
-def semi(method, backbone, task=None, *, folder=None, batch_size=4, seed=0, killed_at=None, keep=False, **settings):
+def semi(
+    method,
+    backbone,
+    task=None,
+    *,
+    folder=None,
+    batch_size=4,
+    seed=0,
+    killed_at=None,
+    keep=False,
+    accelerator=None,
+    **settings,
+):
     """(model, fit, what was said) of a method; `folder` for checkpoints and the table of pseudo-labels."""
     task, said = task or semi_task(), []
+    main = accelerator is None or accelerator.is_main_process
     fit = Watched(
         task.train,
         backbone.preprocess,
         batch_size,
         seed=seed,
-        history=History(folder / "history.jsonl" if folder else None),
+        history=History(folder / "history.jsonl" if folder and main else None),
         checkpoints=folder / "checkpoints" if folder else None,
         audit=folder / "pseudo_labels.parquet" if folder else None,
         checkpoint_seconds=0.0,
+        accelerator=accelerator,
         killed_at=killed_at,
         keep=keep,
         say=said.append,

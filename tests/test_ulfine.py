@@ -216,6 +216,15 @@ def test_a_class_that_is_never_predicted_keeps_its_text_and_without_kept_images_
     assert torch.equal(head.prototypes[2:], head.texts[2:]) and not torch.equal(head.prototypes[0], head.texts[0])
 
 
+def test_the_sum_over_processes_is_taken_as_it_is(monkeypatch):
+    """Where others nearly cancel this process's part, own part and rest do not add up to the sum's bits."""
+    total = 1e-4 * normal(5, 8, seed=9)
+    monkeypatch.setattr("lpt.methods.ulfine.summed", lambda mine: total if mine.dim() == 2 else mine)
+    head = fresh_head()
+    Fitting(orth_weight=1.0)(head, normal(5, 8), torch.arange(5), opinion(normal(4, 5))).commit()
+    assert torch.equal(head.visual, F.normalize(total, dim=1))
+
+
 # Acceptance 4: orthogonality.
 
 
