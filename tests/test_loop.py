@@ -77,6 +77,20 @@ def test_a_step_in_parts_is_the_step():
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
+def test_every_epoch_tells_the_mean_of_its_own_steps():
+    losses = []
+
+    def watched(model, batches, progress):
+        found = step(model, batches, progress)
+        losses.append(found["loss"].item())
+        return {**found, "number": torch.tensor(float(progress.step))}
+
+    lines = fit(step=watched)[1].history.lines
+    for line, first, last in zip(lines, (0, 4, 8), (4, 8, 11), strict=True):
+        assert line["loss"] == pytest.approx(sum(losses[first:last]) / (last - first))
+        assert line["number"] == pytest.approx(sum(range(first, last)) / (last - first))
+
+
 class Killed(Exception):
     pass
 
@@ -244,6 +258,13 @@ def test_strong_views_are_others_and_functions_of_seed_step_and_row_alone():
             for part in ("views", "labels", "rows"):
                 shares = [getattr(of[t][name], part) for of in parts]
                 assert torch.equal(torch.stack(shares, 1).flatten(0, 1), getattr(batches[name], part))
+
+
+def test_each_strong_view_of_an_image_has_a_seed_of_its_own(monkeypatch):
+    drawn = []
+    monkeypatch.setattr("lpt.engine.loop.augmented", lambda images, seeds, name: drawn.append(seeds) or images)
+    seen(strong0={"strong": True}, strong1={"strong": True}, weak={})
+    assert len(drawn) == 3 * 2 and len({seed for seeds in drawn for seed in seeds}) == 3 * 2 * 4
 
 
 def test_strong_views_are_strong_on_average():
