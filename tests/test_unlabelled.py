@@ -307,6 +307,7 @@ def test_a_task_without_unlabelled_images_is_told_what_to_do(clip):
         (["method.eta=1.1"], "method.eta: got 1.1"),
         (["method.mu=-.1"], "method.mu: got -0.1"),
         (["method.adapter_dim=0"], "method.adapter_dim"),
+        (["method.orth_on=learnable_text", "method.proto_mode=recursive"], "learnable_text needs proto_mode=anchored"),
         (["method.micro_batches=3"], "train.batch_size 4 is no multiple of method.micro_batches 3"),
         (["method.rounds=7"], "method.rounds 7 are more than the 6 steps"),
         (["method.cached_views=1"], "method.cached_views needs features that stay as they are: set method.tuning=head"),
