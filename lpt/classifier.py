@@ -162,7 +162,7 @@ class PromptedClassifier(nn.Module):
         key = (*self._shared_version, self.backbone.dtype)  # a stale constant has another key
         if self._constant is None or self._constant[0] != key:
             with torch.no_grad():
-                self._constant = (key, [self.backbone.keys_values(j, tokens[j]) for j in range(len(tokens))])
+                self._constant = (key, [self.backbone.keys_values(j, of.detach()) for j, of in enumerate(tokens)])
         return [self._constant[1][i]]
 
     # What trains, and what is stored.

@@ -37,11 +37,10 @@ def write_round(
         "truth": pa.array(names[truth[noted["rows"]].numpy()], pa.string()),
         "round": pa.array(np.full(len(noted["rows"]), number), pa.int32()),
     }
-    for name, values in noted.items():
-        if name.endswith("label"):
-            columns[name] = pa.array(names[values.numpy()], pa.string())
-        elif name != "rows":
-            columns[name] = pa.array(values.numpy())
+    first = ["step", "label", "confidence", "kept"]
+    for name in [*first, *sorted(noted.keys() - {*first, "rows"})]:  # notes from a checkpoint come in another order
+        values = noted[name].numpy()
+        columns[name] = pa.array(names[values], pa.string()) if name.endswith("label") else pa.array(values)
     table = pa.table(columns)
     if path.exists():
         before = pq.read_table(path)

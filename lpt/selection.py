@@ -41,7 +41,8 @@ class Best:
             place = max(self.folder.glob("best-*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
             self.phase = place.stem.removeprefix("best-")
             self.best = load_checkpoint(place, run_hash=self.run_hash) or self.best
-        model.load_adapted(self.best.tensors)
+        # Not all need be in `model` still: a head may have gone when its training ended.
+        model.load_adapted({name: self.best.tensors[name] for name in model.adapted()})
         return f"best on held-out images: step {self.best.step} of {self.phase}"
 
 

@@ -78,7 +78,7 @@ def unlabelled_of(task: Task) -> Images | Files:
     if task.unlabeled is None or len(task.unlabeled) == 0:
         raise LptError(
             f"{task.name} has no unlabelled images: take data.name=cifar100-semi, give data.unlabeled a folder or "
-            "list, or train on labels alone with method.lambda_u=0"
+            "list, or train on labels alone with method.name=fixmatch and method.lambda_u=0"
         )
     return task.unlabeled
 
@@ -195,7 +195,8 @@ def _cached(fit: Fit, model: PromptedClassifier, streams: dict[str, Stream], vie
         assert stream.images is not None
         images = stream.images
         if not stream.strong:
-            found = fit.once(f"{name}-features", lambda n=name, i=images: fit.view_features(n, model, i))
+            whole = f"{name}-features"
+            found = fit.once(whole, lambda n=whole, i=images: fit.view_features(n, model, i))
         elif strong is None:
             names = [f"strong-features-{v}" for v in range(views)]
             seen = [fit.once(n, lambda n=n, i=images: fit.view_features(n, model, i, strong=True)) for n in names]

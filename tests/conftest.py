@@ -92,3 +92,21 @@ def prompted(backbone, *, num_classes: int = 7, pool: bool = True, length: int =
 def images(backbone, n: int = 6, seed: int = 0):
     size = backbone.preprocess.size
     return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="session")
+def tower(tmp_path_factory):
+    """(open_clip's own small model, the same behind the seam, its name and its weights); its texts are made once."""
+    from test_clip_vit import stored
+
+    from lpt.backbones import load_backbone
+
+    model, name, path = stored(tmp_path_factory.mktemp("tower"), name="tower")
+    backbone = load_backbone(f"open_clip:{name}", weights=path)
+    backbone.class_prototypes([f"class {k}" for k in range(4)])
+    return model, backbone, f"open_clip:{name}", path
+
+
+@pytest.fixture
+def clip(tower):
+    return tower[1]

@@ -135,3 +135,35 @@ def test_predictions_from_features_are_those_of_the_whole_model(tmp_path):
     model = prompted(small_backbone(), pool=False, num_classes=4).only_train()
     stored = measure(model, predict(model, task.test, folder=tmp_path), task.counts, group_rule="thirds")
     assert stored == public_evaluate(model, task.test, task.counts, group_rule="thirds")
+
+
+def test_each_head_of_a_fused_one_is_told_by_itself(clip, tmp_path):
+    from semi import semi
+
+    task = toy_task()
+    model = semi("ulfine", clip, steps=2, rounds=1, lr=0.05, tau=0.4, tuning="vpt_deep", prompt_length=2)[0]
+    found = predict(model.only_train(), task.test)
+    with torch.no_grad():
+        views = clip.preprocess.test(task.test.pixels)
+        linear, similarity = model.head.both(model.feature(views))
+    assert found.opinions.keys() == {"linear", "similarity"}
+    torch.testing.assert_close(found.opinions["linear"], linear, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.opinions["similarity"], similarity, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.logits, 0.5 * linear + 0.5 * similarity, rtol=1e-4, atol=1e-4)
+    parts = predict(model, task.test, batch_size=7)
+    torch.testing.assert_close(parts.opinions["similarity"], found.opinions["similarity"], rtol=1e-4, atol=1e-4)
+    kept = predict(model, task.test, folder=tmp_path)  # through features in a file
+    assert torch.equal(kept.logits, found.logits) and kept.opinions.keys() == found.opinions.keys()
+    assert all(torch.equal(kept.opinions[name], value) for name, value in found.opinions.items())
+
+    metrics = measure(model, found, task.counts, group_rule="thirds")
+    for name, logits in (("linear", linear), ("similarity", similarity)):
+        right = (logits.argmax(1) == task.test.labels).double()
+        alone = metrics["heads"][name]
+        assert alone["accuracy"] == pytest.approx(right.mean().item())
+        assert alone["worst_class"] == pytest.approx(right.view(4, 6).mean(1).min().item())
+        assert alone["ece"] >= 0 and alone.keys() >= {"many", "medium", "few", "geometric_mean", "harmonic_mean"}
+    assert metrics["heads"]["linear"] != metrics["heads"]["similarity"]
+    assert "heads" not in measure(
+        prompted(clip, num_classes=4), predict(prompted(clip, num_classes=4), task.test), task.counts
+    )

@@ -77,6 +77,20 @@ def test_a_step_in_parts_is_the_step():
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
+def test_every_epoch_tells_the_mean_of_its_own_steps():
+    losses = []
+
+    def watched(model, batches, progress):
+        found = step(model, batches, progress)
+        losses.append(found["loss"].item())
+        return {**found, "number": torch.tensor(float(progress.step))}
+
+    lines = fit(step=watched)[1].history.lines
+    for line, first, last in zip(lines, (0, 4, 8), (4, 8, 11), strict=True):
+        assert line["loss"] == pytest.approx(sum(losses[first:last]) / (last - first))
+        assert line["number"] == pytest.approx(sum(range(first, last)) / (last - first))
+
+
 class Killed(Exception):
     pass
 
@@ -193,3 +207,198 @@ def test_a_history_cut_by_a_kill_is_read_up_to_the_cut(tmp_path):
 def test_an_unknown_optimiser_is_refused():
     with pytest.raises(TrainingError, match="'sdg' is unknown: use sgd or adamw"):
         fit(optimizer="sdg")
+
+
+# Streams, memory and cost.
+
+
+class Alone:
+    """One of several processes, without the others: what it is given does not depend on them."""
+
+    def __init__(self, rank, world):
+        self.process_index, self.num_processes, self.is_main_process = rank, world, rank == 0
+
+    def reduce(self, tensor, reduction):
+        return tensor
+
+
+def seen(rank=0, world=1, *, seed=0, images=None, **streams):
+    """The batches of three steps by stream."""
+    found = []
+
+    def watching(model, batches, progress):
+        found.append(batches)
+        return {"loss": sum(batch.views.float().mean() for batch in batches.values()) * model.weight.sum()}
+
+    bound = Fit(images or toy_images(LABELS), Preprocess(size=8), 4, seed=seed, accelerator=Alone(rank, world))
+    sampler = InstanceBalanced(LABELS, batch_size=4, seed=0)
+    given = {name: Stream(sampler, **rest) for name, rest in streams.items()}
+    bound("p", Linear(), watching, given, steps=3, steps_per_epoch=3, optimizer="sgd", lr=0.0, weight_decay=0.0)
+    return found
+
+
+def test_strong_views_are_others_and_functions_of_seed_step_and_row_alone():
+    streams = {"weak": {}, "strong0": {"strong": True}, "strong1": {"strong": True}}
+    steps = seen(**streams)
+    for batches in steps:
+        assert all(torch.equal(batch.rows, batches["weak"].rows) for batch in batches.values())
+        assert all(torch.equal(batch.labels, LABELS[batch.rows]) for batch in batches.values())
+    views = [batches[name].views for batches in steps for name in streams]
+    assert all(not torch.equal(a, b) for i, a in enumerate(views) for b in views[:i])
+    for batches, again, other in zip(steps, seen(**streams), seen(seed=1, **streams), strict=True):
+        for name in streams:
+            assert torch.equal(batches[name].views, again[name].views)
+            assert not torch.equal(batches[name].views, other[name].views)
+    # Another stream beside it changes nothing, and two processes see what one would.
+    alone = seen(strong0={"strong": True})
+    parts = [seen(rank, 2, **streams) for rank in range(2)]
+    for t, batches in enumerate(steps):
+        assert torch.equal(alone[t]["strong0"].views, batches["strong0"].views)
+        for name in streams:
+            for part in ("views", "labels", "rows"):
+                shares = [getattr(of[t][name], part) for of in parts]
+                assert torch.equal(torch.stack(shares, 1).flatten(0, 1), getattr(batches[name], part))
+
+
+def test_each_strong_view_of_an_image_has_a_seed_of_its_own(monkeypatch):
+    drawn = []
+    monkeypatch.setattr("lpt.engine.loop.augmented", lambda images, seeds, name: drawn.append(seeds) or images)
+    seen(strong0={"strong": True}, strong1={"strong": True}, weak={})
+    assert len(drawn) == 3 * 2 and len({seed for seeds in drawn for seed in seeds}) == 3 * 2 * 4
+
+
+def test_strong_views_are_strong_on_average():
+    """Grey squares and RandAugment: further from the plain image than a crop and a flip."""
+    plain = Preprocess(size=8).test(toy_images(LABELS).pixels)
+    distance = {"weak": 0.0, "strong": 0.0}
+    for batches in seen(weak={}, strong={"strong": True}):
+        for name, batch in batches.items():
+            distance[name] += (batch.views - plain[batch.rows]).abs().mean().item()
+    assert distance["strong"] > 1.3 * distance["weak"]
+
+
+def test_a_stream_may_have_images_and_features_of_its_own():
+    others = toy_images(LABELS.flip(0), seed=9)
+    rows = torch.randn(3, 24, 5, generator=torch.Generator().manual_seed(0))
+    steps = seen(mine={"images": others}, one={"features": rows[0]}, some={"features": rows})
+    chosen = set()
+    for batches in steps:
+        assert torch.equal(batches["mine"].labels, LABELS.flip(0)[batches["mine"].rows])
+        assert torch.equal(batches["one"].views, rows[0][batches["one"].rows])
+        for view, row in zip(batches["some"].views, batches["some"].rows.tolist(), strict=True):
+            (which,) = [v for v in range(3) if torch.equal(view, rows[v, row])]
+            chosen.add(which)
+    assert chosen == {0, 1, 2}
+    parts = [seen(rank, 2, some={"features": rows}) for rank in range(2)]
+    for t, batches in enumerate(seen(some={"features": rows})):
+        shares = [of[t]["some"].views for of in parts]
+        assert torch.equal(torch.stack(shares, 1).flatten(0, 1), batches["some"].views)
+
+
+def noting(model, batches, progress):
+    bound = noting.fit
+    (batch,) = batches.values()
+    bound.memory.note(rows=batch.rows, step=torch.full((4,), progress.step))
+    old = bound.memory.state.get("sum", torch.zeros(()))
+    bound.memory.state["sum"] = old + batch.views.mean()
+    return {**step(model, batches, progress), "third": torch.tensor(1 / 3)}
+
+
+@pytest.mark.parametrize("killed_at", [2, 5, 8])
+def test_what_a_phase_remembers_survives_a_kill_within_an_epoch(tmp_path, killed_at):
+    def run(folder, dies=None):
+        taken = []
+
+        def remembering(model, batches, progress):
+            if progress.step == dies:
+                raise Killed
+            return noting(model, batches, progress)
+
+        noting.fit = bound = Fit(
+            toy_images(LABELS),
+            Preprocess(size=8),
+            4,
+            checkpoints=folder,
+            history=History(folder.parent / f"{folder.name}.jsonl"),
+            checkpoint_seconds=0.0,
+            on_epoch=lambda model, progress: taken.append(bound.memory.take()) or {},
+        )
+        model, sampler = Linear(), InstanceBalanced(LABELS, batch_size=4, seed=0)
+        bound(
+            "p", model, remembering, {"all": Stream(sampler)},
+            steps=10, steps_per_epoch=4, optimizer="adamw", lr=0.1, weight_decay=0.0,
+        )  # fmt: skip
+        return bound, taken
+
+    whole, expected = run(tmp_path / "whole")
+    with pytest.raises(Killed):
+        run(tmp_path / "killed", killed_at)
+    again, taken = run(tmp_path / "killed")
+    assert torch.equal(again.memory.state["sum"], whole.memory.state["sum"]) and again.cost == whole.cost
+    for one, two in zip(expected[-len(taken) :], taken, strict=True):
+        assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    assert taken[-1]["step"].tolist() == 4 * [8] + 4 * [9] and len(taken) == 3 - killed_at // 4
+    lines = [
+        [{k: v for k, v in line.items() if "seconds" not in k} for line in b.history.lines] for b in (whole, again)
+    ]
+    assert lines[0] == lines[1] and len(lines[0]) == 3
+
+
+def test_a_phase_begins_with_nothing_to_remember(tmp_path):
+    def check(model, batches, progress):
+        if progress.step == 0:
+            assert not bound.memory.state and not bound.memory.sums
+        bound.memory.state["old"] = torch.zeros(2)
+        return step(model, batches, progress)
+
+    bound = Fit(toy_images(LABELS), Preprocess(size=8), 4, checkpoints=tmp_path)
+    for phase in ("one", "two"):
+        bound(
+            phase, Linear(), check, {"all": Stream(InstanceBalanced(LABELS, batch_size=4, seed=0))},
+            steps=2, steps_per_epoch=2, optimizer="sgd", lr=0.1, weight_decay=0.0,
+        )  # fmt: skip
+
+
+def test_operations_are_counted_once_and_change_no_bit():
+    """The logits are one product [4 192] [192 3] and its gradient in the weight: 2 · 4 · 192 · 3 each."""
+    counted, bound = fit()
+    plain, other = fit(count_flops=False)
+    assert bound.cost == {"phase1": {"steps": 11, "images": 44, "flops": 11 * 2 * (2 * 4 * 192 * 3)}}
+    assert other.cost == {"phase1": {"steps": 11, "images": 44, "flops": 0}}
+    assert torch.equal(counted.weight, plain.weight)
+    _, again = fit(step=in_parts)
+    assert again.cost == bound.cost
+
+
+def test_a_resumed_and_a_finished_phase_cost_what_an_undisturbed_one_does(tmp_path):
+    def dying(model, batches, progress):
+        if progress.step == 6:
+            raise Killed
+        return step(model, batches, progress)
+
+    cost = fit()[1].cost
+    with pytest.raises(Killed):
+        fit(tmp_path / "c", step=dying, checkpoint_seconds=0.0)
+    assert fit(tmp_path / "c")[1].cost == cost
+    assert fit(tmp_path / "c")[1].cost == cost
+
+
+def test_features_of_views_are_counted_and_their_cost_is_kept(tmp_path):
+    class Model(Linear):
+        def feature(self, views):
+            return views.flatten(1) @ self.weight.T + views.mean((1, 2, 3))[:, None]
+
+    model, images = Model(), toy_images(LABELS)
+    torch.nn.init.normal_(model.weight, generator=torch.Generator().manual_seed(0))
+
+    def made():
+        bound = Fit(images, Preprocess(size=8), 4, checkpoints=tmp_path)
+        return bound, bound.once("weak", lambda: bound.view_features("weak", model, images))
+
+    bound, first = made()
+    assert first.shape == (24, 3) and not torch.equal(first, bound.view_features("strong", model, images, strong=True))
+    assert bound.cost["weak"] == {"steps": 0, "images": 24, "flops": 24 * 2 * 192 * 3}
+    again, second = made()
+    assert torch.equal(first, second) and again.cost["weak"] == bound.cost["weak"]
+    other = bound.view_features("another", model, images)
+    assert not torch.equal(other, first) and torch.equal(other, bound.view_features("another", model, images))

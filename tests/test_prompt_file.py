@@ -147,3 +147,96 @@ def test_the_real_backbone_has_its_known_fingerprint(deit_tiny_weights):
     backbone = timm_vit.load("deit_tiny_patch16_224", weights=deit_tiny_weights, image_size=112)
     assert backbone.fingerprint == timm_vit.load("deit_tiny_patch16_224", weights=deit_tiny_weights).fingerprint
     assert (backbone.depth, backbone.width, backbone.prefix, backbone.reads) == (12, 192, 1, 1)
+
+
+# Heads in the joint space.
+
+
+@pytest.fixture
+def fused(clip, tmp_path):
+    from semi import semi
+
+    settings = {"steps": 2, "rounds": 1, "lr": 0.05, "adapter_dim": 3, "orth_on": "learnable_text", "eta": 0.3}
+    model = semi("ulfine", clip, tau=0.4, fusion="zscore", learn_scales=True, **settings)[0].only_train().eval()
+    model.round_to(torch.float16)
+    save_prompt(tmp_path / "fused.safetensors", model, method="ulfine", counts=toy_task().counts)
+    return tmp_path / "fused.safetensors", model
+
+
+def test_a_fused_head_reloads_to_the_same_bits_with_all_its_state(fused, tower):
+    from lpt.backbones import load_backbone
+
+    path, model = fused
+    again = load_prompt(path, load_backbone(tower[2], weights=tower[3]))
+    views = images(model.backbone)
+    assert torch.equal(again(views).logits, model(views).logits)
+    for one, two in zip(again.head.both(again.feature(views)), model.head.both(model.feature(views)), strict=True):
+        assert torch.equal(one, two)
+    assert again.adapted().keys() == model.adapted().keys()
+    assert all(torch.equal(value, again.adapted()[name]) for name, value in model.adapted().items())
+    assert again.head.seen.any() and (again.head.fusion, again.head.eta, again.head.fuse) == ("zscore", 0.3, True)
+    header = read_prompt(path).header
+    assert header.space == "joint" and header.scale == 1 and header.inside.bottleneck == 3
+    assert torch.equal(again.probabilities(views.new_ones(1, 4) * torch.arange(4)), torch.arange(4.0).softmax(0)[None])
+
+
+@pytest.mark.parametrize("changes", [{"proto_space": "features"}, {"tuning": "vpt_deep", "prompt_length": 2}])
+def test_other_fused_models_reload_too(clip, tmp_path, changes):
+    from semi import semi
+
+    model = semi("ulfine", clip, steps=1, rounds=1, fusion="daso", fuse_inference=False, **changes)[0].eval()
+    model.round_to(torch.float16)
+    header = save_prompt(tmp_path / "p.safetensors", model, method="ulfine", counts=toy_task().counts)
+    assert header.space == ("features" if "proto_space" in changes else "joint")
+    again, views = load_prompt(tmp_path / "p.safetensors", clip), images(clip)
+    with torch.no_grad():
+        assert torch.equal(again(views).logits, model(views).logits) and not again.head.fuse
+
+
+def test_a_zero_shot_model_in_the_joint_space_reloads_to_the_same_bits(clip, tmp_path):
+    from lpt.methods import METHODS
+
+    model = METHODS["zero_shot"](toy_task(), clip, None).only_train().eval()
+    model.round_to(torch.float16)
+    header = save_prompt(tmp_path / "p.safetensors", model, method="zero_shot", counts=toy_task().counts)
+    assert header.space == "joint" and load_file(tmp_path / "p.safetensors")["head.weight"].shape == (4, 48)
+    again, views = load_prompt(tmp_path / "p.safetensors", clip), images(clip)
+    assert torch.equal(again(views).logits, model(views).logits)
+    rewrite(tmp_path / "p.safetensors", header={"space": "features"})  # 64 wide
+    with pytest.raises(PromptFileError, match="head of width 48, backbone of 64"):
+        load_prompt(tmp_path / "p.safetensors", clip)
+    rewrite(tmp_path / "p.safetensors", header={"space": "elsewhere"})
+    with pytest.raises(PromptFileError, match="damaged header: space"):
+        load_prompt(tmp_path / "p.safetensors", clip)
+
+
+def without_state(tensors):
+    for name in ("scales", "prototypes", "texts", "visual", "seen", "frequency"):
+        del tensors[f"head.{name}"]
+
+
+@pytest.mark.parametrize(
+    ("change", "header", "says"),
+    [
+        (without_state, None, "do not agree on whether its head is a fused one"),
+        (None, {"fused": None}, "do not agree on whether its head is a fused one"),
+        (lambda t: t.pop("head.visual"), None, r"the model it describes differ in head\.visual"),
+        (lambda t: t.update({"head.seen": t["head.seen"][:3].clone()}), None, r"head\.seen is \[3\]"),
+        (lambda t: t.update({"head.texts": t["head.texts"][0].clone()}), None, r"head\.texts has shape"),
+        (lambda t: t.update({"head.prototypes": t["head.prototypes"][:, :9].clone()}), None, r"head\.prototypes is"),
+        (lambda t: t["head.frequency"].fill_(float("nan")), None, "not finite"),
+        (lambda t: t.update({"head.bias": torch.zeros(4)}), None, r"differ in head\.bias"),
+        (lambda t: t.update({"head.weight": t["head.weight"][:, :48].clone()}), None, "head of width 48"),
+        (None, {"fused": {"fusion": "scale", "eta": 1.5, "temperature": 1, "fuse": True}}, r"header: fused\.eta"),
+        (None, {"fused": {"fusion": "scale", "eta": -0.1, "temperature": 1, "fuse": True}}, r"header: fused\.eta"),
+        (None, {"fused": {"fusion": "sum", "eta": 0.5, "temperature": 1, "fuse": True}}, r"header: fused\.fusion"),
+        (None, {"fused": {"fusion": "daso", "eta": 0.5, "temperature": 0, "fuse": True}}, r"header: fused\.temper"),
+        (None, {"fused": {"fusion": "daso", "eta": 0.5, "temperature": 1}}, r"header: fused\.fuse"),
+        (None, {"space": "features"}, r"head\.prototypes is \[4, 48\], the backbone needs \[4, 64\]"),
+    ],
+)
+def test_a_damaged_fused_head_is_refused(fused, clip, change, header, says):
+    path, _ = fused
+    rewrite(path, change, header)
+    with pytest.raises(PromptFileError, match=says):
+        load_prompt(path, clip)

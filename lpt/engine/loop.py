@@ -285,17 +285,20 @@ class Fit:
 
     def once(self, name: str, make: Callable[[], Tensor]) -> Tensor:
         """What `make` returns of the training images, kept beside the checkpoints: a resumed run need not compute it
-        again, unless an image file was written anew."""
+        again, unless an image file was written anew. What it cost under `name` is kept with it."""
         self.start()
         place = self.checkpoints / f"{name}-{self.images.digest[:12]}.safetensors" if self.checkpoints else None
         if everywhere(bool(place and place.exists())):
             assert place is not None
             found = load_checkpoint(place, run_hash=self.run_hash)
             assert found is not None
+            if found.memory:
+                self.cost[name] = {key: int(number) for key, number in found.memory.items()}
             return found.tensors["value"]
         value = make()
         if place and (self.accelerator is None or self.accelerator.is_main_process):
-            save_checkpoint(place, Checkpoint(0, True, 0.0, {"value": value}, {}), run_hash=self.run_hash)
+            cost = {key: torch.tensor(number) for key, number in self.cost.get(name, {}).items()}
+            save_checkpoint(place, Checkpoint(0, True, 0.0, {"value": value}, {}, cost), run_hash=self.run_hash)
         return value
 
     def start(self) -> None:
@@ -320,7 +323,7 @@ class Fit:
         which the backbone learns nothing. `name` draws the views."""
         device = next(model.parameters()).device
         rank, world = (self.accelerator.process_index, self.accelerator.num_processes) if self.accelerator else (0, 1)
-        size, found, flops = 128 * world, [], 0
+        size, found, flops = min(128, -(-len(images.labels) // world)) * world, [], 0
         steps = -(-len(images.labels) // size)
         in_order = {name: Stream(_InOrder(len(images.labels), size), images, strong)}
         for t in range(steps):

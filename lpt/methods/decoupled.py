@@ -17,7 +17,7 @@ from lpt.data.task import Task
 from lpt.engine.loop import Fit
 from lpt.errors import LptError
 from lpt.evaluate import predict
-from lpt.heads import Calibration, CosineHead, LinearHead, NeighbourHead
+from lpt.heads import Calibration, CosineHead, FusedHead, LinearHead, NeighbourHead
 from lpt.losses import Weighted, log_prior
 from lpt.stage import Second, head_features, train_stage
 
@@ -64,6 +64,8 @@ def tune(
     head, prior = model.head, log_prior(task.counts).to(device)
     if isinstance(head, NeighbourHead) and adjust not in ("posthoc_la", "temperature"):
         raise LptError(f"method.adjust={adjust} needs a head with weights: neighbours have none")
+    if isinstance(head, FusedHead) and adjust in ("crt", "marc"):
+        raise LptError(f"method.adjust={adjust} needs one head, this one is fused of two: use lws or posthoc_la")
 
     def train(names: list[str], **stage: Any) -> None:
         cached = head_features(fit, "features-second", model, task)

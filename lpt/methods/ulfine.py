@@ -26,6 +26,7 @@ from lpt.data.task import Task
 from lpt.engine.loop import Fit
 from lpt.engine.optim import Optimizer, Warmup
 from lpt.engine.processes import rank_and_world, summed
+from lpt.errors import LptError
 from lpt.heads import FusedHead, Fusion
 from lpt.losses import log_prior
 from lpt.stage import HeadStart, Tuning, around, starting_rows
@@ -104,6 +105,10 @@ def tune(
     similarities. `ratio` unlabelled images come with each labelled one. SGD's `lr` is taken as it is. `weight_ema` is
     of what trains by gradient. Raises LptError.
     """
+    if orth_on == "learnable_text" and proto_mode == "recursive":
+        raise LptError(
+            "method.orth_on=learnable_text needs proto_mode=anchored: recursive prototypes leave texts behind"
+        )
     num_classes, device = len(task.classes), next(backbone.parameters()).device
     generator = torch.Generator().manual_seed(fit.seed)
     texts = F.normalize(backbone.class_prototypes(task.classes), dim=1)
@@ -208,7 +213,7 @@ class Fitting:
         feature = feature.detach().requires_grad_(self.orth_weight > 0)
         with torch.enable_grad():
             mine = F.one_hot(labels, num_classes).float().T @ F.normalize(head.joint(feature).float(), dim=1)
-            sums = mine + (summed(mine.detach()) - mine.detach())
+            sums = summed(mine.detach()) + (mine - mine.detach())  # the same bits everywhere, and a gradient in `mine`
             counts = summed(torch.bincount(labels, minlength=num_classes).float())
             following = self.following(head, sums, counts, *self._predicted(found, num_classes))
             if not self.orth_weight:

@@ -1,0 +1,115 @@
+"""What tests of semi-supervised methods share: a task with unlabelled images, and runs that can be watched and killed.
+
+Shapes: views [B 3 S S], features [B D'], logits [B C].
+"""
+
+import copy
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from conftest import toy_images, toy_task
+
+from lpt.data.task import Task
+from lpt.engine.loop import Fit
+from lpt.history import History
+from lpt.methods import METHODS
+
+COUNTS = (14, 7, 3, 2)
+UNLABELLED = (9, 11, 5, 6)
+FAST: dict[str, Any] = {"steps": 3, "rounds": 1, "lr": 0.05, "weight_decay": 0.0, "bottleneck": 4}
+
+
+def semi_task(unlabelled: tuple[int, ...] = UNLABELLED, counts: tuple[int, ...] = COUNTS) -> Task:
+    labels = torch.arange(len(unlabelled)).repeat_interleave(torch.tensor(unlabelled))
+    return replace(toy_task(counts), unlabeled=toy_images(labels, seed=2))
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def unit(row):
+    return row / (row * row).sum().sqrt()
+
+
+def cross_entropy(logits, target):
+    """-log softmax(logits)[target] of one image; `logits` is a list or a row."""
+    return sum(z.exp() for z in logits).log() - logits[target]
+
+
+class Killed(Exception):
+    pass
+
+
+@dataclass
+class Seen:
+    """A step as it was: the model before it, its batches, what it logged in all, and the gradients it left."""
+
+    model: Any
+    batches: Any
+    logged: dict[str, float]
+    gradients: dict[str, torch.Tensor]
+
+
+@dataclass
+class Watched(Fit):
+    """Keeps what every step saw, or dies in one."""
+
+    killed_at: int | None = None
+    keep: bool = False
+    seen: list[Seen] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    streams: Any = None
+
+    def __call__(self, phase, model, step, streams, **rest):
+        def watched(model, batches, progress):
+            if progress.step == self.killed_at:
+                raise Killed
+            before = copy.deepcopy(model) if self.keep else None
+            logged: dict[str, float] = {}
+            found = step(model, batches, progress)
+            for part in (found,) if isinstance(found, dict) else found:
+                for name, value in part.items():
+                    logged[name] = logged.get(name, 0.0) + value.item()
+                yield part
+            self.losses.append(logged["loss"])
+            if self.keep:
+                grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+                self.seen.append(Seen(before, batches, logged, grads))
+
+        self.streams = streams
+        super().__call__(phase, model, watched, streams, **rest)
+
+
+def semi(
+    method,
+    backbone,
+    task=None,
+    *,
+    folder=None,
+    batch_size=4,
+    seed=0,
+    killed_at=None,
+    keep=False,
+    accelerator=None,
+    **settings,
+):
+    """(model, fit, what was said) of a method; `folder` for checkpoints and the table of pseudo-labels."""
+    task, said = task or semi_task(), []
+    main = accelerator is None or accelerator.is_main_process
+    fit = Watched(
+        task.train,
+        backbone.preprocess,
+        batch_size,
+        seed=seed,
+        history=History(folder / "history.jsonl" if folder and main else None),
+        checkpoints=folder / "checkpoints" if folder else None,
+        audit=folder / "pseudo_labels.parquet" if folder else None,
+        checkpoint_seconds=0.0,
+        accelerator=accelerator,
+        killed_at=killed_at,
+        keep=keep,
+        say=said.append,
+    )
+    return METHODS[method](task, backbone, fit, **settings), fit, said
