@@ -19,7 +19,7 @@ from lpt.engine.processes import rank_and_world
 from lpt.errors import LptError
 from lpt.pseudo_labels import diagnose, write_round
 from lpt.samplers import InstanceBalanced
-from lpt.stage import everything
+from lpt.stage import Tuning, everything
 
 
 class Opinion(NamedTuple):
@@ -68,6 +68,20 @@ class Plan(NamedTuple):
     micro_batches: int = 1
     weight_ema: float = 0.0
 
+    def check(self, fit: Fit, task: Task, tuning: Tuning, *, unlabelled: bool = True) -> None:
+        """Before anything is computed or written: raises LptError for a plan that cannot be carried out."""
+        B, k = fit.batch_size, self.micro_batches
+        if unlabelled:
+            unlabelled_of(task)
+        if B % (k * rank_and_world()[1]):
+            raise LptError(f"train.batch_size {B} is no multiple of method.micro_batches {k} on each process")
+        if self.steps < self.rounds:
+            raise LptError(f"method.rounds {self.rounds} are more than the {self.steps} steps")
+        if self.cached_views and tuning != "head":
+            raise LptError(
+                "method.cached_views needs features that stay as they are: set method.tuning=head, or 0 views"
+            )
+
 
 Supervised = Callable[[Tensor, Tensor], Tensor]
 Consistency = Callable[[Tensor, Opinion], Tensor]
@@ -107,16 +121,9 @@ def train_semi(
     together, weak ones apart, since they need no gradient. With `cached_views` V > 0, which needs a backbone in which
     nothing learns, features of one weak and V strong views of every image are computed once, and a step takes
     microseconds. `micro_batches` are exact, also in what is fitted to the whole batch: its gradient in the features
-    is found first. Raises LptError.
+    is found first.
     """
-    B, k = fit.batch_size, plan.micro_batches
-    if B % (k * rank_and_world()[1]):
-        raise LptError(f"train.batch_size {B} is no multiple of method.micro_batches {k} on each process")
-    if plan.steps < plan.rounds:
-        raise LptError(f"method.rounds {plan.rounds} are more than the {plan.steps} steps")
-    cached = plan.cached_views > 0
-    if cached and (model.backbone.learned or model.shared is not None):
-        raise LptError("method.cached_views needs features that stay as they are: set method.tuning=head, or 0 views")
+    B, k, cached = fit.batch_size, plan.micro_batches, plan.cached_views > 0
     streams = {"labelled": Stream(InstanceBalanced(task.train.labels, batch_size=B, seed=fit.seed), task.train)}
     strong = [f"strong{v}" for v in range(plan.strong_views)] if opinion else []
     if opinion:

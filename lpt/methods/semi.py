@@ -67,6 +67,20 @@ def fixmatch(
     probabilities are the target (LoFT's way, arXiv 2509.09926). Labelled images have logit adjustment of strength
     `la_tau` (0 is cross-entropy).
     """
+    plan = Plan(
+        steps=steps,
+        rounds=rounds,
+        ratio=ratio,
+        strong_views=strong_views,
+        cached_views=cached_views,
+        micro_batches=micro_batches,
+        optimizer=optimizer,
+        lr=lr,
+        weight_decay=weight_decay,
+        warmup=warmup,
+        weight_ema=weight_ema,
+    )
+    plan.check(fit, task, tuning, unlabelled=lambda_u > 0)
     model = learner(
         task,
         backbone,
@@ -97,19 +111,6 @@ def fixmatch(
             value = value + (soft * F.cross_entropy(logits, found.probability, reduction="none")).mean()
         return lambda_u * value
 
-    plan = Plan(
-        steps=steps,
-        rounds=rounds,
-        ratio=ratio,
-        strong_views=strong_views,
-        cached_views=cached_views,
-        micro_batches=micro_batches,
-        optimizer=optimizer,
-        lr=lr,
-        weight_decay=weight_decay,
-        warmup=warmup,
-        weight_ema=weight_ema,
-    )
     unlabelled = {"opinion": opinion, "consistency": consistency} if lambda_u else {}
     train_semi(fit, model, task, plan, supervised=supervised, **unlabelled)
     return model
@@ -145,6 +146,17 @@ def finessl(
     one is sure from `tau` on. Not as published: the imbalance is met by logit adjustment instead of a margin that
     follows the learning status, and the scale does not learn.
     """
+    plan = Plan(
+        steps=steps,
+        rounds=rounds,
+        ratio=ratio,
+        strong_views=strong_views,
+        optimizer=optimizer,
+        lr=lr,
+        weight_decay=weight_decay,
+        warmup=warmup,
+    )
+    plan.check(fit, task, tuning)
     model = learner(
         task,
         backbone,
@@ -175,16 +187,6 @@ def finessl(
         smooth = F.cross_entropy(other, found.label, label_smoothing=smoothing, reduction="none")
         return lambda_u * agreement(scale * model.head(feature), found) + (found.kept * smooth).mean()
 
-    plan = Plan(
-        steps=steps,
-        rounds=rounds,
-        ratio=ratio,
-        strong_views=strong_views,
-        optimizer=optimizer,
-        lr=lr,
-        weight_decay=weight_decay,
-        warmup=warmup,
-    )
     train_semi(
         fit, model, task, plan, supervised=supervised, opinion=opinion, consistency=consistency, also=("query_head.",)
     )
@@ -226,6 +228,17 @@ def daso(
     head's. Not as published: features are the model's and not those of its running mean, the histogram has a momentum,
     and labelled images are logit-adjusted.
     """
+    plan = Plan(
+        steps=steps,
+        rounds=rounds,
+        ratio=ratio,
+        strong_views=strong_views,
+        optimizer=optimizer,
+        lr=lr,
+        weight_decay=weight_decay,
+        warmup=warmup,
+    )
+    plan.check(fit, task, tuning)
     device, num_classes = next(backbone.parameters()).device, len(task.classes)
     generator = torch.Generator().manual_seed(fit.seed)
     head = FusedHead(
@@ -251,7 +264,7 @@ def daso(
 
     def opinion(feature: Tensor) -> Opinion:
         linear, similarity = head.both(feature)
-        probability = head.fused(linear, similarity).exp()
+        probability = head.fused(linear, similarity).softmax(1)
         kept = probability.amax(1) >= tau
         heads = {"linear": linear.softmax(1), "similarity": similarity.softmax(1)}
         return Opinion(probability, kept, kept.float(), heads)
@@ -273,16 +286,6 @@ def daso(
 
         return Fitted(feature.new_zeros(()), None, torch.no_grad()(commit))
 
-    plan = Plan(
-        steps=steps,
-        rounds=rounds,
-        ratio=ratio,
-        strong_views=strong_views,
-        optimizer=optimizer,
-        lr=lr,
-        weight_decay=weight_decay,
-        warmup=warmup,
-    )
     train_semi(fit, model, task, plan, supervised=supervised, opinion=opinion, consistency=consistency, fitting=fitting)
     return model
 

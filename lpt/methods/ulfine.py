@@ -109,6 +109,20 @@ def tune(
         raise LptError(
             "method.orth_on=learnable_text needs proto_mode=anchored: recursive prototypes leave texts behind"
         )
+    plan = Plan(
+        steps=steps,
+        rounds=rounds,
+        ratio=ratio,
+        strong_views=strong_views,
+        cached_views=cached_views,
+        micro_batches=micro_batches,
+        optimizer=optimizer,
+        lr=lr,
+        weight_decay=weight_decay,
+        warmup=warmup,
+        weight_ema=weight_ema,
+    )
+    plan.check(fit, task, tuning)
     num_classes, device = len(task.classes), next(backbone.parameters()).device
     generator = torch.Generator().manual_seed(fit.seed)
     texts = F.normalize(backbone.class_prototypes(task.classes), dim=1)
@@ -159,19 +173,6 @@ def tune(
         return lambda_u * (value + lambda_sim * agreement(similarity + shift, found) if lambda_sim else value)
 
     fitting = Fitting(proto_mode, mu, visual_ema, pu_estimator, pu_ema, proto_center, orth_weight, orth_on)
-    plan = Plan(
-        steps=steps,
-        rounds=rounds,
-        ratio=ratio,
-        strong_views=strong_views,
-        cached_views=cached_views,
-        micro_batches=micro_batches,
-        optimizer=optimizer,
-        lr=lr,
-        weight_decay=weight_decay,
-        warmup=warmup,
-        weight_ema=weight_ema,
-    )
     train_semi(
         fit,
         model,
