@@ -1,6 +1,7 @@
 """The mouth: one command for each door of `run.py` and `serving.py`. Mistakes are one sentence and exit code 2."""
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -67,15 +68,15 @@ def fit(
 
 def _train(resolved: Any, out: Path, resume: bool) -> None:
     from lpt import run
+    from lpt.engine.stopping import Stopped
 
     try:
         with _Progress() as progress:
             report = run.train(resolved, out, resume=resume, say=progress.say, show=progress.show)
-    except KeyboardInterrupt:
-        print(
-            f"interrupted; the same command with --resume --out {out} goes on from the last checkpoint", file=sys.stderr
-        )
-        raise typer.Exit(130) from None
+    except Stopped as stopped:
+        again = f"the same command with --resume --out {shlex.quote(str(out))} goes on from there"
+        print(f"stopped by {stopped}; what was done is saved: {again}", file=sys.stderr)
+        raise typer.Exit(stopped.code) from None
     _found({report["method"]: report}, out)
 
 

@@ -27,7 +27,9 @@ from lpt.data.task import Files, Images, Task
 from lpt.device import PRECISIONS, peak_memory, pick_device, pick_precision, versions
 from lpt.doctor import labels_seen
 from lpt.engine.checkpoint import write_whole
+from lpt.engine.lock import locked
 from lpt.engine.loop import Fit
+from lpt.engine.stopping import Stop
 from lpt.errors import LptError
 from lpt.evaluate import PrefixCache, evaluate, measure, predict
 from lpt.history import History
@@ -53,10 +55,22 @@ def train(
     say: Say = lambda text: None,
     show: Show = lambda phase, step, steps, text: None,
 ) -> dict[str, Any]:
-    """Runs the method and fills `out`; returns the report. Raises LptError before anything is written."""
+    """Runs the method and fills `out`; returns the report.
+
+    Raises LptError before anything is written, and Stopped when Ctrl-C or SIGTERM has ended it with a checkpoint.
+    """
+    stop = Stop()
+    with contextlib.ExitStack() as held:
+        held.enter_context(stop.listening())
+        return _train(config, Path(out), resume, stop, held, say, show)
+
+
+def _train(
+    config: Config, out: Path, resume: bool, stop: Stop, held: contextlib.ExitStack, say: Say, show: Show
+) -> dict[str, Any]:
     from accelerate import Accelerator
 
-    out, began = Path(out), time.perf_counter()
+    began = time.perf_counter()
     device = pick_device(config.train.device)
     accelerator = Accelerator(cpu=device.type == "cpu")
     main = accelerator.is_main_process
@@ -114,6 +128,7 @@ def train(
 
     def begin() -> None:
         if main:
+            held.enter_context(locked(out))
             write_whole(out / "config.yaml", config.to_yaml().encode())
             write_whole(out / "split.json", json.dumps(manifest).encode())
 
@@ -131,6 +146,7 @@ def train(
         on_start=begin,
         on_epoch=after_epoch,
         count_flops=not config.train.compile,
+        stop=stop,
         audit=out / "pseudo_labels.parquet",
         say=say if main else lambda text: None,
         show=show if main else lambda phase, step, steps, text: None,
@@ -139,7 +155,8 @@ def train(
     model = METHODS[config.method["name"]](task, backbone, fit, **settings)
     fit.start()
 
-    selection = "last" if config.train.select == "last" else best.restore(model)
+    phases = [phase for phase, cost in fit.cost.items() if cost["steps"]]
+    selection = "last" if config.train.select == "last" else best.restore(model, phases[-1])
     # What is evaluated is what is stored: rounded first, so that the file reloads to the same bits.
     model.round_to(DTYPES[config.train.storage])
     model.only_train().eval()
@@ -181,7 +198,7 @@ def train(
             precision=precision,
             data={
                 **data,
-                "labelled_sha256": replace(task, unlabeled=None).manifest()["sha256"],
+                "labelled_sha256": (replace(task, unlabeled=None).manifest() if task.unlabeled else manifest)["sha256"],
                 "settings": {k: v for k, v in config.data.items() if k not in ("root", "download", "unlabeled")},
             },
             metrics={k: metrics[k] for k in ("accuracy", "class_accuracy", "many", "medium", "few", "ece", "nll")},

@@ -35,12 +35,11 @@ class Best:
             if self.writes:
                 save_checkpoint(place, self.best, run_hash=self.run_hash)
 
-    def restore(self, model: PromptedClassifier) -> str:
-        """Puts the last phase's best into `model`; returns the name of the selection."""
-        if not self.phase:  # all phases were finished before this process
-            place = max(self.folder.glob("best-*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
-            self.phase = place.stem.removeprefix("best-")
-            self.best = load_checkpoint(place, run_hash=self.run_hash) or self.best
+    def restore(self, model: PromptedClassifier, phase: str) -> str:
+        """Puts the best of the last `phase` into `model`; returns the name of the selection."""
+        if self.phase != phase:  # it was finished before this process
+            place = self.folder / f"best-{phase}.safetensors"
+            self.phase, self.best = phase, load_checkpoint(place, run_hash=self.run_hash) or self.best
         # Not all need be in `model` still: a head may have gone when its training ended.
         model.load_adapted({name: self.best.tensors[name] for name in model.adapted()})
         return f"best on held-out images: step {self.best.step} of {self.phase}"

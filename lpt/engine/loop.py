@@ -10,6 +10,7 @@ as it would have.
 import contextlib
 import hashlib
 import math
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -31,6 +32,7 @@ from lpt.engine.clock import Clock
 from lpt.engine.memory import Memory
 from lpt.engine.optim import Optimizer, Warmup, lr_at, make_optimizer
 from lpt.engine.processes import everywhere, gathered
+from lpt.engine.stopping import Stop, Stopped
 from lpt.errors import TrainingError
 from lpt.history import History
 from lpt.preprocess import Preprocess
@@ -158,6 +160,7 @@ class Fit:
     cost: dict[str, dict[str, int]] = field(default_factory=dict)
     """By phase: steps, images (views through the model, or rows of features) and FLOPs, of all processes."""
     count_flops: bool = True
+    stop: Stop = field(default_factory=Stop)
     audit: Path | None = None
     """Where a method that labels images by itself writes what it thought of each."""
     say: Callable[[str], None] = lambda text: None
@@ -227,7 +230,7 @@ class Fit:
                 save_checkpoint(place, state, run_hash=self.run_hash)
 
         model.train()
-        with ThreadPoolExecutor(1) as ahead:
+        with self.stop.while_steps_run(), ThreadPoolExecutor(1) as ahead:
             progress = Progress(phase, first, steps, steps_per_epoch, self.seed, rank, world)
             waiting = ahead.submit(self._draw, streams, progress)
             for t in range(first, steps):
@@ -251,8 +254,10 @@ class Fit:
                             for key, value in part.items():
                                 logged[key] = logged.get(key, 0) + value.detach().float()
                     flops = flops or counted() * world
+                    logged["stop"] = torch.tensor(float(self.stop.asked), device=device)
                     numbers = self._shared(list(trained.values()), torch.stack(list(logged.values())), world)
                     values = dict(zip(logged, numbers.tolist(), strict=True))  # waits for the device once
+                    asked = values.pop("stop") > 0  # of any process: all end after the same step
                     _check_finite(values["loss"], progress, rate, place)
                     if clip:
                         torch.nn.utils.clip_grad_norm_(trained.values(), clip)
@@ -274,12 +279,13 @@ class Fit:
                         self.history.write(phase=phase, step=done, epoch=progress.epoch + 1, **line, **extra)
                     self.say(_epoch_line(progress, line, extra, clock.left(done - first, steps - done)))
                     memory.sums = {}
-                if done == steps or clock.due("save", self.checkpoint_seconds):
+                if asked or done == steps or clock.due("save", self.checkpoint_seconds):
                     save(done)
+                if asked:
+                    raise Stopped(self.stop.asked or signal.SIGTERM)
                 progress = following
-                self.show(
-                    phase, done, steps, clock.rate(cost["images"] // steps, done - first, steps - done, values["loss"])
-                )
+                speed = clock.rate(cost["images"] // steps, done - first, steps - done, values["loss"])
+                self.show(phase, done, steps, speed)
         cost["flops"] = steps * flops
         optim.zero_grad(set_to_none=True)  # what the next phase does not train must not keep a gradient
 

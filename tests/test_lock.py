@@ -1,0 +1,34 @@
+"""Two runs in one folder: the second is told who has it; a kill lets go."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from lpt.engine.lock import locked
+from lpt.errors import LptError
+
+HOLD = "import sys, time; from pathlib import Path; from lpt.engine.lock import locked\n"
+HOLD += "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+
+
+def test_the_other_process_is_named_and_a_kill_lets_go(tmp_path):
+    folder = tmp_path / "run"
+    other = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "held\n"
+    with pytest.raises(LptError, match=rf"--out .*run is in use by process {other.pid} on .+ since 20"), locked(folder):
+        raise AssertionError("held twice")
+    os.kill(other.pid, signal.SIGKILL)
+    other.communicate()
+    with locked(folder):  # though its note is still there
+        assert (folder / "running.json").exists()
+    assert not (folder / "running.json").exists()
+
+
+def test_a_note_that_cannot_be_read_is_no_second_error(tmp_path):
+    with locked(tmp_path):
+        (tmp_path / "running.json").write_text("{")
+        with pytest.raises(LptError, match="is in use by another process: wait"), locked(tmp_path):
+            pass

@@ -1,0 +1,66 @@
+"""Ctrl-C and SIGTERM: the first one asks, the loop saves and ends; outside of steps, and the second time, at once."""
+
+import os
+import signal
+import threading
+
+import pytest
+import torch
+from test_loop import fit, step
+
+from lpt.engine.stopping import Stop, Stopped
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_loop_after_its_step_with_a_checkpoint(tmp_path, number):
+    whole, _ = fit()
+    stop = Stop()
+
+    def asked(model, batches, progress):
+        if progress.step == 5:
+            os.kill(os.getpid(), number)
+        return step(model, batches, progress)
+
+    folder = tmp_path / "checkpoints"
+    with stop.listening(), pytest.raises(Stopped) as ended:
+        fit(folder, step=asked, stop=stop, checkpoint_seconds=1e9)
+    assert ended.value.code == 128 + number and str(ended.value) == signal.Signals(number).name
+    seen = []
+
+    def counted(model, batches, progress):
+        seen.append(progress.step)
+        return step(model, batches, progress)
+
+    resumed, _ = fit(folder, step=counted)
+    assert seen == [6, 7, 8, 9, 10]
+    assert torch.equal(resumed.weight, whole.weight)
+
+
+def test_outside_of_steps_and_at_the_second_signal_it_ends_at_once():
+    stop = Stop()
+    with pytest.raises(Stopped):
+        stop(signal.SIGTERM)
+    stop = Stop()
+    with stop.while_steps_run():
+        stop(signal.SIGTERM)
+        assert stop.asked
+        with pytest.raises(Stopped, match="SIGINT"):
+            stop(signal.SIGINT)
+
+
+def test_the_handlers_before_come_back_and_threads_are_left_alone():
+    before = signal.getsignal(signal.SIGTERM)
+    stop = Stop()
+    with stop.listening():
+        assert signal.getsignal(signal.SIGTERM) is stop
+    assert signal.getsignal(signal.SIGTERM) is before
+    inside = []
+
+    def work():
+        with Stop().listening():
+            inside.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert inside == [before]
