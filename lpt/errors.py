@@ -32,6 +32,16 @@ class TrainingError(LptError):
     """A run that went wrong by its numbers, for example a loss that is not finite."""
 
 
+class DiskError(LptError):
+    """A file that cannot be written: what it held before is intact."""
+
+    def __init__(self, path: object, error: OSError):
+        super().__init__(
+            f"{path} cannot be written ({error.strerror or error}); what was there before is intact: put that right, "
+            "and a run goes on with --resume"
+        )
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """A suggestion to append to a message, or nothing.
 

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lpt.errors import DiskError
+
 
 class History:
     """Append-only `history.jsonl`. With no path it only keeps the lines in memory."""
@@ -19,10 +21,14 @@ class History:
                     break  # a line cut by a kill is the last one; it is written again on resume
 
     def write(self, **values: Any) -> None:
+        """Adds a line. Raises DiskError where it cannot be written; a line that was cut is dropped on resume."""
         self.lines.append(values)
         if self.path is not None:
-            with self.path.open("a") as file:
-                file.write(json.dumps(values) + "\n")
+            try:
+                with self.path.open("a") as file:
+                    file.write(json.dumps(values) + "\n")
+            except OSError as error:
+                raise DiskError(self.path, error) from error
 
     def rewind(self, phase: str, step: int) -> None:
         """Drop what a killed run wrote about `phase` after `step`, so that a resumed run tells it once."""
@@ -32,5 +38,8 @@ class History:
         self.lines = keep
         if self.path is not None:
             fresh = self.path.with_suffix(".tmp")
-            fresh.write_text("".join(json.dumps(line) + "\n" for line in keep))
-            fresh.replace(self.path)
+            try:
+                fresh.write_text("".join(json.dumps(line) + "\n" for line in keep))
+                fresh.replace(self.path)
+            except OSError as error:
+                raise DiskError(self.path, error) from error

@@ -5,6 +5,7 @@ argument. Everything is computed in fp32 whatever the logits' precision.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -43,15 +44,31 @@ class CrossEntropy:
         return F.cross_entropy(self.scale * logits.float(), labels, label_smoothing=self.label_smoothing)
 
 
+Mean = Callable[[Tensor], Tensor]
+"""The mean of a number over processes: a weighted loss is divided by the weights of the global batch."""
+
+
+def alone(number: Tensor) -> Tensor:
+    """What one process has is the mean."""
+    return number
+
+
 @dataclass(frozen=True)
 class Weighted:
     """Σ_b c_y CE(scale · z, y) / Σ_b c_y with weights c [C] as they are."""
 
     weights: Tensor
     scale: float = 1.0
+    mean: Mean = alone
 
     def __call__(self, logits: Tensor, labels: Tensor, noise: Tensor | None = None) -> Tensor:
-        return F.cross_entropy(self.scale * logits.float(), labels, weight=self.weights.to(logits.device))
+        return _weighted(self.scale * logits.float(), labels, self.weights.to(logits.device), self.mean)
+
+
+def _weighted(logits: Tensor, labels: Tensor, weights: Tensor, mean: Mean) -> Tensor:
+    """The mean over processes of what this returns is Σ_b c_y CE / Σ_b c_y over the global batch."""
+    mine = weights[labels].sum()
+    return F.cross_entropy(logits, labels, weight=weights) * (mine / mean(mine))
 
 
 @dataclass(frozen=True)
@@ -104,6 +121,7 @@ class LDAM:
     margin: float = 0.5
     beta: float = 0.0
     scale: float = 30.0
+    mean: Mean = alone
 
     @cached_property
     def _constants(self) -> tuple[Tensor, Tensor]:
@@ -112,7 +130,7 @@ class LDAM:
     def __call__(self, logits: Tensor, labels: Tensor, noise: Tensor | None = None) -> Tensor:
         weights, margins = (part.to(logits.device) for part in self._constants)
         lowered = logits.float() - F.one_hot(labels, logits.shape[1]) * margins
-        return F.cross_entropy(self.scale * lowered, labels, weight=weights)
+        return _weighted(self.scale * lowered, labels, weights, self.mean)
 
 
 @dataclass(frozen=True)
@@ -201,6 +219,7 @@ def loss_by_name(
     gamma: float = 2.0,
     beta: float = 0.9999,
     margin: float = 0.5,
+    mean: Mean = alone,
 ) -> Any:
     """The loss `name` on logits that `scale` multiplies. `ldam_drw` is LDAM here: its weights come with the schedule,
     as `ldam_cb`, in the last fifth of training (Cao 2019)."""
@@ -211,7 +230,7 @@ def loss_by_name(
     if name == "ce":
         return CrossEntropy(scale)
     weighted = name in ("cb", "ldam_cb")
-    return LDAM(counts, 0.0 if name == "cb" else margin, beta if weighted else 0.0, scale)
+    return LDAM(counts, 0.0 if name == "cb" else margin, beta if weighted else 0.0, scale, mean)
 
 
 LOSSES = {

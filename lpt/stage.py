@@ -16,6 +16,7 @@ from lpt.classifier import PromptedClassifier
 from lpt.data.task import Files, Images, Task
 from lpt.engine.loop import Batch, Fit, Progress, Stream
 from lpt.engine.optim import Optimizer, Warmup, scaled_lr
+from lpt.engine.processes import averaged
 from lpt.errors import LptError
 from lpt.evaluate import features
 from lpt.heads import CosineHead, Head, LinearHead, class_means
@@ -139,7 +140,7 @@ def train_stage(
     few = few.to(device)
 
     def of(name: LossName) -> Callable[[Tensor, Tensor], Tensor]:
-        return loss_by_name(name, counts.to(device), scale=model.head.scale, **constants)
+        return loss_by_name(name, counts.to(device), scale=model.head.scale, mean=averaged, **constants)
 
     early = loss if callable(loss) else of(loss)
     late = of("ldam_cb") if loss == "ldam_drw" else early

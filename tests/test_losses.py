@@ -12,6 +12,7 @@ from lpt.losses import (
     Focal,
     LogitAdjusted,
     Weighted,
+    alone,
     cloud_noise,
     effective_weights,
     ldam_margins,
@@ -325,3 +326,21 @@ def test_every_named_loss_is_finite_for_an_absent_class_and_a_certain_answer(nam
     loss = loss_by_name(name, counts, scale=20)(logits, torch.tensor([0, 0]))
     loss.backward()
     assert torch.isfinite(loss) and torch.isfinite(logits.grad).all()
+
+
+@pytest.mark.parametrize("name", ["cb", "ldam_cb", "weighted"])
+def test_a_weighted_loss_over_processes_is_that_of_the_global_batch(name):
+    generator = torch.Generator().manual_seed(4)
+    logits, labels = torch.randn(12, 4, generator=generator), torch.tensor([0, 0, 0, 0, 0, 1, 1, 2, 3, 0, 1, 0])
+    counts, weights = torch.tensor([60, 20, 5, 1]), torch.tensor([0.2, 0.6, 2.0, 5.0])
+
+    def loss(mean):
+        return Weighted(weights, mean=mean) if name == "weighted" else loss_by_name(name, counts, scale=3.0, mean=mean)
+
+    shares = [slice(rank, None, 3) for rank in range(3)]  # very unlike: one has most of the rare ones
+    sums: list[torch.Tensor] = []
+    for rows in shares:
+        loss(lambda mine: sums.append(mine) or mine)(logits[rows], labels[rows])
+    parts = [loss(lambda mine: sum(sums) / 3)(logits[rows], labels[rows]) for rows in shares]
+    torch.testing.assert_close(sum(parts) / 3, loss(alone)(logits, labels))
+    assert abs(sum(loss(alone)(logits[rows], labels[rows]) for rows in shares) / 3 - sum(parts) / 3) > 0.01

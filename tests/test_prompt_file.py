@@ -6,7 +6,7 @@ from conftest import images, prompted, small_backbone, toy_task
 from safetensors.torch import load_file, save_file
 
 from lpt.backbones import timm_vit
-from lpt.errors import PromptFileError
+from lpt.errors import DiskError, PromptFileError
 from lpt.prompt_file import load_prompt, read_prompt, save_prompt
 
 
@@ -138,7 +138,7 @@ def test_writing_is_all_or_nothing(saved, monkeypatch):
     path, model = saved
     before = path.read_bytes()
     monkeypatch.setattr("os.fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(DiskError, match=r"cannot be written \(No space left on device\); what was there before"):
         save_prompt(path, model, method="lpt", counts=toy_task().counts)
     assert path.read_bytes() == before and [p.name for p in path.parent.iterdir()] == [path.name]
 

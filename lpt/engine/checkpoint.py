@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from lpt.errors import TrainingError
+from lpt.errors import DiskError, TrainingError
 
 
 class Checkpoint(NamedTuple):
@@ -29,17 +29,23 @@ class Checkpoint(NamedTuple):
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write under a temporary name, flush to the disk, rename: a kill leaves the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write under a temporary name, flush to the disk, rename: a kill leaves the old file or the new one.
+
+    Raises DiskError where it cannot be written, a full disk for example.
+    """
     fresh = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with fresh.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.replace(path)
-    finally:
-        fresh.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with fresh.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            fresh.replace(path)
+        finally:
+            fresh.unlink(missing_ok=True)
+    except OSError as error:
+        raise DiskError(path, error) from error
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint, *, run_hash: str) -> None:

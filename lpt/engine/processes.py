@@ -33,6 +33,11 @@ def summed(mine: Tensor) -> Tensor:
     return total
 
 
+def averaged(mine: Tensor) -> Tensor:
+    """The mean over all processes."""
+    return summed(mine) / rank_and_world()[1]
+
+
 def gathered(mine: Tensor, total: int) -> Tensor:
     """Interleaves the rows of all processes again: row i of `total` is with process i mod w."""
     _, world = rank_and_world()

@@ -15,6 +15,7 @@ from lpt.backbones.base import Backbone
 from lpt.classifier import PromptedClassifier
 from lpt.data.task import Task
 from lpt.engine.loop import Fit
+from lpt.engine.processes import averaged
 from lpt.errors import LptError
 from lpt.evaluate import predict
 from lpt.heads import Calibration, CosineHead, FusedHead, LinearHead, NeighbourHead
@@ -96,7 +97,7 @@ def tune(
         if isinstance(head, LinearHead):
             calibration.unit.copy_(head.weight.detach().float().norm(dim=1))
         weights = (-rho * prior).exp()
-        train(["calibration."], loss=Weighted(weights / weights.mean(), head.scale))
+        train(["calibration."], loss=Weighted(weights / weights.mean(), head.scale, averaged))
         calibration.fold()
     elif adjust == "posthoc_la":
         calibration.offset.data.copy_(-tau * prior / head.scale)
