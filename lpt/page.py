@@ -19,7 +19,7 @@ from lpt.data.task import Files, Images
 from lpt.errors import DataError
 from lpt.longtail import GROUPS
 from lpt.preprocess import decoded
-from lpt.report import cost_line, percent, pseudo_label_line
+from lpt.report import alone_line, cost_line, percent, pseudo_label_line, watched_line
 
 WORST, SHOWN, SIDE = 10, 5, 72
 
@@ -214,7 +214,10 @@ def _again(report: Mapping[str, Any], config: str, command: str) -> str:
         f"seed {report['seed']}, {report['precision']}, peak memory {report['peak_memory_bytes'] / 2**20:,.0f} MiB",
         "cost": cost_line(report),
         "versions": versions,
+        **{f"the {name} head alone": alone_line(of) for name, of in report.get("heads", {}).items()},
     }
+    if seen := report.get("watched"):
+        facts["class mean on the test set"] = watched_line(seen)
     rows = "".join(
         f"<tr><th>{k}</th><td style='overflow-wrap:anywhere'>{escape(v)}</td></tr>" for k, v in facts.items()
     )

@@ -58,6 +58,17 @@ def pseudo_label_line(found: Mapping[str, Any]) -> str:
     return line + f", {percent(found['precision'])} % of them right; {found['false_kept']:,} wrong ones{sure}."
 
 
+def alone_line(alone: Mapping[str, Any]) -> str:
+    """One head of two, by itself."""
+    return f"class mean {percent(alone['class_accuracy'])}, few {percent(alone['few'])}"
+
+
+def watched_line(seen: Mapping[str, Any]) -> str:
+    """What papers report of evaluations on the test set during training; the best of them is no result."""
+    values = ", ".join(f"{name} {percent(seen[key])}" for name, key in SEEN.items())
+    return f"{values}, of {seen['evaluations']} evaluations"
+
+
 def markdown(report: Mapping[str, Any], *, classes: Sequence[str], command: str) -> str:
     """`report.md`: the table, what was run, the worst classes, and how to run it again."""
     data, sizes = report["data"], report["group_sizes"]
@@ -93,9 +104,7 @@ def markdown(report: Mapping[str, Any], *, classes: Sequence[str], command: str)
             f"{usage['dead_keys']} dead |"
         )
     for name, alone in report.get("heads", {}).items():
-        lines.append(
-            f"| the {name} head alone | class mean {percent(alone['class_accuracy'])}, few {percent(alone['few'])} |"
-        )
+        lines.append(f"| the {name} head alone | {alone_line(alone)} |")
     if found := report.get("pseudo_labels"):
         lines.append(f"| pseudo-labels | {pseudo_label_line(found)} |")
         if "precision" in found:
@@ -103,8 +112,7 @@ def markdown(report: Mapping[str, Any], *, classes: Sequence[str], command: str)
             far = f"KL to the truth {found['kl']:.2f}, " if "kl" in found else ""
             lines.append(f"| their bias | {far}{swaps} |")
     if seen := report.get("watched"):
-        values = ", ".join(f"{name} {percent(seen[key])}" for name, key in SEEN.items())
-        lines.append(f"| class mean on the test set over {seen['evaluations']} evaluations | {values} |")
+        lines.append(f"| class mean on the test set | {watched_line(seen)} |")
     for name, number in report.get("labels_seen", {}).items():
         lines.append(f"| labels seen | the backbone knows {number} of these classes as labels of {name} |")
     if skipped := report.get("skipped_images"):

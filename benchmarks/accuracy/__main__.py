@@ -222,7 +222,7 @@ def table(suite: str, rows: list[dict[str, Any]], results: list[dict[str, Any]])
         *more,
         "parameters",
         "file, kB",
-        *(f"T{w.upper()}" if w == "flops" else w for w in work),
+        *("TFLOPs" if w == "flops" else w for w in work),
         "seconds",
     ]
     lines = [f"# {suite}", "", "| method | seeds | " + " | ".join([*heads, "MiB"] if work else heads) + " |"]

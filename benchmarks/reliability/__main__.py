@@ -2,8 +2,8 @@
 
     python -m benchmarks.reliability [--json FILE] [--only kills,hostile] [--quick]
 
-`--quick` is what the tests run: a few kills, a few hundred mutations. With `--json` a theme's rows are written when they
-are there, in place of those of the same theme before.
+`--quick` is what the tests run: a few kills, a few hundred mutations. With `--json` a theme's rows are written when
+they are there, in place of those of the same theme before.
 """
 
 import argparse
