@@ -1,0 +1,173 @@
+"""Two processes are one: the same losses for the same global batch, one writer, and a run that changes their number.
+
+Batches of 200 make every epoch one step, so that the history holds the loss of each. As a program of its own this is
+one of the processes:
+
+    python -m torch.distributed.run --nproc_per_node 2 -m benchmarks.reliability.processes CONFIG OUT [STOP_AT]
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from benchmarks.reliability.row import Row
+from lpt.data import DATA, Task
+from lpt.data.digits import digits_lt
+from lpt.data.task import Images
+
+RELATIVE = 1e-5
+"""Of the loss, between one process and two, in fp32."""
+METHODS = ("lpt", "two_stage", "ulfine")
+
+
+def settings_of(method: str, steps: int) -> dict[str, Any]:
+    """Settings with which `method` takes `steps` steps in all."""
+    half, common = steps // 2, {"optimizer": "adamw", "prompt_length": 4}
+    pool = {"pool_size": 5, "query_centering": "mean", "key_init": "kmeans"}
+    return {
+        "lpt": {"epochs": [half, steps - half], "lr": [5e-3, 2e-3], **pool, **common},
+        "two_stage": {
+            "epochs_stage1": half,
+            "then": {"name": "fine_tune", "tuning": "vpt_deep", "epochs": steps - half, **common},
+        },
+        "ulfine": {"steps": steps, "rounds": steps, "tuning": "vpt_deep", "lr": 5e-3, "tau": 0.5, **common},
+    }[method]
+
+
+def rows(quick: bool) -> list[Row]:
+    steps = 20 if quick else 50
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        for method in ("lpt",) if quick else METHODS:
+            place = Path(folder) / method
+            config = _config(place, method, steps)
+            one, alone = _run(config, place / "one", 1)
+            two, together = _run(config, place / "two", 2)
+            found += [_same(method, place, one, two), _speed(method, place, one, two, alone, together)]
+            began = time.perf_counter()
+            for processes, stop_at in ((2, steps // 3), (1, 2 * steps // 3), (2, 0)):
+                changed, _ = _run(config, place / "changed", processes, stop_at=stop_at)
+            seconds = time.perf_counter() - began
+            found.append(_changed(method, one, changed, seconds))
+    return found
+
+
+def _same(method: str, place: Path, one: list[float], two: list[float]) -> Row:
+    apart = [abs(a - b) / abs(a) for a, b in zip(one, two, strict=True)]
+    reports = [json.loads((place / name / "report.json").read_text()) for name in ("one", "two")]
+    prompts = [load_file(place / name / "prompt.safetensors") for name in ("one", "two")]
+    tested = [len(load_file(place / name / "predictions.safetensors")["labels"]) for name in ("one", "two")]
+    far = max((a.float() - prompts[1][k].float()).abs().max().item() for k, a in prompts[0].items())
+    lost = int(tested[0] != tested[1]) + int(reports[0]["cost"] != reports[1]["cost"])
+    return Row(
+        f"{method}: two processes take the steps of one",
+        len(one),
+        sum(x <= RELATIVE for x in apart),
+        lost,
+        reports[1]["seconds"],
+        f"largest relative difference of a loss {max(apart):.1e}, largest of a stored number {far:.1e}; {tested[1]} "
+        f"test images, each once; class mean {reports[0]['class_accuracy']:.4f} and {reports[1]['class_accuracy']:.4f}",
+    )
+
+
+def _speed(method: str, place: Path, one: list[float], two: list[float], alone: float, together: float) -> Row:
+    """What two processes on the same two cores can show is that they are not much slower, not that they scale."""
+    report = json.loads((place / "two" / "report.json").read_text())
+    rate = [report["cost"]["images"] / seconds for seconds in (alone, together)]
+    return Row(
+        f"{method}: throughput and traffic",
+        1,
+        1,
+        0,
+        alone + together,
+        f"{rate[0]:.0f} images/s in one process of two threads, {rate[1]:.0f} in two of one thread each, on the same "
+        f"two cores; {4 * report['trainable_parameters']:,} bytes of gradients a step and process at most",
+    )
+
+
+def _changed(method: str, one: list[float], changed: list[float], seconds: float) -> Row:
+    apart = [abs(a - b) / abs(a) for a, b in zip(one, changed, strict=True)]
+    return Row(
+        f"{method}: from two processes to one and back",
+        len(one),
+        sum(x <= RELATIVE for x in apart),
+        0,
+        seconds,
+        f"stopped by SIGTERM to one process after a third and two thirds; largest relative difference {max(apart):.1e}",
+    )
+
+
+def _config(place: Path, method: str, steps: int) -> Path:
+    place.mkdir(parents=True)
+    rows = torch.randn(10, 128, generator=torch.Generator().manual_seed(0))
+    classes = digits_lt().classes
+    prototypes = place / "prototypes.safetensors"
+    save_file({"prototypes": rows}, prototypes, metadata={"classes": json.dumps(classes)})
+    config = {
+        "backbone": {"name": "nano", "flip": False},
+        "data": {"name": "digits-semi" if method == "ulfine" else "digits-lt"},
+        "method": {"name": method, **settings_of(method, steps)},
+        "prototypes": {"weights": str(prototypes)},
+        "train": {"batch_size": 200, "precision": "fp32", "device": "cpu", "storage": "fp32"},
+    }
+    path = place / "config.yaml"
+    path.write_text(json.dumps(config))  # JSON is YAML
+    return path
+
+
+def _run(config: Path, out: Path, processes: int, *, stop_at: int = 0) -> tuple[list[float], float]:
+    """Losses of all steps so far, and the seconds that steps took in all."""
+    module = ["-m", "benchmarks.reliability.processes", str(config), str(out), str(stop_at)]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    command = [sys.executable, *(launcher if processes > 1 else []), *module]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode and not stop_at:
+        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr[-2000:]}")
+    lines = [json.loads(text) for text in (out / "history.jsonl").read_text().splitlines()]
+    phases = {line["phase"]: line["seconds"] for line in lines}  # a phase's last line has its whole time
+    return [line["loss"] for line in lines], sum(phases.values())
+
+
+def digits_semi(*, seed: int = 0) -> Task:
+    """The long-tailed digits, and 600 others as if nobody had labelled them."""
+    task, more = digits_lt(seed=seed), digits_lt(seed=seed, val_per_class=60).val
+    assert isinstance(more, Images)
+    return replace(task, name="digits-semi", unlabeled=more)
+
+
+def work(config: str, out: str, stop_at: int) -> None:
+    """One of the processes; the first one gets SIGTERM at step `stop_at` of all phases, and all end after that step."""
+    from lpt import run
+    from lpt.config import load_config
+    from lpt.engine.stopping import Stopped
+
+    DATA["digits-semi"] = digits_semi
+    started = sum(1 for _ in (Path(out) / "history.jsonl").open()) if (Path(out) / "history.jsonl").exists() else 0
+    left = stop_at - started
+
+    def show(phase: str, step: int, steps: int, text: str) -> None:
+        nonlocal left
+        left -= phase in ("phase1", "phase2", "reweighted", "tune", "semi")
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    try:
+        run.train(load_config(config), out, resume=True, show=show)
+    except Stopped as stopped:
+        sys.exit(stopped.code)
+
+
+if __name__ == "__main__":
+    work(sys.argv[1], sys.argv[2], int(sys.argv[3]))
