@@ -143,6 +143,7 @@ def _train(
         run_hash=run_hash,
         accelerator=accelerator,
         dtype=PRECISIONS[precision],
+        checkpoint_seconds=config.train.checkpoint_seconds,
         on_start=begin,
         on_epoch=after_epoch,
         count_flops=not config.train.compile,
