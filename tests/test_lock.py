@@ -27,6 +27,16 @@ def test_the_other_process_is_named_and_a_kill_lets_go(tmp_path):
     assert not (folder / "running.json").exists()
 
 
+def test_what_a_killed_process_had_half_written_is_removed_by_the_next(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    half = [tmp_path / ".report.json.17.tmp", tmp_path / "checkpoints" / ".phase1.safetensors.17.tmp"]
+    for path in half:
+        path.write_bytes(b"half")
+    (tmp_path / "mine.tmp").write_text("not of a run")
+    with locked(tmp_path):
+        assert not any(path.exists() for path in half) and (tmp_path / "mine.tmp").exists()
+
+
 def test_a_note_that_cannot_be_read_is_no_second_error(tmp_path):
     with locked(tmp_path):
         (tmp_path / "running.json").write_text("{")
