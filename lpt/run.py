@@ -4,6 +4,7 @@ Here device, precision, processes, history, evaluation and the out-folder are bo
 """
 
 import contextlib
+import functools
 import json
 import shlex
 import time
@@ -126,6 +127,7 @@ def _train(
             found["test"] = {k: metrics[k] for k in WATCHED}
         return found
 
+    @functools.cache  # a method of two steps has two bindings of the loop, and either may be the first to start
     def begin() -> None:
         if main:
             held.enter_context(locked(out))

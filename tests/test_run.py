@@ -50,6 +50,14 @@ def test_checkpoints_are_as_frequent_as_the_config_says(tmp_path, monkeypatch):
         written.clear()
 
 
+@pytest.mark.parametrize("name", ["two_stage", "pre_finetune"])
+def test_a_method_that_runs_another_takes_its_folder_once(tmp_path, name):
+    method = {"name": name, "then": {"name": "linear_probe", "epochs": 1}}
+    config = resolve({**CONFIG, "method": method}, ["train.select=last"])
+    report = run.train(config, tmp_path / "run")
+    assert report["method"] == name and not (tmp_path / "run" / "running.json").exists()
+
+
 def test_selecting_needs_held_out_images_and_epochs(tmp_path):
     with pytest.raises(LptError, match=r"set data\.val_per_class"):
         run.train(resolve(CONFIG, ["data.val_per_class=0"]), tmp_path / "run")
