@@ -30,6 +30,7 @@ from lpt.doctor import labels_seen
 from lpt.engine.checkpoint import write_whole
 from lpt.engine.lock import locked
 from lpt.engine.loop import Fit
+from lpt.engine.processes import together
 from lpt.engine.stopping import Stop
 from lpt.errors import LptError
 from lpt.evaluate import PrefixCache, evaluate, measure, predict
@@ -63,6 +64,7 @@ def train(
     stop = Stop()
     with contextlib.ExitStack() as held:
         held.enter_context(stop.listening())
+        held.enter_context(together())
         return _train(config, Path(out), resume, stop, held, say, show)
 
 
