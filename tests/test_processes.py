@@ -139,7 +139,7 @@ def test_it_is_said_that_another_process_is_gone(monkeypatch):
         raise gone
     monkeypatch.setattr(processes, "rank_and_world", lambda: (1, 2))
     for error in (gone, torch.distributed.DistBackendError("NCCL")):
-        with pytest.raises(TrainingError, match="another of the 2 processes has ended: .* --resume"), together():
+        with pytest.raises(TrainingError, match=r"another of the 2 processes has ended: .* --resume"), together():
             raise error
     with pytest.raises(RuntimeError, match="shapes"), together():
         raise RuntimeError("shapes do not match")

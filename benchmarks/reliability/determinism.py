@@ -121,7 +121,7 @@ def _reversed_directories() -> Iterator[None]:
 
 
 def threads(plan: Plan, folder: Path) -> Row:
-    """Two threads in fp32, twice: the promise is for the same machine and settings. One thread is compared as a note."""
+    """Two threads in fp32, twice: the promise is for the same machine and settings. One thread is told in the note."""
     began, places = time.perf_counter(), []
     for name, number in (("one thread", "1"), ("two threads", "2"), ("two threads again", "2")):
         places.append(folder / name)

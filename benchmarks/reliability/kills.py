@@ -1,6 +1,6 @@
 """Runs that are killed at random moments and go on with --resume end in the same bits; Ctrl-C and SIGTERM save first.
 
-Kills fall uniformly over what is left of a run, some of them within its first seconds, some while it writes its results.
+Kills fall uniformly over what is left of a run, some within its first seconds, some while it writes its results.
 """
 
 import random
@@ -30,7 +30,7 @@ from benchmarks.reliability.runs import (
 START = 5.0
 """Seconds that a process takes before it trains, about: what a kill costs besides."""
 KINDS = ("left", "end", "left", "first", "left")
-"""When kills fall, in turn: within what is left of the run, within that of writing results, within its first seconds."""
+"""When kills fall, in turn: within what is left of the run, while it writes results, within its first seconds."""
 OFTEN = "train.checkpoint_seconds=0.3"
 
 
