@@ -35,7 +35,8 @@ def locked(folder: Path) -> Iterator[None]:
         write_whole(told, json.dumps(mine).encode())
         yield
     finally:
-        told.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a disk that fails has been told of, or will be
+            told.unlink(missing_ok=True)
         lock.release()
 
 
