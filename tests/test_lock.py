@@ -38,7 +38,7 @@ def test_what_a_killed_process_had_half_written_is_removed_by_the_next(tmp_path)
 
 
 def test_a_note_that_cannot_be_removed_hides_no_other_error(tmp_path):
-    with pytest.raises(DiskError, match="report.json cannot be written"), locked(tmp_path):
+    with pytest.raises(DiskError, match=r"report\.json cannot be written"), locked(tmp_path):
         (tmp_path / "running.json").unlink()
         (tmp_path / "running.json").mkdir()
         raise DiskError(tmp_path / "report.json", OSError(30, "Read-only file system"))
