@@ -64,6 +64,8 @@ class TrainSettings(BaseModel):
     """After how many of the last epochs the test set is evaluated, to report last, mean, median and best of them."""
     feature_cache: str | None = None
     """A folder where features of fixed views are kept for later runs."""
+    checkpoint_seconds: float = Field(default=30.0, ge=0)
+    """Seconds between two checkpoints within a phase: what a kill can cost at most. 0 is one after every step."""
 
 
 class Config(BaseModel):
@@ -83,7 +85,7 @@ class Config(BaseModel):
     def run_hash(self, split_sha256: str, backbone: str) -> str:
         """What a checkpoint must agree with: every setting that moves a number, the split and the weights.
 
-        Neither the places of files nor the device are.
+        Neither the places of files nor the device nor how often checkpoints are written are.
         """
         parts = self.model_dump()
         for part, key in (
@@ -92,6 +94,7 @@ class Config(BaseModel):
             ("data", "download"),
             ("train", "device"),
             ("train", "feature_cache"),
+            ("train", "checkpoint_seconds"),
             ("prototypes", "weights"),
             *(("data", place) for place in ("train", "val", "test", "unlabeled", "classes", "lists")),
         ):

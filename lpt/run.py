@@ -4,6 +4,7 @@ Here device, precision, processes, history, evaluation and the out-folder are bo
 """
 
 import contextlib
+import functools
 import json
 import shlex
 import time
@@ -29,6 +30,7 @@ from lpt.doctor import labels_seen
 from lpt.engine.checkpoint import write_whole
 from lpt.engine.lock import locked
 from lpt.engine.loop import Fit
+from lpt.engine.processes import together
 from lpt.engine.stopping import Stop
 from lpt.errors import LptError
 from lpt.evaluate import PrefixCache, evaluate, measure, predict
@@ -62,6 +64,7 @@ def train(
     stop = Stop()
     with contextlib.ExitStack() as held:
         held.enter_context(stop.listening())
+        held.enter_context(together())
         return _train(config, Path(out), resume, stop, held, say, show)
 
 
@@ -126,6 +129,7 @@ def _train(
             found["test"] = {k: metrics[k] for k in WATCHED}
         return found
 
+    @functools.cache  # a method of two steps has two bindings of the loop, and either may be the first to start
     def begin() -> None:
         if main:
             held.enter_context(locked(out))
@@ -143,6 +147,7 @@ def _train(
         run_hash=run_hash,
         accelerator=accelerator,
         dtype=PRECISIONS[precision],
+        checkpoint_seconds=config.train.checkpoint_seconds,
         on_start=begin,
         on_epoch=after_epoch,
         count_flops=not config.train.compile,

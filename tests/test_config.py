@@ -103,6 +103,7 @@ def test_a_file_that_is_no_config_is_told(tmp_path, text):
 def test_the_run_hash_sees_settings_but_not_places():
     base = resolve(RAW)
     assert base.run_hash("s", "f") == resolve(RAW, ["train.device=cpu"]).run_hash("s", "f")
+    assert base.run_hash("s", "f") == resolve(RAW, ["train.checkpoint_seconds=0"]).run_hash("s", "f")
     others = [resolve(RAW, [o]).run_hash("s", "f") for o in ("train.seed=1", "method.beta=0.1", "data.seed=1")]
     hashes = {base.run_hash("s", "f"), base.run_hash("t", "f"), base.run_hash("s", "g"), *others}
     assert len(hashes) == 6

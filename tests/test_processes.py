@@ -9,8 +9,10 @@ from conftest import small_backbone
 from safetensors.torch import load_file, save_file
 from semi import Killed, normal, semi
 
+from lpt.engine import processes
 from lpt.engine.memory import Memory
-from lpt.engine.processes import everywhere, gathered, rank_and_world, summed
+from lpt.engine.processes import everywhere, gathered, rank_and_world, summed, together
+from lpt.errors import TrainingError
 from lpt.heads import FusedHead
 from lpt.methods.ulfine import Fitting
 from lpt.unlabelled import Opinion
@@ -129,6 +131,18 @@ def test_two_processes_fit_the_same_prototypes_to_their_batch(two):
     assert all(torch.equal(value, second[name]) for name, value in first.items()), "the two do not hold the same"
     for name, value in one.items():
         torch.testing.assert_close(first[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_it_is_said_that_another_process_is_gone(monkeypatch):
+    gone = RuntimeError("[gloo/transport/tcp/pair.cc:561] Connection closed by peer")
+    with pytest.raises(RuntimeError, match="pair"), together():  # of one process it would say nothing
+        raise gone
+    monkeypatch.setattr(processes, "rank_and_world", lambda: (1, 2))
+    for error in (gone, torch.distributed.DistBackendError("NCCL")):
+        with pytest.raises(TrainingError, match=r"another of the 2 processes has ended: .* --resume"), together():
+            raise error
+    with pytest.raises(RuntimeError, match="shapes"), together():
+        raise RuntimeError("shapes do not match")
 
 
 def test_two_processes_go_on_after_a_kill_to_the_same_bits(two):

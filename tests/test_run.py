@@ -6,6 +6,7 @@ import pytest
 
 from lpt import run
 from lpt.config import resolve
+from lpt.engine import loop
 from lpt.errors import LptError
 from lpt.history import History
 
@@ -37,6 +38,24 @@ def test_a_resumed_run_selects_the_same(tmp_path):
         (tmp_path / "run" / name).unlink()
     again = run.train(resolve(CONFIG), tmp_path / "run", resume=True)
     assert again["selection"] == whole["selection"] and again["per_class"] == whole["per_class"]
+
+
+def test_checkpoints_are_as_frequent_as_the_config_says(tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(loop, "save_checkpoint", lambda path, checkpoint, run_hash: written.append(checkpoint.step))
+    for seconds, steps in ((0, [1, 2, 3]), (60, [3])):
+        settings = ["data.imbalance_factor=200", "method.epochs=1", "train.select=last", "train.batch_size=80"]
+        run.train(resolve(CONFIG, [*settings, f"train.checkpoint_seconds={seconds}"]), tmp_path / str(seconds))
+        assert [step for step in written if step] == steps  # 0 is of features
+        written.clear()
+
+
+@pytest.mark.parametrize("name", ["two_stage", "pre_finetune"])
+def test_a_method_that_runs_another_takes_its_folder_once(tmp_path, name):
+    method = {"name": name, "then": {"name": "linear_probe", "epochs": 1}}
+    config = resolve({**CONFIG, "method": method}, ["train.select=last"])
+    report = run.train(config, tmp_path / "run")
+    assert report["method"] == name and not (tmp_path / "run" / "running.json").exists()
 
 
 def test_selecting_needs_held_out_images_and_epochs(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_loop import fit, step
 
+from lpt.engine.checkpoint import load_checkpoint
 from lpt.engine.stopping import Stop, Stopped
 
 
@@ -34,6 +35,19 @@ def test_a_signal_ends_the_loop_after_its_step_with_a_checkpoint(tmp_path, numbe
     resumed, _ = fit(folder, step=counted)
     assert seen == [6, 7, 8, 9, 10]
     assert torch.equal(resumed.weight, whole.weight)
+
+
+def test_a_signal_after_the_last_step_had_looked_ends_the_phase(tmp_path):
+    stop, folder = Stop(), tmp_path / "checkpoints"
+
+    def measured(model, progress):
+        if progress.step == 10:
+            stop(signal.SIGTERM)
+        return {}
+
+    with pytest.raises(Stopped):
+        fit(folder, on_epoch=measured, stop=stop)
+    assert load_checkpoint(folder / "phase1.safetensors", run_hash="a").finished
 
 
 def test_outside_of_steps_and_at_the_second_signal_it_ends_at_once():

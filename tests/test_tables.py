@@ -33,6 +33,20 @@ def test_metadata_names_the_class_of_each_file(tmp_path, kind):
         assert labels[name] == task.classes[label]
 
 
+def test_absolute_names_in_metadata_are_those_of_any_working_directory(tmp_path, monkeypatch):
+    place = tmp_path / "p"
+    place.mkdir()
+    lines = []
+    for i in range(8):
+        picture(i).save(place / f"{i}.png")
+        lines.append(json.dumps({"file_name": str(place / f"{i}.png"), "label": "ab"[i % 2]}) + "\n")
+    (place / "metadata.jsonl").write_text("".join(lines))
+    whole = lpt.load_task("folder", root=str(place)).manifest()
+    monkeypatch.chdir(tmp_path)
+    task = lpt.load_task("folder", root="p")
+    assert task.manifest() == whole and "0.png" in task.train.ids + task.test.ids and "left_out" not in task.facts
+
+
 def test_parquet_with_encoded_images(tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq

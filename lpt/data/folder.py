@@ -208,6 +208,7 @@ def _part(root: Path, place: Path, images: list[tuple[str, ...]], label_column: 
     depth = len(place.relative_to(root).parts)
     if table := metadata(place):
         files, names = read_metadata(table, label_column)
+        files = [_below(root, path) for path in files]
         listed = {path.relative_to(root).as_posix() for path in files if path.is_relative_to(root)}
         left_out = ["/".join(parts) for parts in images if "/".join(parts) not in listed]
     else:
@@ -224,6 +225,14 @@ def _part(root: Path, place: Path, images: list[tuple[str, ...]], label_column: 
     ids = [path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path) for path in files]
     paths = [str(path) for path in files]
     return Part(lambda i: paths[i], ids, names, *_prints(paths), (), left_out)
+
+
+def _below(root: Path, path: Path) -> Path:
+    """`path` as one that starts with `root` where it lies below it: a table may name files by absolute paths, and root
+    may be relative to the working directory."""
+    if path.is_absolute() and path.is_relative_to(whole := root.absolute()):
+        return root / path.relative_to(whole)
+    return path
 
 
 def _unlabeled(given: str, classes: Sequence[str]) -> Part:

@@ -14,7 +14,8 @@ from lpt.errors import LptError
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Holds `folder` for this process. The system lets go of it when the process ends, however it does.
+    """Holds `folder` for this process. The system lets go of it when the process ends, however it does. What killed
+    processes had half written there is removed first.
 
     Raises LptError that names the process which holds it.
     """
@@ -28,11 +29,14 @@ def locked(folder: Path) -> Iterator[None]:
     except Timeout:
         raise LptError(f"--out {folder} is in use{_by_whom(told)}: wait for it, or give another folder") from None
     try:
+        for half in folder.rglob(".*.tmp"):  # of nobody who lives: this process holds the folder
+            half.unlink(missing_ok=True)
         mine = {"process": os.getpid(), "host": platform.node(), "since": datetime.now().isoformat(" ", "seconds")}
         write_whole(told, json.dumps(mine).encode())
         yield
     finally:
-        told.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a disk that fails has been told of, or will be
+            told.unlink(missing_ok=True)
         lock.release()
 
 

@@ -31,7 +31,7 @@ from lpt.engine.checkpoint import (
 from lpt.engine.clock import Clock
 from lpt.engine.memory import Memory
 from lpt.engine.optim import Optimizer, Warmup, lr_at, make_optimizer
-from lpt.engine.processes import everywhere, gathered
+from lpt.engine.processes import everywhere, gathered, summed
 from lpt.engine.stopping import Stop, Stopped
 from lpt.errors import TrainingError
 from lpt.history import History
@@ -286,6 +286,8 @@ class Fit:
                 progress = following
                 speed = clock.rate(cost["images"] // steps, done - first, steps - done, values["loss"])
                 self.show(phase, done, steps, speed)
+            if summed(torch.tensor(self.stop.asked, device=device)) > 0:  # after the last step had looked; it is saved
+                raise Stopped(self.stop.asked or signal.SIGTERM)
         cost["flops"] = steps * flops
         optim.zero_grad(set_to_none=True)  # what the next phase does not train must not keep a gradient
 

@@ -1,9 +1,13 @@
 """Several processes: who this one is, and what all of them have together."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from lpt.errors import TrainingError
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -11,6 +15,22 @@ def rank_and_world() -> tuple[int, int]:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return 0, 1
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """What happens inside needs all processes. Raises TrainingError where another one is gone, in place of what the
+    connection to it says."""
+    try:
+        yield
+    except RuntimeError as error:
+        _, world = rank_and_world()
+        if world == 1 or not (isinstance(error, torch.distributed.DistError) or "gloo" in str(error)):
+            raise
+        raise TrainingError(
+            f"another of the {world} processes has ended: look for what it said, and start all of them again with "
+            "--resume"
+        ) from error
 
 
 def everywhere(here: bool) -> bool:
