@@ -2,11 +2,19 @@
 
 import inspect
 from collections.abc import Callable
-from typing import Any, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from lpt.errors import did_you_mean
+
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Part = Annotated[float, Field(ge=0, le=1)]
+Weight = Annotated[float, Field(ge=0)]
+Scale = Annotated[float, Field(gt=0)]
+Threshold = Annotated[float, Field(gt=0, le=1)]
 
 
 def settings_of(function: Callable[..., Any]) -> type[BaseModel]:

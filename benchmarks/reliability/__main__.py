@@ -1,4 +1,4 @@
-"""Does it lose work? Kills, faults, hostile files, numbers that go wrong, several processes: one table.
+"""Does it lose work? Kills, faults, several processes, long lists: one table.
 
     python -m benchmarks.reliability [--json FILE] [--only kills,faults] [--quick]
 

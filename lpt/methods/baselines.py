@@ -3,10 +3,9 @@
 Shapes: features [N D'], logits [B C].
 """
 
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch.nn.functional as F
-from pydantic import Field
 
 from lpt.backbones.base import Backbone
 from lpt.classifier import PromptedClassifier
@@ -16,12 +15,8 @@ from lpt.engine.optim import Optimizer, Warmup
 from lpt.errors import LptError
 from lpt.heads import CosineHead, NeighbourHead, class_means
 from lpt.losses import LossName
+from lpt.settings import Count, Positive, Scale, Share
 from lpt.stage import HeadStart, Tuning, everything, head_features, learner, train_stage
-
-Positive = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, lt=1)]
-Scale = Annotated[float, Field(gt=0)]
 
 
 def zero_shot(task: Task, backbone: Backbone, fit: Fit, *, scale: Scale = 100.0) -> PromptedClassifier:

@@ -28,12 +28,10 @@ from lpt.losses import GCL, CrossEntropy, LogitAdjusted, cloud_noise
 from lpt.matching import class_keys, key_usage, kmeans_keys
 from lpt.prompts import DeepPrompt, PromptPool
 from lpt.samplers import ClassBalanced, InstanceBalanced, InstancePerStep, instance_weight
+from lpt.settings import Positive, Share
 
 COLLAPSED = 3.0
 """A key perplexity below this is reported as a collapse: almost all images share the same prompts."""
-
-Positive = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 def tune(

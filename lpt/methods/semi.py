@@ -4,11 +4,9 @@ All see the same streams for as many steps (`lpt.unlabelled`). Shapes: feature [
 """
 
 import copy
-from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor
 
 from lpt.backbones.base import Backbone
@@ -19,15 +17,9 @@ from lpt.engine.optim import Optimizer, Warmup
 from lpt.engine.processes import gathered, rank_and_world
 from lpt.heads import CosineHead, FusedHead
 from lpt.losses import log_prior
+from lpt.settings import Count, Positive, Scale, Share, Threshold, Weight
 from lpt.stage import HeadStart, Tuning, around, learner, starting_rows
 from lpt.unlabelled import Fitted, Opinion, Plan, agreement, train_semi
-
-Positive = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, lt=1)]
-Weight = Annotated[float, Field(ge=0)]
-Scale = Annotated[float, Field(gt=0)]
-Threshold = Annotated[float, Field(gt=0, le=1)]
 
 QUEUE = 256
 """Features of each class that DASO's prototypes are means of."""

@@ -12,11 +12,10 @@ Shapes: feature [B D'], joint [B J], prototypes [C J], logits [B C].
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor
 
 from lpt.adapters import auto_bottleneck
@@ -29,16 +28,9 @@ from lpt.engine.processes import rank_and_world, summed
 from lpt.errors import LptError
 from lpt.heads import FusedHead, Fusion
 from lpt.losses import log_prior
+from lpt.settings import Count, Part, Positive, Scale, Share, Threshold, Weight
 from lpt.stage import HeadStart, Tuning, around, starting_rows
 from lpt.unlabelled import Fitted, Opinion, Plan, agreement, train_semi
-
-Positive = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, lt=1)]
-Part = Annotated[float, Field(ge=0, le=1)]
-Weight = Annotated[float, Field(ge=0)]
-Scale = Annotated[float, Field(gt=0)]
-Threshold = Annotated[float, Field(gt=0, le=1)]
 
 
 def tune(
