@@ -159,11 +159,14 @@ class PromptedClassifier(nn.Module):
         tokens = self.shared.tokens
         if tokens.requires_grad and torch.is_grad_enabled():
             return [tokens[i]]
+        return [self._constants(tokens)[i]]
+
+    @torch.no_grad()
+    def _constants(self, tokens: Tensor) -> list[KeyValue]:
         key = (*self._shared_version, self.backbone.dtype)  # a stale constant has another key
         if self._constant is None or self._constant[0] != key:
-            with torch.no_grad():
-                self._constant = (key, [self.backbone.keys_values(j, of.detach()) for j, of in enumerate(tokens)])
-        return [self._constant[1][i]]
+            self._constant = (key, [self.backbone.keys_values(j, of.detach()) for j, of in enumerate(tokens)])
+        return self._constant[1]
 
     # What trains, and what is stored.
 
@@ -173,6 +176,9 @@ class PromptedClassifier(nn.Module):
             parameter.requires_grad_(name.startswith(names) and self._is_ours(name))
         unmatched = [n for n in names if not any(p.startswith(n) for p, _ in self.named_parameters())]
         assert not unmatched, f"no parameter is called {unmatched}"
+        if isinstance(self.shared, DeepPrompt) and not self.shared.tokens.requires_grad:
+            with self._precision():  # now, so that no step of a run that was resumed has more work than it had before
+                self._constants(self.shared.tokens)
         return self
 
     def _is_ours(self, name: str) -> bool:

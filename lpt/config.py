@@ -14,10 +14,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from lpt.backbones.clip_vit import TEMPLATE
 from lpt.data import DATA
-from lpt.errors import ConfigError, did_you_mean
+from lpt.errors import ConfigError, did_you_mean, quoted
 from lpt.methods import METHODS
 from lpt.preprocess import Transform
 from lpt.settings import settings_of, validated
+
+LARGEST, DEEPEST = 100_000, 50
+"""Values in a config, and how deep they may be nested."""
 
 
 class BackboneSettings(BaseModel):
@@ -109,9 +112,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if not path.is_file():
         raise ConfigError([f"config {path} does not exist; `lpt list configs` shows those that come with lpt"])
     try:
-        raw = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError([f"config {path} is not YAML: {' '.join(str(error).split())}"]) from None
+        raw = _yaml(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError([f"config {path} is not YAML: {quoted(error, 300)}"]) from None
     if not isinstance(raw, dict):
         raise ConfigError([f"config {path} holds {type(raw).__name__}, not the sections backbone, data, method, train"])
     return resolve(raw, overrides)
@@ -134,11 +137,9 @@ def resolve(raw: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
         resolved[section] = settings
         mistakes += wrong
     sections = list(Config.model_fields)
-    mistakes += [
-        f"{key}: there is no such section{did_you_mean(str(key), sections) or '; sections are ' + ', '.join(sections)}"
-        for key in tree
-        if key not in sections
-    ]
+    for key in (str(key)[:99] for key in tree if key not in sections):
+        hint = did_you_mean(key, sections) or "; sections are " + ", ".join(sections)
+        mistakes.append(f"{quoted(key)}: there is no such section{hint}")
     if mistakes:
         raise ConfigError(mistakes)
     return Config.model_validate({key: resolved[key] for key in sections})
@@ -185,7 +186,9 @@ def _named(section: str, given: Any, table: Mapping[str, Callable[..., Any]]) ->
         return {}, [f"{section}.name is missing: one of {', '.join(table)}"]
     name = given["name"]
     if not isinstance(name, str) or name not in table:
-        return {}, [f"{section}.name: {name!r} is unknown ({', '.join(table)}){did_you_mean(str(name), table)}"]
+        return {}, [
+            f"{section}.name: {quoted(repr(name))} is unknown ({', '.join(table)}){did_you_mean(str(name)[:99], table)}"
+        ]
     rest = {key: value for key, value in given.items() if key != "name"}
     settings, mistakes = validated(section, settings_of(table[name]), rest)
     for key in ("then", "first") if table is METHODS else ():  # a method's settings inside another's
@@ -202,17 +205,35 @@ def _override(tree: dict[str, Any], text: str) -> str | None:
     if not equals or not sections or not all((*sections, key)):
         return f"{text!r} is not of the form section.key=value, for example train.seed=1"
     try:
-        parsed = yaml.safe_load(value) if value else None
-    except yaml.YAMLError:
-        return f"{path}: the value {value!r} is not YAML"
+        parsed = _yaml(value) if value else None
+    except ValueError:
+        return f"{quoted(path)}: the value {quoted(repr(value))} is not YAML"
     part = tree
     for section in sections:
         inside = part.setdefault(section, {})
         if not isinstance(inside, dict):
-            return f"{section}: expected settings, got {inside!r}"
+            return f"{section}: expected settings, got {quoted(repr(inside))}"
         part[section] = part = dict(inside)
     part[key] = _number(parsed)
     return None
+
+
+def _yaml(text: str) -> Any:
+    """What `text` says. Raises ValueError where it is not YAML, or so much that it can be no config: aliases of aliases
+    make gigabytes of a few lines."""
+    try:
+        found = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(error if isinstance(error, yaml.YAMLError) else type(error).__name__) from None
+    left, waiting = LARGEST, [(found, 0)]
+    while waiting:
+        part, depth = waiting.pop()
+        inside = [*part, *part.values()] if isinstance(part, dict) else part if isinstance(part, list | tuple) else ()
+        left -= 1 + len(inside)
+        if left < 0 or depth > DEEPEST or (isinstance(part, int) and part.bit_length() > 64):
+            raise ValueError(f"more than {LARGEST} values, deeper than {DEEPEST}, or a number of more than 64 bits")
+        waiting += [(one, depth + 1) for one in inside]
+    return found
 
 
 def _number(value: Any) -> Any:

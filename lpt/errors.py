@@ -42,6 +42,17 @@ class DiskError(LptError):
         )
 
 
+def quoted(words: object, limit: int = 200) -> str:
+    """What a file or a library says, fit for a sentence of ours: printable, on one line, not long.
+
+    >>> quoted("two\\nlines\\x1b[2J", 12)
+    'two lines...'
+    """
+    text = " ".join(str(words)[: 10 * limit].split())
+    text = "".join(letter if letter.isprintable() else "?" for letter in text)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """A suggestion to append to a message, or nothing.
 

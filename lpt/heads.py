@@ -158,8 +158,8 @@ class FusedHead(nn.Module):
             return deviation * (self.eta * _standard(linear) + (1 - self.eta) * _standard(similarity))
         share: float | Tensor = 1 - self.eta
         if self.fusion == "daso":
-            often = self.frequency.clamp(min=1e-12) ** (1 / self.temperature)
-            share = (often / often.max())[linear.argmax(1)][:, None]
+            often = self.frequency.clamp(min=1e-12)
+            share = ((often / often.max()) ** (1 / self.temperature))[linear.argmax(1)][:, None]
         return ((1 - share) * linear.softmax(1) + share * similarity.softmax(1)).clamp(min=1e-12).log()
 
 

@@ -21,9 +21,13 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from lpt.errors import DataError
+from lpt.errors import DataError, quoted
 
 Transform = Literal["timm", "lift", "lpt"]
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "PPM", "JPEG2000")
+"""What is read where this Pillow can. It would read more, PostScript by running a program."""
+LARGEST = 2**26
+"""Pixels of an image, after a JPEG has been made smaller: in a few bytes of PNG there is room for far more."""
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 
 
@@ -169,22 +173,32 @@ def decoded(file: File, *, least: int = 0) -> Image.Image:
     side still at least `least`. Raises DataError."""
     content = io.BytesIO(file.content) if isinstance(file.content, bytes) else file.content
     try:
-        with Image.open(content) as image:
+        with Image.open(content, formats=_formats()) as image:
             if least:
                 image.draft("RGB", (least, least))
-            upright = ImageOps.exif_transpose(image)
-            return (_eight_bits(upright) if upright.mode[0] in "IF" else upright).convert("RGB")
+            if image.width * image.height > LARGEST:
+                raise ValueError(f"{image.width} x {image.height} pixels, {LARGEST} are the most: make it smaller")
+            ImageOps.exif_transpose(image, in_place=True)
+            return (_eight_bits(image) if image.mode[0] in "IF" else image).convert("RGB")
     except Exception as error:  # a decoder's error on a damaged file can be of any class
-        raise DataError(f"image {file.name} cannot be decoded ({error})") from None
+        raise DataError(f"image {file.name} cannot be decoded ({quoted(error)})") from None
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
     """Greys of 16 or 32 bits, or floats: scaled by the smallest of 1 (floats), 255, 65535 and the maximum that holds
     them all. 16-bit files by 65535."""
-    grey = np.asarray(image).astype(np.float64).clip(min=0)
+    grey = np.asarray(image).astype(np.float64)
+    grey.clip(min=0, out=grey)
     tops = [65535.0] if image.mode.startswith("I;16") else [1.0] * (image.mode == "F") + [255.0, 65535.0]
     top = next((t for t in tops if grey.max() <= t), grey.max())
-    return Image.fromarray((grey * (255 / top)).round().clip(0, 255).astype(np.uint8))
+    grey *= 255 / top
+    return Image.fromarray(grey.round(out=grey).clip(0, 255, out=grey).astype(np.uint8))
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 @cache

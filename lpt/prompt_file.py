@@ -11,7 +11,7 @@ The header stands under `lpt` in the file's metadata.
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -23,16 +23,20 @@ from lpt.adapters import Kind, adapted
 from lpt.backbones.base import Backbone
 from lpt.classifier import PromptedClassifier
 from lpt.engine.checkpoint import write_whole
-from lpt.errors import PromptFileError
+from lpt.errors import PromptFileError, quoted
 from lpt.heads import Calibration, CosineHead, FusedHead, Fusion, Head, LinearHead, NeighbourHead
 from lpt.preprocess import Preprocess
 from lpt.prompts import DeepPrompt, PromptPool, ShallowPrompt
 
 FORMAT = 1
 LARGEST_HEADER = 8 * 2**20
+LARGEST_NUMBER = 1e6
+"""Nothing that was learned is larger; what is, is no model, and makes answers that are not finite."""
 
 FUSED = {"head.scales": 1, "head.prototypes": 2, "head.texts": 2, "head.visual": 2, "head.seen": 1, "head.frequency": 1}
 """Ranks of what a fused head has besides its weight."""
+PLACES = ("root", "download", "unlabeled")
+"""Settings of the data that a prompt file neither holds nor may give: where to look is said by who asks."""
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -70,8 +74,8 @@ class Header(BaseModel):
     backbone: BackboneFacts
     preprocess: Preprocess
     classes: list[str] = Field(min_length=2)
-    counts: list[int]
-    scale: float = Field(gt=0, allow_inf_nan=False)
+    counts: list[Annotated[int, Field(ge=0, le=10**12)]]
+    scale: float = Field(gt=0, le=LARGEST_NUMBER)
     topk: int = Field(default=0, ge=0)
     first: int = Field(default=0, ge=0)
     inside: Inside | None = None
@@ -79,10 +83,10 @@ class Header(BaseModel):
     space: Literal["features", "joint"] = "features"
     """Where a head of class prototypes compares: in the space of the features, or of images and texts."""
     neighbours: int = Field(default=0, ge=0)
-    temperature: float = Field(default=0.07, gt=0, allow_inf_nan=False)
+    temperature: float = Field(default=0.07, ge=1 / LARGEST_NUMBER, le=LARGEST_NUMBER)
     precision: Literal["fp32", "bf16"] = "fp32"
     data: dict[str, Any] = {}
-    metrics: dict[str, Any] = {}
+    metrics: dict[str, float | None] = {}
     versions: dict[str, str] = {}
 
     @model_validator(mode="after")
@@ -139,8 +143,19 @@ def save_prompt(
         **facts,
     )
     tensors = {k: v.detach().to("cpu", DTYPES[storage]).contiguous() for k, v in model.adapted().items()}
+    if bad := [k for k, v in tensors.items() if not bool((v.float().abs() <= LARGEST_NUMBER).all())]:
+        raise PromptFileError(
+            f"prompt file {path} is not written: in {storage} {bad[0]} holds numbers that are not finite or above "
+            f"{LARGEST_NUMBER:g}: lower method.lr, or use train.storage=fp32"
+        )
     write_whole(Path(path), to_bytes(tensors, metadata={"lpt": header.model_dump_json()}))
     return header
+
+
+def beyond_fp16(model: PromptedClassifier) -> str | None:
+    """The first of the model's tensors that would be infinite in fp16."""
+    most = torch.finfo(torch.float16).max
+    return next((name for name, value in model.adapted().items() if bool((value.abs() > most).any())), None)
 
 
 def read_prompt(path: str | Path) -> PromptFile:
@@ -158,7 +173,7 @@ def read_prompt(path: str | Path) -> PromptFile:
             header = _header(path, text)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError, RuntimeError) as error:
-        raise PromptFileError(f"prompt file {path} is damaged or no safetensors file ({error})") from None
+        raise PromptFileError(f"prompt file {path} is damaged or no safetensors file ({quoted(error)})") from None
     _check_tensors(path, header, tensors)
     return PromptFile(header, {k: v.float() for k, v in tensors.items()})
 
@@ -168,13 +183,14 @@ def load_prompt(path: str | Path, backbone: Backbone) -> PromptedClassifier:
     header, tensors = read_prompt(path)
     if header.backbone.fingerprint != backbone.fingerprint:
         raise PromptFileError(
-            f"prompt file {path} is for backbone {header.backbone.name} ({header.backbone.fingerprint}), "
-            f"this is {backbone.name} ({backbone.fingerprint}): give backbone.name and backbone.weights of the first"
+            f"prompt file {path} is for backbone {quoted(header.backbone.name)} "
+            f"({quoted(header.backbone.fingerprint, 40)}), this is {backbone.name} "
+            f"({backbone.fingerprint}): give backbone.name and backbone.weights of the first"
         )
     ours, theirs = (name.partition(":")[2].partition(".")[0] for name in (backbone.name, header.backbone.name))
     if ours != theirs:  # equal weights, but another activation or norm: CLIP's quickgelu models are such twins
         raise PromptFileError(
-            f"prompt file {path} is for {header.backbone.name}, this is {backbone.name}: set backbone.name"
+            f"prompt file {path} is for {quoted(header.backbone.name)}, this is {backbone.name}: set backbone.name"
         )
     if header.backbone.image_size != backbone.preprocess.size:
         raise PromptFileError(
@@ -191,10 +207,18 @@ def load_prompt(path: str | Path, backbone: Backbone) -> PromptedClassifier:
         backbone = adapted(backbone, **header.inside.model_dump())
     project = backbone.project if joint else None
 
+    widths = {"shared.tokens": backbone.width, "pool.tokens": backbone.width}
+    widths |= {"pool.keys": backbone.feature_width, "query_head.weight": backbone.feature_width}
+    for name, wide in widths.items():  # before anything is made that is much larger than the file
+        if name in tensors and tensors[name].shape[-1] != wide:
+            raise PromptFileError(
+                f"prompt file {path}: {name} is {list(tensors[name].shape)}, the backbone needs a width of {wide}"
+            )
+
     def cosine(project: Any = None) -> CosineHead:
         return CosineHead(num_classes=len(header.classes), width=wanted, scale=header.scale, project=project)
 
-    head: Head = cosine(project)
+    head: Head
     if header.fused:
         head = FusedHead(
             num_classes=len(header.classes),
@@ -208,12 +232,18 @@ def load_prompt(path: str | Path, backbone: Backbone) -> PromptedClassifier:
         head = NeighbourHead(bank=rows, counts=counts, k=header.neighbours, temperature=header.temperature)
     elif "head.bias" in tensors:
         head = LinearHead(num_classes=len(header.classes), width=backbone.feature_width)
+    else:
+        head = cosine(project)
     shared = pool = None
     if (tokens := tensors.get("shared.tokens")) is not None and len(tokens) == 1 < backbone.depth:
         shared = ShallowPrompt(length=tokens.shape[1], width=tokens.shape[2])
     elif tokens is not None:
         shared = DeepPrompt(layers=backbone.depth, length=tokens.shape[1], width=tokens.shape[2])
     if (tokens := tensors.get("pool.tokens")) is not None:
+        if header.first >= backbone.depth:
+            raise PromptFileError(
+                f"prompt file {path}: group prompts from block {header.first} on, the backbone has {backbone.depth}"
+            )
         pool = PromptPool(
             size=tokens.shape[0],
             topk=header.topk,
@@ -233,7 +263,7 @@ def load_prompt(path: str | Path, backbone: Backbone) -> PromptedClassifier:
         calibration=Calibration(len(header.classes)) if "calibration.scale" in tensors else None,
     )
     if other := sorted(model.adapted().keys() ^ tensors.keys()):
-        raise PromptFileError(f"prompt file {path} and the model it describes differ in {', '.join(other[:5])}")
+        raise PromptFileError(f"prompt file {path} and the model it describes differ in {quoted(', '.join(other[:5]))}")
     for name, value in model.adapted().items():
         if tensors[name].shape != value.shape:
             raise PromptFileError(
@@ -253,16 +283,18 @@ def _header(path: Path, text: str) -> Header:
         number = raw["format"]
     except (ValueError, KeyError, TypeError, RecursionError):
         raise PromptFileError(f"prompt file {path} has a damaged header: it is not JSON with a format number") from None
-    if not isinstance(number, int) or number > FORMAT:
+    if not isinstance(number, int) or not 1 <= number <= FORMAT:
         raise PromptFileError(
-            f"prompt file {path} has format {number}, this lpt reads up to {FORMAT}: install a newer lpt"
+            f"prompt file {path} has format {quoted(number, 40)}, this lpt reads up to {FORMAT}: install a newer lpt"
         )
     try:
         return Header.model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "header"
-        raise PromptFileError(f"prompt file {path} has a damaged header: {where}: {first['msg']}") from None
+        raise PromptFileError(
+            f"prompt file {path} has a damaged header: {quoted(where)}: {quoted(first['msg'])}"
+        ) from None
 
 
 def _check_tensors(path: Path, header: Header, tensors: Mapping[str, Tensor]) -> None:
@@ -285,7 +317,7 @@ def _check_tensors(path: Path, header: Header, tensors: Mapping[str, Tensor]) ->
     in_pool = [k for k in ranks if k.startswith("pool.") and k in tensors]
     say = None
     if wrong:
-        say = f"unknown tensors {', '.join(wrong)[:200]}"
+        say = f"unknown tensors {', '.join(wrong)}"
     elif inside and header.inside is None:
         say = f"the header does not say what {sorted(inside)[0]} is"
     elif ("head.weight" in tensors) == ("head.bank" in tensors):
@@ -310,9 +342,13 @@ def _check_tensors(path: Path, header: Header, tensors: Mapping[str, Tensor]) ->
         say = f"{bad[0]} is stored as {tensors[bad[0]].dtype}, not fp16 or fp32"
     elif bad := [k for k, v in tensors.items() if not bool(torch.isfinite(v).all())]:
         say = f"{bad[0]} holds numbers that are not finite"
+    elif bad := [k for k, v in tensors.items() if v.float().abs().max() > LARGEST_NUMBER]:
+        say = f"{bad[0]} holds numbers above {LARGEST_NUMBER:g}"
+    elif in_pool and len(tensors["pool.tokens"]) != len(tensors["pool.keys"]):
+        say = f"{len(tensors['pool.keys'])} keys for {len(tensors['pool.tokens'])} group prompts"
     elif "head.weight" in tensors and len(tensors["head.weight"]) != len(header.classes):
         say = f"the head has {len(tensors['head.weight'])} rows for {len(header.classes)} classes"
     elif in_pool and not 1 <= header.topk <= len(tensors["pool.keys"]):
         say = f"topk {header.topk} does not fit a pool of {len(tensors['pool.keys'])}"
     if say:
-        raise PromptFileError(f"prompt file {path} is damaged: {say}")
+        raise PromptFileError(f"prompt file {path} is damaged: {quoted(say)}")

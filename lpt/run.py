@@ -37,7 +37,7 @@ from lpt.evaluate import PrefixCache, evaluate, measure, predict
 from lpt.history import History
 from lpt.methods import METHODS
 from lpt.page import html
-from lpt.prompt_file import DTYPES, save_prompt
+from lpt.prompt_file import DTYPES, PLACES, beyond_fp16, save_prompt
 from lpt.pseudo_labels import diagnose, read_last_round
 from lpt.report import markdown
 from lpt.selection import Best, watched
@@ -163,7 +163,11 @@ def _train(
     phases = [phase for phase, cost in fit.cost.items() if cost["steps"]]
     selection = "last" if config.train.select == "last" else best.restore(model, phases[-1])
     # What is evaluated is what is stored: rounded first, so that the file reloads to the same bits.
-    model.round_to(DTYPES[config.train.storage])
+    storage = config.train.storage
+    if storage == "fp16" and (large := beyond_fp16(model)):
+        say(f"warning: {large} holds numbers beyond fp16's 65504; the prompt file is stored in fp32")
+        storage = "fp32"
+    model.round_to(DTYPES[storage])
     model.only_train().eval()
     predictions = predict(model, task.test, folder=feature_cache)
     metrics = measure(model, predictions, task.counts, group_rule=task.group_rule)
@@ -198,13 +202,13 @@ def _train(
             model,
             method=config.method["name"],
             counts=task.counts,
-            storage=config.train.storage,
+            storage=storage,
             settings=settings,
             precision=precision,
             data={
                 **data,
                 "labelled_sha256": (replace(task, unlabeled=None).manifest() if task.unlabeled else manifest)["sha256"],
-                "settings": {k: v for k, v in config.data.items() if k not in ("root", "download", "unlabeled")},
+                "settings": {k: v for k, v in config.data.items() if k not in PLACES},
             },
             metrics={k: metrics[k] for k in ("accuracy", "class_accuracy", "many", "medium", "few", "ece", "nll")},
             versions=versions(),

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from lpt.classifier import PromptedClassifier
-from lpt.engine.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from lpt.engine.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, unreadable
 
 LAST = 20
 """Evaluations that a mean or median is taken over (ACR and DARP report the mean of the last 20, DASO their median)."""
@@ -37,11 +37,14 @@ class Best:
 
     def restore(self, model: PromptedClassifier, phase: str) -> str:
         """Puts the best of the last `phase` into `model`; returns the name of the selection."""
+        place = self.folder / f"best-{phase}.safetensors"
         if self.phase != phase:  # it was finished before this process
-            place = self.folder / f"best-{phase}.safetensors"
             self.phase, self.best = phase, load_checkpoint(place, run_hash=self.run_hash) or self.best
         # Not all need be in `model` still: a head may have gone when its training ended.
-        model.load_adapted({name: self.best.tensors[name] for name in model.adapted()})
+        try:
+            model.load_adapted({name: self.best.tensors[name] for name in model.adapted()})
+        except (KeyError, RuntimeError) as error:
+            raise unreadable(place, f"it does not fit this model: {error}") from None
         return f"best on held-out images: step {self.best.step} of {self.phase}"
 
 

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -17,8 +17,9 @@ from lpt.data.task import Files, Images, Task
 from lpt.device import PRECISIONS, pick_device, pick_precision, versions
 from lpt.errors import ConfigError, DataError, PromptFileError, did_you_mean
 from lpt.evaluate import measure, predict
+from lpt.longtail import GroupRule
 from lpt.preprocess import File
-from lpt.prompt_file import Header, load_prompt, read_prompt
+from lpt.prompt_file import PLACES, Header, load_prompt, read_prompt
 
 
 def open_prompt(
@@ -49,7 +50,8 @@ def evaluate_prompt(
     """
     header, _ = read_prompt(path)
     check_loading(settings, sections=("data", "backbone", "train"))
-    stored = header.data.get("settings", {})
+    stored = header.data.get("settings")
+    stored = {k: v for k, v in stored.items() if k not in PLACES} if isinstance(stored, dict) else {}
     given = settings.get("data", {})
     data = {**stored, **given} if given.get("name", stored.get("name")) == stored.get("name") else dict(given)
     if not data.get("name"):
@@ -82,7 +84,8 @@ def evaluate_prompt(
     if shift["absent_from_data"]:
         gone = [header.classes.index(name) for name in shift["absent_from_data"]]
         predictions.logits[:, gone] = -torch.inf
-    rule = header.data.get("group_rule", task.group_rule)
+    rule = str(header.data.get("group_rule"))
+    rule = rule if rule in get_args(GroupRule) else task.group_rule
     metrics = measure(model, predictions, torch.tensor(header.counts), group_rule=rule)
     return {
         **metrics,

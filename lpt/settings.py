@@ -6,7 +6,7 @@ from typing import Annotated, Any, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
-from lpt.errors import did_you_mean
+from lpt.errors import did_you_mean, quoted
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -31,7 +31,7 @@ def settings_of(function: Callable[..., Any]) -> type[BaseModel]:
 def validated(section: str, model: type[BaseModel], given: Any) -> tuple[dict[str, Any], list[str]]:
     """`given` checked and filled in with the defaults, and what is wrong with it, a sentence each."""
     if not isinstance(given, dict):
-        return {}, [f"{section}: expected settings, got {given!r}"]
+        return {}, [f"{section}: expected settings, got {quoted(repr(given))}"]
     try:
         return model.model_validate(given).model_dump(mode="json"), []
     except ValidationError as error:
@@ -39,11 +39,11 @@ def validated(section: str, model: type[BaseModel], given: Any) -> tuple[dict[st
 
 
 def _mistake(section: str, model: type[BaseModel], error: Any) -> str:
-    where = ".".join([section, *(str(part) for part in error["loc"])])
+    where = quoted(".".join([section, *(str(part) for part in error["loc"])]), 100)
     if error["type"] == "extra_forbidden":
         known = ["name", *model.model_fields]
         key = str(error["loc"][-1])
-        return f"{where}: there is no such setting{did_you_mean(key, known) or '; there are ' + ', '.join(known)}"
+        return f"{where}: there is no such setting{did_you_mean(key[:99], known) or '; there are ' + ', '.join(known)}"
     if error["type"] == "missing":
         return f"{where} is missing"
-    return f"{where}: got {error['input']!r}; {error['msg'][0].lower()}{error['msg'][1:]}"
+    return f"{where}: got {quoted(repr(error['input']))}; {error['msg'][0].lower()}{quoted(error['msg'][1:])}"

@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 
 from lpt.backbones import FAMILIES, load_backbone, timm_vit
 from lpt.backbones import nano as nano_module
-from lpt.backbones.base import KeyValue, fingerprint_of
+from lpt.backbones.base import KeyValue, fingerprint_of, read_prototypes
 from lpt.backbones.timm_vit import attend
 from lpt.errors import BackboneError
 
@@ -415,3 +415,19 @@ def test_nano_refuses_what_it_cannot_be_given():
         load_backbone("nano", image_size=30)
     with pytest.raises(BackboneError, match="no known family"):
         load_backbone("nano:large")
+
+
+@pytest.mark.parametrize(
+    ("names", "rows"),
+    [
+        ("[" * 100_000, torch.zeros(2, 3)),
+        ("7", torch.zeros(2, 3)),
+        ('["a"]', torch.zeros(2, 3)),
+        ('["a", "b"]', torch.zeros(())),
+        ('["a", "b"]', torch.full((2, 3), float("nan"))),
+    ],
+)
+def test_damaged_prototypes_are_refused(tmp_path, names, rows):
+    save_file({"prototypes": rows}, tmp_path / "p.safetensors", metadata={"classes": names})
+    with pytest.raises(BackboneError, match=r"prototypes\.weights"):
+        read_prototypes(tmp_path / "p.safetensors")

@@ -121,3 +121,38 @@ def test_another_dataset_or_method_leaves_out_what_the_config_says_of_the_first(
     assert load_config(path, ["data.name=cifar10-lt"]).data["imbalance_factor"] == 100  # its own default
     with pytest.raises(ConfigError, match=r"data\.imbalance_factor"):
         load_config(path, ["data.name=folder", "data.imbalance_factor=10"])
+
+
+BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12)
+)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            BOMB,
+            "a: &a [*a]",
+            "[" * 5000,
+            "[" * 99 + "]" * 99,
+            "{[a]: 1",
+            "\0",
+            "a: !!python/object/apply:os.system ['id']",
+        ),
+        *("a: 2026-99-99", "a: 0x" + "f" * 9999, "a: " + "9" * 9999, "a: !!int ''"),
+    ],
+)
+def test_yaml_that_is_made_to_harm_is_refused_in_one_sentence(tmp_path, text):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ConfigError, match="is not YAML") as error:
+        load_config(tmp_path / "c.yaml")
+    assert len(error.value.mistakes) == 1 and len(str(error.value)) < 500 and str(error.value).isprintable()
+
+
+def test_long_values_are_not_repeated_in_full(tmp_path):
+    (tmp_path / "c.yaml").write_text("backbone: {name: [" + "xyz, " * 5000 + "]}\n? " + "k" * 900 + "\n: 1")
+    with pytest.raises(ConfigError) as error:
+        load_config(tmp_path / "c.yaml", ["train.seed=2026-99-99"])
+    assert any("train.seed: the value '2026-99-99' is not YAML" in one for one in error.value.mistakes)
+    assert max(map(len, error.value.mistakes)) < 500

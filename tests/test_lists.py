@@ -167,3 +167,11 @@ def test_an_unlabelled_image_that_cannot_be_decoded_is_named(tree, tmp_path):
     found = task(tree, unlabeled=str(tmp_path / "more.txt"))
     with pytest.raises(DataError, match=r"image broken one\.png cannot be decoded"):
         Preprocess(size=8).cut(found.unlabeled.take(torch.arange(1)))
+
+
+def test_paths_that_no_file_can_have_are_refused(tmp_path):
+    for path in ("a" * 5000, "a\0b", "\x1b[2J"):
+        (tmp_path / "l.txt").write_text(f"{path} 0\n{path} 1")
+        with pytest.raises(DataError, match="which the train list names") as error:
+            load_task("lists", root=str(tmp_path), train=str(tmp_path / "l.txt"), test=str(tmp_path / "l.txt"))
+        assert len(str(error.value)) < 500 and str(error.value).isprintable()

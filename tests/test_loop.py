@@ -5,6 +5,8 @@ import json
 import pytest
 import torch
 from conftest import toy_images
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lpt.engine.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -40,7 +42,7 @@ def step(model, batches, progress):
     return {"loss": nn.functional.cross_entropy(logits, batch.labels)}
 
 
-def fit(folder=None, *, steps=11, optimizer="adamw", step=step, model=None, **changes):
+def fit(folder=None, *, steps=11, optimizer="adamw", lr=1e-2, step=step, model=None, **changes):
     bound = Fit(
         images=toy_images(LABELS),
         preprocess=Preprocess(size=8),
@@ -54,7 +56,7 @@ def fit(folder=None, *, steps=11, optimizer="adamw", step=step, model=None, **ch
     sampler = InstanceBalanced(LABELS, batch_size=4, seed=0)
     bound(
         "phase1", model, step, {"all": Stream(sampler)},
-        steps=steps, steps_per_epoch=4, optimizer=optimizer, lr=1e-2, weight_decay=0.01,
+        steps=steps, steps_per_epoch=4, optimizer=optimizer, lr=lr, weight_decay=0.01,
     )  # fmt: skip
     return model, bound
 
@@ -159,6 +161,67 @@ def test_a_loss_that_is_not_finite_stops_before_it_reaches_the_weights(tmp_path)
     kept = load_checkpoint(tmp_path / "c" / "phase1.safetensors", run_hash="a")
     assert kept is not None and kept.step == 6 and torch.equal(kept.tensors["weight"], model.weight)
     assert torch.isfinite(model.weight).all()
+
+
+def test_a_gradient_that_is_not_finite_stops_before_it_reaches_weights_and_checkpoint(tmp_path):
+    def steep(model, batches, progress):
+        loss = step(model, batches, progress)["loss"]
+        return {"loss": loss + (0 * model.weight).square().sum().sqrt() if progress.step == 6 else loss}
+
+    model = Linear()
+    with pytest.raises(TrainingError, match=r"the gradient of phase1 is nan at step 6 .* keeps the last finite state"):
+        fit(tmp_path / "c", step=steep, checkpoint_seconds=0.0, model=model)
+    kept = load_checkpoint(tmp_path / "c" / "phase1.safetensors", run_hash="a")
+    assert kept is not None and kept.step == 6 and torch.equal(kept.tensors["weight"], model.weight)
+    assert torch.equal(fit(tmp_path / "c")[0].weight, fit(tmp_path / "d")[0].weight)
+
+
+def test_weights_that_are_not_finite_are_never_stored(tmp_path):
+    def far(model, batches, progress):
+        loss = step(model, batches, progress)["loss"]
+        return {"loss": 1e15 * model.weight.sum() if progress.step == 6 else 0 * loss}
+
+    with pytest.raises(TrainingError, match=r"weight of phase1 is not finite after step 6 .*lower method\.lr"):
+        fit(tmp_path / "c", step=far, optimizer="sgd", lr=1e25, checkpoint_seconds=0.0)
+    kept = load_checkpoint(tmp_path / "c" / "phase1.safetensors", run_hash="a")
+    assert kept is not None and kept.step == 6 and bool(torch.isfinite(kept.tensors["weight"]).all())
+
+
+def rewritten(path, change):
+    """The same checkpoint with another header, or other tensors."""
+    with safe_open(path, framework="pt") as file:
+        header, tensors = json.loads(file.metadata()["lpt_checkpoint"]), load_file(path)
+    change(header, tensors)
+    save_file(tensors, path, metadata={"lpt_checkpoint": json.dumps(header)})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda header, tensors: header.pop("flops"),
+        lambda header, tensors: header.update(step="1"),
+        lambda header, tensors: header.update(step=10**18),
+        lambda header, tensors: header.update(finished=True),
+        lambda header, tensors: tensors.pop("model/weight"),
+        lambda header, tensors: tensors.update({"model/weight": torch.zeros(2)}),
+        lambda header, tensors: tensors["model/weight"].fill_(float("nan")),
+        lambda header, tensors: tensors.pop("moment/weight/exp_avg"),
+        lambda header, tensors: tensors.update({"moment/other/step": tensors.pop("moment/weight/step")}),
+        lambda header, tensors: tensors.update({"moment/weight/exp_avg": torch.zeros(3)}),
+        lambda header, tensors: tensors.update({"memory/sum/loss": torch.zeros(3)}),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, change):
+    def killed(model, batches, progress):
+        if progress.step == 6:
+            raise KeyboardInterrupt
+        return step(model, batches, progress)
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "c", step=killed, checkpoint_seconds=0.0)
+    rewritten(tmp_path / "c" / "phase1.safetensors", change)
+    with pytest.raises(TrainingError, match=r"phase1\.safetensors cannot be read \(.*\): delete it to start its phase"):
+        fit(tmp_path / "c")
 
 
 def test_randomness_is_a_function_of_seed_phase_step_and_name_alone():

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torchvision.transforms import InterpolationMode, v2
 
-from lpt.preprocess import CLIP_MEAN, File, Preprocess
+from lpt.errors import DataError
+from lpt.preprocess import CLIP_MEAN, File, Preprocess, decoded
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -227,3 +228,26 @@ def test_lift_keeps_clips_statistics_and_timm_is_the_backbones_own():
     clip = Preprocess(mean=CLIP_MEAN, std=(0.26862954, 0.26130258, 0.27577711), crop_ratio=0.9)
     assert clip.as_published("lift").mean == CLIP_MEAN and clip.as_published("lpt").mean == (0.5, 0.5, 0.5)
     assert clip.as_published("timm") == clip
+
+
+def test_a_huge_image_of_few_bytes_is_refused():
+    buffer = io.BytesIO()
+    Image.new("1", (9000, 9000)).save(buffer, "PNG")
+    assert len(buffer.getvalue()) < 50_000
+    with pytest.raises(DataError, match=r"image x cannot be decoded .9000 x 9000 pixels, 67108864 are the most"):
+        decoded(File("x", buffer.getvalue()))
+
+
+def test_a_large_jpeg_is_made_smaller_before_it_is_judged(monkeypatch):
+    monkeypatch.setattr("lpt.preprocess.LARGEST", 10_000)
+    buffer = io.BytesIO()
+    Image.new("RGB", (640, 640)).save(buffer, "JPEG")
+    assert decoded(File("x", buffer.getvalue()), least=64).size == (80, 80)
+    with pytest.raises(DataError, match="640 x 640 pixels"):
+        decoded(File("x", buffer.getvalue()))
+
+
+def test_formats_that_run_programs_are_not_read():
+    script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
+    with pytest.raises(DataError, match="cannot identify"):
+        decoded(File("x", script))

@@ -6,8 +6,10 @@ from conftest import images, prompted, small_backbone, toy_task
 from safetensors.torch import load_file, save_file
 
 from lpt.backbones import timm_vit
+from lpt.classifier import PromptedClassifier
 from lpt.errors import DiskError, PromptFileError
-from lpt.prompt_file import load_prompt, read_prompt, save_prompt
+from lpt.heads import NeighbourHead
+from lpt.prompt_file import beyond_fp16, load_prompt, read_prompt, save_prompt
 
 
 @pytest.fixture
@@ -116,6 +118,15 @@ def test_fields_of_a_later_minor_version_are_kept(saved):
         (None, {"counts": [1]}, "1 counts for 4 classes"),
         (None, {"classes": "abc"}, "damaged header: classes"),
         (None, {"scale": float("inf")}, "damaged header: scale"),
+        (None, {"scale": 1e308}, "damaged header: scale"),
+        (None, {"temperature": 5e-324}, "damaged header: temperature"),
+        (None, {"counts": [-1, 1, 1, 1]}, r"damaged header: counts\.0"),
+        (None, {"counts": [10**18] * 4}, r"damaged header: counts\.0"),
+        (None, {"metrics": {"nll": "x"}}, r"damaged header: metrics\.nll"),
+        (lambda t: t["head.weight"].fill_(60_000).mul_(1000), None, "not finite"),
+        (lambda t: t.update({"head.weight": torch.full((4, 32), 1e30)}), None, "numbers above 1e"),
+        (lambda t: t.update({"pool.keys": t["pool.keys"][:, :9].clone()}), None, "needs a width of 32"),
+        (lambda t: t.update({"a\nb" * 200: torch.zeros(1)}), None, r"unknown tensors a b.*\.\.\.$"),
         (None, {"preprocess": {"size": "huge"}}, "damaged header: preprocess.size"),
         (None, {"preprocess": {"size": 33}}, "makes no sense"),
     ],
@@ -127,11 +138,34 @@ def test_a_damaged_file_is_refused_before_it_is_believed(saved, change, header, 
         load_prompt(path, model.backbone)
 
 
-@pytest.mark.parametrize("raw", ["{", "[]", '{"format": "1"}', "null", '{"a": 1}', "[" * 100_000])
+@pytest.mark.parametrize("raw", ["{", "[]", '{"format": "1"}', "null", '{"a": 1}', "[" * 100_000, '{"format": 0}'])
 def test_a_header_that_is_no_header_is_refused(saved, raw):
     rewrite(saved[0], raw=raw)
     with pytest.raises(PromptFileError):
         read_prompt(saved[0])
+
+
+def test_many_class_names_make_nothing_large(tmp_path):
+    """A bank of neighbours needs no head: a million names in a header must not make one."""
+    backbone, bank = small_backbone(), torch.eye(32)
+    model = PromptedClassifier(
+        backbone, NeighbourHead(bank=bank, counts=torch.tensor([30, 2]), k=3), classes=("a", "b")
+    )
+    save_prompt(tmp_path / "p.safetensors", model.eval(), method="knn", counts=torch.tensor([30, 2]))
+    counts = [30, 2] + [0] * 10_000
+    rewrite(tmp_path / "p.safetensors", header={"classes": ["a"] * len(counts), "counts": counts})
+    assert not hasattr(load_prompt(tmp_path / "p.safetensors", backbone).head, "weight")
+
+
+def test_what_could_not_be_read_again_is_not_written(tmp_path):
+    model = prompted(small_backbone(), num_classes=4).only_train().eval()
+    model.head.weight.data[0, 0] = 7e4
+    assert beyond_fp16(model) == "head.weight"
+    with pytest.raises(PromptFileError, match=r"fp16 head\.weight holds numbers that are not finite .*storage=fp32"):
+        save_prompt(tmp_path / "p.safetensors", model, method="lpt", counts=toy_task().counts)
+    assert not list(tmp_path.iterdir())
+    save_prompt(tmp_path / "p.safetensors", model, method="lpt", counts=toy_task().counts, storage="fp32")
+    assert read_prompt(tmp_path / "p.safetensors").tensors["head.weight"].max() == 7e4
 
 
 def test_writing_is_all_or_nothing(saved, monkeypatch):

@@ -40,6 +40,17 @@ def test_a_resumed_run_selects_the_same(tmp_path):
     assert again["selection"] == whole["selection"] and again["per_class"] == whole["per_class"]
 
 
+def test_a_run_resumed_between_its_phases_cost_what_an_undisturbed_one_does(tmp_path):
+    """The shared prompt's constant keys and values are no work of a step of phase 2, whoever computes them."""
+    settings = {"name": "lpt", "epochs": [1, 1], "prompt_length": 2, "pool_size": 4, "topk": 2, "prefix_blocks": 3}
+    config = resolve({**CONFIG, "method": settings}, ["train.select=last"])
+    whole = run.train(config, tmp_path / "run")
+    for name in ("report.json", "prompt.safetensors", "checkpoints/phase2.safetensors"):
+        (tmp_path / "run" / name).unlink()
+    again = run.train(config, tmp_path / "run", resume=True)
+    assert whole["cost"]["flops"] > 0 and again["cost"] == whole["cost"]
+
+
 def test_checkpoints_are_as_frequent_as_the_config_says(tmp_path, monkeypatch):
     written = []
     monkeypatch.setattr(loop, "save_checkpoint", lambda path, checkpoint, run_hash: written.append(checkpoint.step))

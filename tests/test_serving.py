@@ -4,12 +4,14 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from test_folder import fill
 
 from lpt import run
 from lpt.config import resolve
 from lpt.data import load_task
-from lpt.errors import PromptFileError
+from lpt.errors import DataError, PromptFileError
+from lpt.prompt_file import read_prompt
 from lpt.serving import evaluate_prompt, open_prompt
 
 
@@ -86,3 +88,12 @@ def test_unlabelled_images_need_not_be_at_hand_again(tmp_path):
     (tmp_path / "more").rename(tmp_path / "gone")
     found = evaluate_prompt(tmp_path / "run" / "prompt.safetensors", {"data": {"root": str(tmp_path / "photos")}})
     assert found["per_class"] == report["per_class"] and found["nll"] == report["nll"]  # the test part, not all images
+
+
+def test_a_prompt_file_cannot_say_where_data_is(prompt, tmp_path):
+    header, tensors = read_prompt(prompt)
+    for data in ({"settings": [1]}, {"settings": {"name": "folder", "root": "/etc"}}, {"group_rule": {}}):
+        text = json.dumps(header.model_dump(mode="json") | {"data": data})
+        save_file(tensors, tmp_path / "p.safetensors", metadata={"lpt": text})
+        with pytest.raises(DataError, match=r"data\.(name|root) is missing"):
+            evaluate_prompt(tmp_path / "p.safetensors", {})

@@ -1,8 +1,8 @@
-"""Does it lose work? Kills, faults, several processes, long lists: one table.
+"""Does it lose work? Kills, faults, hostile files, bad numbers, several processes, long lists: one table.
 
     python -m benchmarks.reliability [--json FILE] [--only kills,faults] [--quick]
 
-`--quick` is what the tests run: a few kills, fewer steps. With `--json` a theme's rows are written when
+`--quick` is what the tests run: a few kills, fewer files, fewer steps. With `--json` a theme's rows are written when
 they are there, in place of those of the same theme before.
 """
 
@@ -17,7 +17,7 @@ from benchmarks.reliability.row import Row
 from lpt.device import versions
 from lpt.engine.checkpoint import write_whole
 
-THEMES = ("kills", "faults", "processes", "large", "determinism")
+THEMES = ("kills", "faults", "hostile", "numbers", "processes", "large", "determinism")
 """Modules of this package; each has `rows(quick) -> list[Row]`."""
 
 

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from lpt.errors import BackboneError, did_you_mean
+from lpt.errors import BackboneError, did_you_mean, quoted
 from lpt.preprocess import Preprocess
 
 
@@ -103,10 +103,10 @@ class Backbone(nn.Module, ABC):
             raise BackboneError(f"{self.name} has no class prototypes: set prototypes.weights to a safetensors file")
         known = {name.replace("_", " ").lower(): row for name, row in self.prototypes.items()}
         names = [name.replace("_", " ").lower() for name in classes]
-        if absent := [name for name, key in zip(classes, names, strict=True) if key not in known]:
+        if absent := [quoted(name, 60) for name, key in zip(classes, names, strict=True) if key not in known]:
             raise BackboneError(
                 f"the prototypes lack {len(absent)} of {len(classes)} classes: {', '.join(absent[:5])}"
-                + did_you_mean(absent[0], self.prototypes)
+                + quoted(did_you_mean(absent[0], self.prototypes), 99)
             )
         found = torch.stack([known[key] for key in names])
         if found.shape[1] != self.joint_width:
@@ -137,18 +137,16 @@ def read_prototypes(path: Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
             names, rows = json.loads((file.metadata() or {})["classes"]), file.get_tensor("prototypes").float()
-    except (SafetensorError, KeyError, ValueError) as error:
+    except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError, OSError) as error:
         raise BackboneError(
-            f"prototypes.weights {path} is no file of prototypes ({error}): it needs a tensor `prototypes` and the "
-            "class names as a JSON list under `classes` in its metadata"
+            f"prototypes.weights {path} is no file of prototypes ({quoted(error)}): it needs a tensor `prototypes` and "
+            "the class names as a JSON list under `classes` in its metadata"
         ) from None
-    if (
-        rows.dim() != 2
-        or not isinstance(names, list)
-        or len(names) != len(rows)
-        or not bool(torch.isfinite(rows).all())
-    ):
-        raise BackboneError(f"prototypes.weights {path}: {len(names)} names for prototypes of shape {list(rows.shape)}")
+    if not isinstance(names, list) or rows.dim() != 2 or len(names) != len(rows):
+        number = len(names) if isinstance(names, list) else "no"
+        raise BackboneError(f"prototypes.weights {path}: {number} names for prototypes of shape {list(rows.shape)}")
+    if not bool(torch.isfinite(rows).all()):
+        raise BackboneError(f"prototypes.weights {path}: its prototypes hold numbers that are not finite")
     return {str(name): row for name, row in zip(names, rows, strict=True)}
 
 

@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from lpt.data.task import Count, Files, Task, hold_out
-from lpt.errors import DataError
+from lpt.errors import DataError, quoted
 from lpt.longtail import GroupRule, count_fingerprint
 
 
@@ -170,12 +170,12 @@ def _task(
     largest = max(int(of.max()) for _, of in found.values())
     if largest > 10 * len(paths):
         raise DataError(
-            f"{name}: label {largest} with {len(paths)} training images: labels start at 0 and have no gaps"
+            f"{name}: a list has label {largest} with {len(paths)} training images: labels start at 0 and have no gaps"
         )
     names = _names(classes, paths, labels, largest + 1)
     for role, (some, _) in found.items():  # a wrong root shows at once, not after an hour
-        if absent := [path for path in some[:: max(1, len(some) // 5)] if not (root / path).is_file()]:
-            raise DataError(f"data.root {root} has no {absent[0]}, which the {role} list names")
+        if absent := [path for path in some[:: max(1, len(some) // 5)] if not os.path.isfile(root / path)]:
+            raise DataError(f"data.root {root} has no {quoted(absent[0], 99)}, which the {role} list names")
 
     def part(role: str) -> Files | None:
         if role not in found:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from lpt.errors import DiskError, TrainingError
+from lpt.errors import DiskError, TrainingError, quoted
 
 
 class Checkpoint(NamedTuple):
@@ -63,8 +63,14 @@ def load_checkpoint(path: Path, *, run_hash: str) -> Checkpoint | None:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {})["lpt_checkpoint"])
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, KeyError, ValueError, OSError) as error:
-        raise TrainingError(f"checkpoint {path} cannot be read ({error}): delete it to start its phase again") from None
+        whole = {"run": str, "step": int, "finished": bool, "seconds": int | float, "flops": int}
+        if not isinstance(header, dict) or not all(isinstance(header.get(key), kind) for key, kind in whole.items()):
+            raise ValueError(f"its header lacks {', '.join(whole)}, or they are of another kind")
+        learned = {name: value for name, value in found.items() if not name.startswith("memory/")}
+        if bad := [name for name, value in learned.items() if not bool(torch.isfinite(value.float()).all())]:
+            raise ValueError(f"{bad[0]} holds numbers that are not finite")
+    except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError, OSError) as error:
+        raise unreadable(path, error) from None
     if header["run"] != run_hash:
         raise TrainingError(
             f"checkpoint {path} was made with other settings or data: use another --out, or the settings in "
@@ -85,6 +91,10 @@ def load_checkpoint(path: Path, *, run_hash: str) -> Checkpoint | None:
     )
 
 
+def unreadable(path: Path, error: object) -> TrainingError:
+    return TrainingError(f"checkpoint {path} cannot be read ({quoted(error)}): delete it to start its phase again")
+
+
 def optimizer_moments(optimizer: torch.optim.Optimizer, names: Mapping[Any, str]) -> dict[str, Tensor]:
     """The optimiser's state by name. Both optimisers keep tensors only (steps included)."""
     return {
@@ -98,8 +108,14 @@ def optimizer_moments(optimizer: torch.optim.Optimizer, names: Mapping[Any, str]
 def restore_moments(
     optimizer: torch.optim.Optimizer, moments: Mapping[str, Tensor], parameters: Mapping[str, Any]
 ) -> None:
+    """Raises KeyError or ValueError for moments of other parameters, or of another optimiser."""
+    kinds = {"momentum_buffer"} if isinstance(optimizer, torch.optim.SGD) else {"step", "exp_avg", "exp_avg_sq"}
+    if len(moments) != len({key.rpartition("/")[0] for key in moments}) * len(kinds):
+        raise ValueError(f"each parameter needs {', '.join(sorted(kinds))}")
     for key, value in moments.items():
         name, _, kind = key.rpartition("/")
         parameter = parameters[name]
+        if kind not in kinds or value.shape != (() if kind == "step" else parameter.shape):
+            raise ValueError(f"{key} has shape {list(value.shape)}")
         place = "cpu" if kind == "step" else parameter.device
         optimizer.state[parameter][kind] = value.to(place)

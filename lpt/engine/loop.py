@@ -27,6 +27,7 @@ from lpt.engine.checkpoint import (
     optimizer_moments,
     restore_moments,
     save_checkpoint,
+    unreadable,
 )
 from lpt.engine.clock import Clock
 from lpt.engine.memory import Memory
@@ -206,15 +207,20 @@ class Fit:
         self.cost[phase] = cost = {"steps": steps, "images": 0, "flops": 0}
         cost["images"] = steps * sum(len(stream.sampler.batch(0)) for stream in streams.values())
         if place and (found := load_checkpoint(place, run_hash=self.run_hash)):
-            model.load_adapted(found.tensors)
-            memory.restore(found.memory, device)
+            try:
+                model.load_adapted(found.tensors)
+                memory.restore(found.memory, device)
+                restore_moments(optim, found.moments, trained)
+                if not 0 <= found.step <= steps or found.finished != (found.step == steps):
+                    raise ValueError(f"step {found.step} of {steps}")
+            except (AssertionError, KeyError, ValueError, RuntimeError) as error:
+                raise unreadable(place, f"it does not fit this model: {error}") from None
             before, flops = found.seconds, found.flops
             self.seconds_before[phase] = before
             if found.finished:
                 cost["flops"] = steps * flops
                 self.say(f"{phase}: finished before")
                 return
-            restore_moments(optim, found.moments, trained)
             first = found.step
             self.say(f"{phase}: goes on at step {first} of {steps}")
         if rank == 0:
@@ -223,10 +229,14 @@ class Fit:
         clock = Clock()
 
         def save(done: int) -> None:
+            adapted = model.adapted()
+            # The gradients were finite, but a step far too long may have left the range of numbers.
+            if bad := [name for name, value in adapted.items() if not bool(torch.isfinite(value).all())]:
+                raise _not_finite(f"{bad[0]} of {phase}", "not finite after", progress, rate, place)
             if place and rank == 0:
                 spent = before + clock.total()
                 moments = optimizer_moments(optim, names)
-                state = Checkpoint(done, done == steps, spent, model.adapted(), moments, memory.tensors(), flops)
+                state = Checkpoint(done, done == steps, spent, adapted, moments, memory.tensors(), flops)
                 save_checkpoint(place, state, run_hash=self.run_hash)
 
         model.train()
@@ -254,11 +264,15 @@ class Fit:
                             for key, value in part.items():
                                 logged[key] = logged.get(key, 0) + value.detach().float()
                     flops = flops or counted() * world
+                    grads = [p.grad for p in trained.values() if p.grad is not None]
+                    logged["gradient"] = torch.nn.utils.get_total_norm(grads).float()
                     logged["stop"] = torch.tensor(float(self.stop.asked), device=device)
                     numbers = self._shared(list(trained.values()), torch.stack(list(logged.values())), world)
                     values = dict(zip(logged, numbers.tolist(), strict=True))  # waits for the device once
                     asked = values.pop("stop") > 0  # of any process: all end after the same step
-                    _check_finite(values["loss"], progress, rate, place)
+                    for what, value in (("loss", values["loss"]), ("gradient", values.pop("gradient"))):
+                        if not math.isfinite(value):
+                            raise _not_finite(f"the {what} of {phase}", f"{value} at", progress, rate, place)
                     if clip:
                         torch.nn.utils.clip_grad_norm_(trained.values(), clip)
                     optim.step()
@@ -300,6 +314,8 @@ class Fit:
             assert place is not None
             found = load_checkpoint(place, run_hash=self.run_hash)
             assert found is not None
+            if "value" not in found.tensors:
+                raise unreadable(place, "it holds no value")
             if found.memory:
                 self.cost[name] = {key: int(number) for key, number in found.memory.items()}
             return found.tensors["value"]
@@ -411,12 +427,10 @@ def _counting(wanted: bool) -> Iterator[Callable[[], int]]:
         yield counter.get_total_flops
 
 
-def _check_finite(loss: float, progress: Progress, rate: float, place: Path | None) -> None:
-    if math.isfinite(loss):
-        return
+def _not_finite(what: str, how: str, progress: Progress, rate: float, place: Path | None) -> TrainingError:
     kept = f"; {place} keeps the last finite state" if place and place.exists() else ""
-    raise TrainingError(
-        f"the loss of {progress.phase} is {loss} at step {progress.step} (epoch {progress.epoch + 1}, batch "
+    return TrainingError(
+        f"{what} is {how} step {progress.step} (epoch {progress.epoch + 1}, batch "
         f"{progress.step % progress.steps_per_epoch}, learning rate {rate:.3g}): lower method.lr, or try "
         f"train.precision=fp32{kept}"
     )

@@ -1,0 +1,49 @@
+"""The reliability table in small: hostile files and numbers that go wrong."""
+
+import sys
+
+import pytest
+
+from benchmarks.reliability import hostile, numbers
+
+PYTHON = sys.executable
+
+
+def failed(rows):
+    return [f"{row.check}: {row.note}" for row in rows if not row.passed]
+
+
+def test_hostile_files_are_refused_or_read():
+    rows = hostile.rows(quick=True)
+    assert not failed(rows) and sum(row.tried for row in rows) > 600
+
+
+def test_numbers_that_go_wrong_are_said():
+    assert not failed(numbers.rows(quick=True))
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("from joblib import load", ["1: import joblib"]),
+        ("import torch\ntorch.load(f, weights_only=False)", ["2: torch.load"]),
+        ("torch.load(f, weights_only=True)", []),
+        ("faiss.read_index(p); yaml.load(t)", ["1: faiss.read_index", "1: yaml.load"]),
+        ("np.load(p, allow_pickle=True)", ["1: allow_pickle"]),
+        ("load_dataset(x, trust_remote_code=True)", ["1: trust_remote_code"]),
+        ("re.compile(p); model.eval(); eval(x)", ["1: eval"]),
+    ],
+)
+def test_the_source_scan_finds_what_runs_data(source, found):
+    assert sorted(hostile.unsafe(source)) == found
+
+
+def test_a_worker_that_dies_loses_the_file_it_was_at_and_no_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(hostile, "make_subjects", lambda folder: None)
+    worker = "import json, os; print(json.dumps([0.1, 'read', ''])) if not os.path.exists('../died') else 0; "
+    worker += "open('../died', 'w'); os._exit(3)"
+    monkeypatch.setattr(hostile.sys, "executable", str(tmp_path / "python"))
+    (tmp_path / "python").write_text(f'#!/bin/sh\nexec {PYTHON} -c "{worker}"\n')
+    (tmp_path / "python").chmod(0o755)
+    (row,) = hostile.mutated({"image": 3}, workers=1)
+    assert (row.tried, row.survived, row.lost) == (3, 1, 2) and "seed 1: the process ended with 3" in row.note
