@@ -23,9 +23,9 @@ demo: .venv/ready
 	@$(BIN)/lpt report runs/demo/lpt --against runs/demo/linear_probe_ce --against runs/demo/linear_probe_la \
 		--against runs/demo/lpt_phase1
 
-# The models of the tests are so small that a second thread waits more than it works.
+# The models of the tests are so small that a second thread waits more than it works: a process for each core instead.
 test: .venv/ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses logical --dist worksteal
 
 test-slow: .venv/ready
 	$(BIN)/python -m pytest -m slow
