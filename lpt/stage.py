@@ -14,7 +14,8 @@ from lpt.adapters import Kind, adapted, auto_bottleneck
 from lpt.backbones.base import Backbone
 from lpt.classifier import PromptedClassifier
 from lpt.data.task import Files, Images, Task
-from lpt.engine.loop import Batch, Fit, Progress, Stream
+from lpt.engine.batches import Batch, Progress, Stream
+from lpt.engine.loop import Fit
 from lpt.engine.optim import Optimizer, Warmup, scaled_lr
 from lpt.engine.processes import averaged
 from lpt.errors import LptError

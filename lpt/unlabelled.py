@@ -13,7 +13,8 @@ from torch import Tensor
 
 from lpt.classifier import PromptedClassifier
 from lpt.data.task import Files, Images, Task
-from lpt.engine.loop import Batch, Fit, Progress, Stream
+from lpt.engine.batches import Batch, Progress, Stream
+from lpt.engine.loop import Fit
 from lpt.engine.optim import Optimizer, Warmup
 from lpt.engine.processes import rank_and_world
 from lpt.errors import LptError

@@ -9,8 +9,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from lpt.engine.batches import Progress, Stream
 from lpt.engine.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from lpt.engine.loop import Fit, Progress, Stream
+from lpt.engine.loop import Fit
 from lpt.engine.optim import lr_at, scaled_lr
 from lpt.errors import TrainingError
 from lpt.history import History
@@ -325,7 +326,7 @@ def test_strong_views_are_others_and_functions_of_seed_step_and_row_alone():
 
 def test_each_strong_view_of_an_image_has_a_seed_of_its_own(monkeypatch):
     drawn = []
-    monkeypatch.setattr("lpt.engine.loop.augmented", lambda images, seeds, name: drawn.append(seeds) or images)
+    monkeypatch.setattr("lpt.engine.batches.augmented", lambda images, seeds, name: drawn.append(seeds) or images)
     seen(strong0={"strong": True}, strong1={"strong": True}, weak={})
     assert len(drawn) == 3 * 2 and len({seed for seeds in drawn for seed in seeds}) == 3 * 2 * 4
 

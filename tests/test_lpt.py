@@ -5,7 +5,8 @@ import torch
 from conftest import small_backbone, toy_task
 
 import lpt
-from lpt.engine.loop import Fit, Progress
+from lpt.engine.batches import Progress, draw, seen
+from lpt.engine.loop import Fit
 from lpt.errors import LptError
 from lpt.history import History
 from lpt.methods import METHODS
@@ -155,8 +156,8 @@ def test_one_step_has_the_gradients_of_the_formula():
             if phase == "phase1":
                 return super().__call__(phase, model, step, streams, **settings)
             progress = Progress(phase, 3, 12, 4, self.seed)
-            drawn = self._draw(streams, progress)
-            batches = self._views(drawn, torch.device("cpu"))
+            drawn = draw(streams, progress, self.images, self.preprocess)
+            batches = seen(drawn, self.preprocess, torch.device("cpu"), self.dtype)
             for part in step(model, batches, progress):
                 part["loss"].backward()
             taken.update(model=model, batches=batches, progress=progress)

@@ -222,7 +222,8 @@ def resumed(folder: Path, bare: Any, *, killed_at: int | None = None) -> Any:
 
     from lpt.classifier import PromptedClassifier
     from lpt.data.task import Images
-    from lpt.engine.loop import Fit, Stream
+    from lpt.engine.batches import Stream
+    from lpt.engine.loop import Fit
     from lpt.heads import CosineHead
     from lpt.samplers import InstanceBalanced
 

@@ -21,8 +21,9 @@ from benchmarks.reliability.row import Row
 from lpt.classifier import PromptedClassifier
 from lpt.config import resolve
 from lpt.data.task import Images, Task
+from lpt.engine.batches import Stream
 from lpt.engine.checkpoint import load_checkpoint
-from lpt.engine.loop import Fit, Stream
+from lpt.engine.loop import Fit
 from lpt.errors import LptError, TrainingError
 from lpt.heads import CosineHead
 from lpt.methods import METHODS, tune

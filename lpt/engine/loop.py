@@ -2,25 +2,22 @@
 
 A step is a function `(model, {stream: batch}, progress) -> {"loss": scalar, ...scalars to log}`. It may also yield
 several of them, parts of one sum: each part's backward has run before the next one is computed, so that activations
-of one part are held at a time. Batches are
-drawn from (seed, step), views, noise and dropout from (seed, phase, step), so that a run goes on after a kill exactly
-as it would have.
+of one part are held at a time.
 """
 
 import contextlib
-import hashlib
 import math
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lpt.augment import augmented
+from lpt.engine.batches import Batch, Images, InOrder, Progress, Stream, draw, seen
 from lpt.engine.checkpoint import (
     Checkpoint,
     load_checkpoint,
@@ -37,92 +34,6 @@ from lpt.engine.stopping import Stop, Stopped
 from lpt.errors import TrainingError
 from lpt.history import History
 from lpt.preprocess import Preprocess
-
-
-class Batch(NamedTuple):
-    """Views [B 3 H W] (or features [B D']), labels [B], and the rows [B] of the stream's images that they are of."""
-
-    views: Tensor
-    labels: Tensor
-    rows: Tensor
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a phase is, and the source of everything random in this step."""
-
-    phase: str
-    step: int
-    steps: int
-    steps_per_epoch: int
-    seed: int
-    rank: int = 0
-    world: int = 1
-
-    @property
-    def epoch(self) -> int:
-        return self.step // self.steps_per_epoch
-
-    @property
-    def epochs(self) -> int:
-        return -(-self.steps // self.steps_per_epoch)
-
-    def uniform(self, name: str, rows: int, *shape: int) -> Tensor:
-        """Uniform numbers in [0, 1) for this process's `rows` of the global batch, [rows *shape]."""
-        return self._draw(torch.rand, name, rows, shape)
-
-    def normal(self, name: str, rows: int, *shape: int) -> Tensor:
-        """Standard normal numbers for this process's `rows` of the global batch, [rows *shape]."""
-        return self._draw(torch.randn, name, rows, shape)
-
-    def _draw(self, draw: Callable[..., Tensor], name: str, rows: int, shape: tuple[int, ...]) -> Tensor:
-        # The global batch is drawn and sliced, so that any number of processes sees the same numbers.
-        key = hashlib.sha256(f"{self.seed}/{self.phase}/{self.step}/{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(key[:7], "big"))
-        return draw(rows * self.world, *shape, generator=generator)[self.rank :: self.world]
-
-
-class Sampler(Protocol):
-    def batch(self, step: int) -> Tensor: ...
-
-
-class Images(Protocol):
-    """Training images: labels [N], a digest of what they are, and for indices [B] uint8 pixels [B 3 h w] or a list of
-    encoded files."""
-
-    @property
-    def labels(self) -> Tensor: ...
-
-    @property
-    def digest(self) -> Any: ...
-
-    def take(self, indices: Tensor) -> Any: ...
-
-
-@dataclass(frozen=True)
-class Stream:
-    """What a step is given under one name: which images, and how they are seen.
-
-    `images` are the training images by default. `strong` changes them by RandAugment and cutout before they are cropped
-    and flipped. With `features` a view is a row of them [N D'], and the backbone does not run; of several views of
-    every image [V N D'] each row is one by chance.
-    """
-
-    sampler: Sampler
-    images: Images | None = None
-    strong: bool = False
-    features: Tensor | None = None
-
-
-class Drawn(NamedTuple):
-    """A stream's part of a batch before it is a view: pixels and their `chance` [B 5], or bytes cut from files, or
-    features."""
-
-    found: Tensor
-    chance: Tensor | None
-    labels: Tensor
-    rows: Tensor
-
 
 Part = Mapping[str, Tensor]
 Step = Callable[[Any, dict[str, Batch], Progress], Part | Iterator[Part]]
@@ -242,15 +153,15 @@ class Fit:
         model.train()
         with self.stop.while_steps_run(), ThreadPoolExecutor(1) as ahead:
             progress = Progress(phase, first, steps, steps_per_epoch, self.seed, rank, world)
-            waiting = ahead.submit(self._draw, streams, progress)
+            waiting = ahead.submit(draw, streams, progress, self.images, self.preprocess)
             for t in range(first, steps):
                 with clock.charge("wait"):
                     drawn = waiting.result()
                     following = replace(progress, step=t + 1)
                     if t + 1 < steps:
-                        waiting = ahead.submit(self._draw, streams, following)
+                        waiting = ahead.submit(draw, streams, following, self.images, self.preprocess)
                 with clock.charge("views"):
-                    batches = self._views(drawn, device)
+                    batches = seen(drawn, self.preprocess, device, self.dtype)
                 with clock.charge("compute"):
                     rate = lr_at(t, steps=steps, steps_per_epoch=steps_per_epoch, lr=lr, warmup=warmup)
                     for group in optim.param_groups:
@@ -349,47 +260,17 @@ class Fit:
         rank, world = (self.accelerator.process_index, self.accelerator.num_processes) if self.accelerator else (0, 1)
         size, found, flops = min(128, -(-len(images.labels) // world)) * world, [], 0
         steps = -(-len(images.labels) // size)
-        in_order = {name: Stream(_InOrder(len(images.labels), size), images, strong)}
+        in_order = {name: Stream(InOrder(len(images.labels), size), images, strong)}
         for t in range(steps):
             progress = Progress(name, t, steps, steps, self.seed, rank, world)
-            views = self._views(self._draw(in_order, progress), device)[name].views
+            drawn = draw(in_order, progress, images, self.preprocess)
+            views = seen(drawn, self.preprocess, device, self.dtype)[name].views
             with _counting(self.count_flops and t == 0) as counted:
                 found.append(model.feature(views))
             flops = flops or counted() // size * world * len(images.labels)
             self.show(name, t + 1, steps, "")
         self.cost[name] = {"steps": 0, "images": len(images.labels), "flops": flops}
         return gathered(torch.cat(found), steps * size)[: len(images.labels)].cpu()
-
-    def _draw(self, streams: Mapping[str, Stream], progress: Progress) -> dict[str, Drawn]:
-        """Runs ahead in a thread: files are decoded (or memory is gathered) while the step before is computed."""
-        out = {}
-        for name, stream in streams.items():
-            images = stream.images or self.images
-            mine = stream.sampler.batch(progress.step)[progress.rank :: progress.world]
-            labels, rows = images.labels[mine], len(mine)
-            if (kept := stream.features) is not None:
-                view = (progress.uniform(f"view/{name}", rows) * len(kept)).long() if kept.dim() == 3 else None
-                out[name] = Drawn(kept[mine] if view is None else kept[view, mine], None, labels, mine)
-                continue
-            found, chance = images.take(mine), progress.uniform(f"view/{name}", rows, 5)
-            cut = None if isinstance(found, Tensor) else self.preprocess.cut(found, chance)
-            pixels = found if cut is None else cut
-            if stream.strong:
-                seeds = (progress.uniform(f"strong/{name}", rows) * 2**24).long().tolist()
-                pixels = augmented(pixels, seeds, "strong")
-            out[name] = Drawn(pixels, chance if cut is None else None, labels, mine)
-        return out
-
-    def _views(self, drawn: Mapping[str, Drawn], device: torch.device) -> dict[str, Batch]:
-        batches = {}
-        for name, (found, chance, labels, rows) in drawn.items():
-            views = found.to(device, non_blocking=True)
-            if chance is not None:
-                views = self.preprocess.train(views, chance.to(device), dtype=self.dtype)
-            elif views.dtype == torch.uint8:
-                views = self.preprocess.normalised(views, dtype=self.dtype)
-            batches[name] = Batch(views, labels.to(device, non_blocking=True), rows)
-        return batches
 
     def _shared(self, parameters: list[Any], numbers: Tensor, world: int) -> Tensor:
         """One all-reduce a step, of the trained gradients (about the size of a prompt file) and of what is logged: the
@@ -402,17 +283,6 @@ class Fit:
         for grad, part in zip(grads, parts, strict=True):
             grad.copy_(part.view_as(grad))
         return shared
-
-
-@dataclass(frozen=True)
-class _InOrder:
-    """Every image once; the last batch is filled up with the first ones."""
-
-    images: int
-    size: int
-
-    def batch(self, step: int) -> Tensor:
-        return torch.arange(step * self.size, (step + 1) * self.size) % self.images
 
 
 @contextlib.contextmanager

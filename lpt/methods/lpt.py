@@ -19,7 +19,8 @@ from torch import Tensor
 from lpt.backbones.base import Backbone
 from lpt.classifier import PromptedClassifier
 from lpt.data.task import Task
-from lpt.engine.loop import Batch, Fit, Progress, Stream
+from lpt.engine.batches import Batch, Progress, Stream
+from lpt.engine.loop import Fit
 from lpt.engine.optim import Optimizer, Warmup, scaled_lr
 from lpt.errors import LptError
 from lpt.evaluate import features
