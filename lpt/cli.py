@@ -74,8 +74,8 @@ def _train(resolved: Any, out: Path, resume: bool) -> None:
         with _Progress() as progress:
             report = run.train(resolved, out, resume=resume, say=progress.say, show=progress.show)
     except Stopped as stopped:
-        again = f"the same command with --resume --out {shlex.quote(str(out))} goes on from there"
-        print(f"stopped by {stopped}; what was done is saved: {again}", file=sys.stderr)
+        again = f"the same command with --resume --out {shlex.quote(str(out))} goes on from what is saved"
+        print(f"stopped by {stopped}; {again}", file=sys.stderr)
         raise typer.Exit(stopped.code) from None
     _found({report["method"]: report}, out)
 

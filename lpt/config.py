@@ -68,7 +68,7 @@ class TrainSettings(BaseModel):
     feature_cache: str | None = None
     """A folder where features of fixed views are kept for later runs."""
     checkpoint_seconds: float = Field(default=30.0, ge=0)
-    """Seconds between two checkpoints within a phase: what a kill can cost at most. 0 is one after every step."""
+    """Seconds between two checkpoints within a phase: what a kill can cost of its steps. 0 is one after every step."""
 
 
 class Config(BaseModel):

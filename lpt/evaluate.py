@@ -128,11 +128,10 @@ def features(
     version, the view, the prompt and the images themselves. Others have another name: a stale file is never read.
     """
     place = folder / f"features-{_identity(model, images)}.safetensors" if folder else None
-    if place and everywhere(place.exists()):
-        try:
-            return load_file(place)["features"]
-        except (SafetensorError, KeyError, OSError):
-            place.unlink(missing_ok=True)  # cut off or damaged: computed again
+    kept = _kept(place) if place else None
+    if place and everywhere(kept is not None):
+        assert kept is not None
+        return kept
     found = [model.query(model.prefix(_views(model, images, part))) for part in _mine(images).split(batch_size)]
     whole = gathered(torch.cat(found), len(images)).cpu()
     if place and rank_and_world()[0] == 0:
@@ -165,6 +164,14 @@ def measure(
     if predictions.ids is not None and model.pool is not None:
         metrics["key_usage"] = key_usage(predictions.ids, len(model.pool.keys))
     return metrics
+
+
+def _kept(place: Path) -> Tensor | None:
+    """The features in a file, None where there is none, or one that is cut off or damaged: it is written again."""
+    try:
+        return load_file(place)["features"] if place.exists() else None
+    except (SafetensorError, KeyError, OSError):
+        return None
 
 
 def _views(model: PromptedClassifier, images: Images | Files, part: Tensor) -> Tensor:

@@ -13,12 +13,22 @@ class History:
     def __init__(self, path: Path | None = None):
         self.path = path
         self.lines: list[dict[str, Any]] = []
-        if path is not None and path.exists():
-            for text in path.read_text().splitlines():
-                try:
-                    self.lines.append(json.loads(text))
-                except json.JSONDecodeError:
-                    break  # a line cut by a kill is the last one; it is written again on resume
+        self.read()
+
+    def read(self) -> None:
+        """Takes over what is in the file, up to a line that is none: a kill may cut the last one, and what follows is
+        written again on resume."""
+        self.lines = []
+        if self.path is None or not self.path.exists():
+            return
+        for text in self.path.read_bytes().splitlines():
+            try:
+                line = json.loads(text)
+            except ValueError:
+                break
+            if not isinstance(line, dict):
+                break
+            self.lines.append(line)
 
     def write(self, **values: Any) -> None:
         """Adds a line. Raises DiskError where it cannot be written; a line that was cut is dropped on resume."""
@@ -37,7 +47,7 @@ class History:
             return
         self.lines = keep
         if self.path is not None:
-            fresh = self.path.with_suffix(".tmp")
+            fresh = self.path.with_name(f".{self.path.name}.tmp")
             try:
                 fresh.write_text("".join(json.dumps(line) + "\n" for line in keep))
                 fresh.replace(self.path)

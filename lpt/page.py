@@ -71,9 +71,9 @@ def html(
     rows = {"this run": report, **against}
     parts = [
         f"<h1>{escape(title)}</h1>",
-        f'<p class="quiet">{escape(report["backbone"]["name"])}, frozen; {len(classes)} classes, '
+        f'<p class="quiet">{escape(report["backbone"]["name"])}; {len(classes)} classes, '
         f"{sum(data['counts']):,} training images, imbalance factor {data['imbalance_factor']:g}; "
-        f"{len(right):,} test images, last weights.</p>",
+        f"{len(right):,} test images; weights: {escape(report['selection'])}.</p>",
         _tiles(report),
         _section(
             "Accuracy over class rank",

@@ -81,7 +81,8 @@ def markdown(report: Mapping[str, Any], *, classes: Sequence[str], command: str)
     lines = [
         f"# {report['method']} on {data['name']}",
         "",
-        f"Per cent on the test set; last weights. ECE, NLL and Brier from softmax({report['scale']:g} · logits).",
+        f"Per cent on the test set; weights: {report['selection']}. ECE, NLL and Brier from "
+        f"softmax({report['scale']:g} · logits).",
         "",
         table([(report["method"], report)]),
         "",

@@ -8,7 +8,7 @@ import functools
 import json
 import shlex
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,10 @@ from lpt.prompt_file import DTYPES, PLACES, beyond_fp16, save_prompt
 from lpt.pseudo_labels import diagnose, read_last_round
 from lpt.report import markdown
 from lpt.selection import Best, watched
+from lpt.stage import chain
 
+MADE = ("config.yaml", "checkpoints", "history.jsonl", "prompt.safetensors", "report.json")
+"""By what a folder is known to hold a run."""
 WATCHED = ("accuracy", "class_accuracy", "many", "medium", "few", "ece")
 NO_EPOCHS = {"decoupled", "class_mean", "knn", "zero_shot"}
 """Methods that end otherwise than with a phase of epochs."""
@@ -59,7 +62,7 @@ def train(
 ) -> dict[str, Any]:
     """Runs the method and fills `out`; returns the report.
 
-    Raises LptError before anything is written, and Stopped when Ctrl-C or SIGTERM has ended it with a checkpoint.
+    Raises LptError, and Stopped when Ctrl-C or SIGTERM has ended it: in a phase with a checkpoint.
     """
     stop = Stop()
     with contextlib.ExitStack() as held:
@@ -76,12 +79,14 @@ def _train(
     began = time.perf_counter()
     device = pick_device(config.train.device)
     accelerator = Accelerator(cpu=device.type == "cpu")
-    main = accelerator.is_main_process
+    main, world = accelerator.is_main_process, accelerator.num_processes
     if out.exists() and not out.is_dir():
         raise LptError(f"--out {out} is a file: give a folder")
-    used = any((out / name).exists() for name in ("config.yaml", "checkpoints", "history.jsonl", "report.json"))
-    if used and not resume:
-        raise LptError(f"--out {out} already holds a run: add --resume to go on with it, or give another folder")
+    _check_new(out, resume)  # at once, and again when the folder is locked
+    if config.train.batch_size % world:
+        raise LptError(
+            f"train.batch_size {config.train.batch_size} cannot be shared by {world} processes: use a multiple"
+        )
 
     task = load_task(**config.data)
     precision = pick_precision(config.train.precision, device)
@@ -95,10 +100,16 @@ def _train(
     elif isinstance(backbone, ClipViT):
         identity = (identity[0], f"{identity[1]} with texts {backbone.templates}")
     run_hash = config.run_hash(*identity)
-    if resume and (out / "config.yaml").exists() and load_config(out / "config.yaml").run_hash(*identity) != run_hash:
-        raise LptError(
-            f"--out {out} holds a run with other settings: use those in {out / 'config.yaml'}, or another --out"
-        )
+
+    def check_same() -> None:
+        if (out / "config.yaml").exists() and load_config(out / "config.yaml").run_hash(*identity) != run_hash:
+            raise LptError(
+                f"--out {out} holds a run with other settings: use those in {out / 'config.yaml'}, or another --out"
+            )
+        if _split(out).get("sha256", manifest["sha256"]) != manifest["sha256"]:
+            raise LptError(f"--out {out} holds a run on other images than there are now: give another --out")
+
+    check_same()
     for line in task.described():
         say(line)
     seen = labels_seen(task.classes, backbone.name)
@@ -109,8 +120,11 @@ def _train(
         raise LptError(
             "train.select=best_val needs held-out images: set data.val_per_class, or give the data a val part"
         )
-    if config.train.select == "best_val" and (without := NO_EPOCHS & method_names(config.method)):
+    methods = list(chain(config.method))
+    if config.train.select == "best_val" and (without := NO_EPOCHS & {of["name"] for of in methods}):
         raise LptError(f"train.select=best_val: {min(without)} does not end with epochs to choose from, use last")
+    if config.train.select == "best_val" and any(of.get("weight_ema") for of in methods):
+        raise LptError("train.select=best_val chooses among single epochs: set method.weight_ema=0, or use last")
     best = Best(out / "checkpoints", run_hash, writes=main)
     cache, feature_cache = PrefixCache(), Path(folder) if (folder := config.train.feature_cache) else None
 
@@ -129,10 +143,15 @@ def _train(
             found["test"] = {k: metrics[k] for k in WATCHED}
         return found
 
+    history = History(out / "history.jsonl" if main else None)
+
     @functools.cache  # a method of two steps has two bindings of the loop, and either may be the first to start
     def begin() -> None:
         if main:
             held.enter_context(locked(out))
+            _check_new(out, resume)
+            check_same()
+            history.read()
             write_whole(out / "config.yaml", config.to_yaml().encode())
             write_whole(out / "split.json", json.dumps(manifest).encode())
 
@@ -141,11 +160,10 @@ def _train(
         preprocess=backbone.preprocess,
         batch_size=config.train.batch_size,
         seed=config.train.seed,
-        history=History(out / "history.jsonl" if main else None),
+        history=history,
         checkpoints=out / "checkpoints",
         feature_cache=feature_cache,
         run_hash=run_hash,
-        accelerator=accelerator,
         dtype=PRECISIONS[precision],
         checkpoint_seconds=config.train.checkpoint_seconds,
         on_start=begin,
@@ -210,7 +228,7 @@ def _train(
                 "labelled_sha256": (replace(task, unlabeled=None).manifest() if task.unlabeled else manifest)["sha256"],
                 "settings": {k: v for k, v in config.data.items() if k not in PLACES},
             },
-            metrics={k: metrics[k] for k in ("accuracy", "class_accuracy", "many", "medium", "few", "ece", "nll")},
+            metrics={k: metrics[k] for k in (*WATCHED, "nll")},
             versions=versions(),
         )
         if told := _pseudo_labels(out / "pseudo_labels.parquet", task):
@@ -242,10 +260,17 @@ def _pseudo_labels(path: Path, task: Task) -> dict[str, Any] | None:
     return {"round": number, **diagnose(noted, noted["truth"], task.counts, known)}
 
 
-def method_names(method: Mapping[str, Any]) -> set[str]:
-    """The method's name and those of the methods that it runs inside."""
-    inside = (method_names(method[key]) for key in ("then", "first") if key in method)
-    return {method["name"]}.union(*inside)
+def _check_new(out: Path, resume: bool) -> None:
+    if not resume and any((out / name).exists() for name in MADE):
+        raise LptError(f"--out {out} already holds a run: add --resume to go on with it, or give another folder")
+
+
+def _split(out: Path) -> dict[str, Any]:
+    """`split.json` of the run in `out`, empty where there is none that can be read."""
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads((out / "split.json").read_text())
+        return found if isinstance(found, dict) else {}
+    return {}
 
 
 Rows = dict[str, dict[str, Any]]
@@ -307,8 +332,7 @@ def report_again(out: Path, *, against: Sequence[Path] = ()) -> Rows:
     if (out / "config.yaml").exists():
         with contextlib.suppress(LptError, OSError, ValueError):  # a page without pictures is better than none
             task = load_task(**load_config(out / "config.yaml").data)
-            stored = json.loads((out / "split.json").read_text()) if (out / "split.json").exists() else {}
-            test = task.test if task.manifest()["sha256"] == stored.get("sha256") else None
+            test = task.test if task.manifest()["sha256"] == _split(out).get("sha256") else None
     return write_page(out, test=test, against=against)
 
 

@@ -83,7 +83,8 @@ def evaluate_prompt(
     predictions = predict(model, images)
     if shift["absent_from_data"]:
         gone = [header.classes.index(name) for name in shift["absent_from_data"]]
-        predictions.logits[:, gone] = -torch.inf
+        for logits in (predictions.logits, *predictions.opinions.values()):
+            logits[:, gone] = -torch.inf
     rule = str(header.data.get("group_rule"))
     rule = rule if rule in get_args(GroupRule) else task.group_rule
     metrics = measure(model, predictions, torch.tensor(header.counts), group_rule=rule)

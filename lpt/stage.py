@@ -3,7 +3,7 @@
 Shapes: views [B 3 H W] or features [B D'], logits [B C], labels [B].
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -31,6 +31,15 @@ HeadStart = Literal["random", "class_mean", "prototypes"]
 
 Second = Callable[[Mapping[str, Any], Fit], PromptedClassifier]
 """Runs another method by its name and settings, for methods that come before or after one."""
+
+
+def chain(method: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """A method's name and settings, and those of the methods that it runs inside, the innermost last."""
+    yield method
+    for key in ("then", "first"):
+        if key in method:
+            yield from chain(method[key])
+
 
 SWITCH = 0.8
 """The share of training after which `ldam_drw` turns its weights on (Cao 2019: epoch 160 of 200)."""

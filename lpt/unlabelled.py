@@ -204,10 +204,12 @@ def _cached(fit: Fit, model: PromptedClassifier, streams: dict[str, Stream], vie
         images = stream.images
         if not stream.strong:
             whole = f"{name}-features"
-            found = fit.once(whole, lambda n=whole, i=images: fit.view_features(n, model, i))
+            found = fit.once(whole, lambda n=whole, i=images: fit.view_features(n, model, i), images)
         elif strong is None:
             names = [f"strong-features-{v}" for v in range(views)]
-            seen = [fit.once(n, lambda n=n, i=images: fit.view_features(n, model, i, strong=True)) for n in names]
+            seen = [
+                fit.once(n, lambda n=n, i=images: fit.view_features(n, model, i, strong=True), images) for n in names
+            ]
             found = strong = torch.stack(seen)
         else:
             found = strong

@@ -12,6 +12,7 @@ from conftest import toy_images, toy_task
 
 from lpt.data.task import Task
 from lpt.engine.loop import Fit
+from lpt.engine.processes import rank_and_world
 from lpt.history import History
 from lpt.methods import METHODS
 
@@ -92,12 +93,11 @@ def semi(
     seed=0,
     killed_at=None,
     keep=False,
-    accelerator=None,
     **settings,
 ):
     """(model, fit, what was said) of a method; `folder` for checkpoints and the table of pseudo-labels."""
     task, said = task or semi_task(), []
-    main = accelerator is None or accelerator.is_main_process
+    main = rank_and_world()[0] == 0
     fit = Watched(
         task.train,
         backbone.preprocess,
@@ -107,7 +107,6 @@ def semi(
         checkpoints=folder / "checkpoints" if folder else None,
         audit=folder / "pseudo_labels.parquet" if folder else None,
         checkpoint_seconds=0.0,
-        accelerator=accelerator,
         killed_at=killed_at,
         keep=keep,
         say=said.append,

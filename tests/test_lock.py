@@ -32,9 +32,12 @@ def test_what_a_killed_process_had_half_written_is_removed_by_the_next(tmp_path)
     half = [tmp_path / ".report.json.17.tmp", tmp_path / "checkpoints" / ".phase1.safetensors.17.tmp"]
     for path in half:
         path.write_bytes(b"half")
-    (tmp_path / "mine.tmp").write_text("not of a run")
+    others = [tmp_path / "mine.tmp", tmp_path / "another run" / "checkpoints" / ".phase1.safetensors.18.tmp"]
+    others[1].parent.mkdir(parents=True)
+    for path in others:
+        path.write_text("not of this run")
     with locked(tmp_path):
-        assert not any(path.exists() for path in half) and (tmp_path / "mine.tmp").exists()
+        assert not any(path.exists() for path in half) and all(path.exists() for path in others)
 
 
 def test_a_note_that_cannot_be_removed_hides_no_other_error(tmp_path):

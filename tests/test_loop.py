@@ -1,6 +1,8 @@
 """The loop on a toy model: schedules, resume, checkpoints, and what goes wrong."""
 
 import json
+import time
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -276,28 +278,22 @@ def test_an_unknown_optimiser_is_refused():
 # Streams, memory and cost.
 
 
-class Alone:
-    """One of several processes, without the others: what it is given does not depend on them."""
-
-    def __init__(self, rank, world):
-        self.process_index, self.num_processes, self.is_main_process = rank, world, rank == 0
-
-    def reduce(self, tensor, reduction):
-        return tensor
-
-
 def seen(rank=0, world=1, *, seed=0, images=None, **streams):
-    """The batches of three steps by stream."""
+    """The batches of three steps by stream, in one of several processes without the others."""
     found = []
 
     def watching(model, batches, progress):
         found.append(batches)
         return {"loss": sum(batch.views.float().mean() for batch in batches.values()) * model.weight.sum()}
 
-    bound = Fit(images or toy_images(LABELS), Preprocess(size=8), 4, seed=seed, accelerator=Alone(rank, world))
+    bound = Fit(images or toy_images(LABELS), Preprocess(size=8), 4, seed=seed)
     sampler = InstanceBalanced(LABELS, batch_size=4, seed=0)
     given = {name: Stream(sampler, **rest) for name, rest in streams.items()}
-    bound("p", Linear(), watching, given, steps=3, steps_per_epoch=3, optimizer="sgd", lr=0.0, weight_decay=0.0)
+    with (
+        patch("lpt.engine.loop.rank_and_world", lambda: (rank, world)),
+        patch("lpt.engine.loop._shared", lambda g, n: n),
+    ):
+        bound("p", Linear(), watching, given, steps=3, steps_per_epoch=3, optimizer="sgd", lr=0.0, weight_decay=0.0)
     return found
 
 
@@ -466,3 +462,42 @@ def test_features_of_views_are_counted_and_their_cost_is_kept(tmp_path):
     assert torch.equal(first, second) and again.cost["weak"] == bound.cost["weak"]
     other = bound.view_features("another", model, images)
     assert not torch.equal(other, first) and torch.equal(other, bound.view_features("another", model, images))
+
+
+def test_features_of_views_do_not_depend_on_the_number_of_processes():
+    class Model(Linear):
+        def feature(self, views):
+            return views.flatten(1)
+
+    images = toy_images(torch.arange(4).repeat(75))
+    bound = Fit(images, Preprocess(size=8), 4)
+    whole = bound.view_features("weak", Model(), images, strong=True)
+    for rank in range(2):
+        with (
+            patch("lpt.engine.loop.rank_and_world", lambda rank=rank: (rank, 2)),
+            patch("lpt.engine.loop.gathered", lambda mine, total: mine),
+        ):
+            mine = bound.view_features("weak", Model(), images, strong=True)
+        assert torch.equal(mine[:150], whole[rank::2])  # of the last batch only what is there
+
+
+def test_the_seconds_of_features_that_a_killed_run_has_computed_are_kept(tmp_path):
+    def made():
+        bound = Fit(toy_images(LABELS), Preprocess(size=8), 4, checkpoints=tmp_path)
+        bound.once("queries", lambda: (time.sleep(0.05), torch.zeros(2))[1])
+        return bound
+
+    assert made().seconds_before == {"queries": 0.0}  # this process has spent them, and knows
+    again = made()
+    assert 0.05 <= again.seconds_before["queries"] < 10
+    again.once("queries", lambda: torch.zeros(2))
+    assert again.seconds_before["queries"] >= 0.05
+
+
+def test_processes_that_see_different_checkpoints_are_told(tmp_path):
+    fit(tmp_path / "c")
+    with (
+        patch("lpt.engine.loop.summed", lambda mine: mine + 5),
+        pytest.raises(TrainingError, match="a disk that all see"),
+    ):
+        fit(tmp_path / "c")

@@ -72,14 +72,14 @@ def work(rank, folder, port):
     save_file(fitted(rank, 2), folder / f"fitted-{rank}.safetensors")
     for name, settings in RUNS.items():
         place = folder / name
-        model, fit, _ = semi(backbone=backbone(), folder=place, accelerator=accelerator, **SHARED, **settings)
+        model, fit, _ = semi(backbone=backbone(), folder=place, **SHARED, **settings)
         keep(model, fit, folder / f"{name}-{rank}.safetensors")
     settings = {**SHARED, **RUNS["ulfine"]}
     try:
-        semi(backbone=backbone(), folder=folder / "killed", accelerator=accelerator, killed_at=3, **settings)
+        semi(backbone=backbone(), folder=folder / "killed", killed_at=3, **settings)
     except Killed:
         accelerator.wait_for_everyone()
-    model, fit, _ = semi(backbone=backbone(), folder=folder / "killed", accelerator=accelerator, **settings)
+    model, fit, _ = semi(backbone=backbone(), folder=folder / "killed", **settings)
     keep(model, fit, folder / f"killed-{rank}.safetensors")
     torch.distributed.destroy_process_group()
 

@@ -78,13 +78,59 @@ def test_selecting_needs_held_out_images_and_epochs(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_labels_that_the_backbone_has_seen_are_warned_about(tmp_path):
+def test_average_weights_are_no_epoch_that_could_be_chosen(tmp_path):
+    config = {**CONFIG, "method": {"name": "pre_finetune", "then": {"name": "ulfine", "weight_ema": 0.9}}}
+    with pytest.raises(LptError, match=r"set method\.weight_ema=0"):
+        run.train(resolve(config), tmp_path / "run")
+
+
+def photos(folder, numbers):
     from PIL import Image
 
-    for k, name in enumerate(("apple", "bicycle", "digit")):
-        (tmp_path / "photos" / name).mkdir(parents=True)
-        for i in range(4):
-            Image.new("RGB", (32, 32), (80 * k, 10 * i, 0)).save(tmp_path / "photos" / name / f"{i}.png")
+    for k, (name, number) in enumerate(numbers.items()):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for i in range(number):
+            Image.new("RGB", (32, 32), (80 * k, 10 * i, 0)).save(folder / name / f"{i}.png")
+
+
+def test_a_run_on_images_that_have_changed_is_not_gone_on_with(tmp_path):
+    photos(tmp_path / "photos", {"ant": 5, "bee": 4})
+    data = {"name": "folder", "root": str(tmp_path / "photos")}
+    config = resolve({"backbone": {"name": "nano"}, "data": data, "method": {"name": "class_mean"}})
+    run.train(config, tmp_path / "run")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
+    photos(tmp_path / "photos", {"ant": 5, "bee": 5})
+    with pytest.raises(LptError, match="holds a run on other images than there are now: give another --out"):
+        run.train(config, tmp_path / "run", resume=True)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()} == before
+
+
+def test_what_another_run_did_until_the_folder_was_locked_is_seen(tmp_path, monkeypatch):
+    """It wrote a line and ended while this one was loading; or began and ended where there was nothing."""
+    config, real = resolve(CONFIG, ["train.select=last"]), run.locked
+
+    def late(then):
+        def locked(out):
+            then()
+            return real(out)
+
+        monkeypatch.setattr(run, "locked", locked)
+
+    run.train(config, tmp_path / "run")
+    (tmp_path / "run" / "report.json").unlink()
+    history = tmp_path / "run" / "history.jsonl"
+    whole = history.read_text()
+    history.write_text("".join(whole.splitlines(keepends=True)[:-1]))
+    late(lambda: history.write_text(whole))
+    run.train(config, tmp_path / "run", resume=True)
+    assert history.read_text() == whole
+    late(lambda: ((tmp_path / "new").mkdir(), (tmp_path / "new" / "history.jsonl").write_text("{}")))
+    with pytest.raises(LptError, match="already holds a run"):
+        run.train(config, tmp_path / "new")
+
+
+def test_labels_that_the_backbone_has_seen_are_warned_about(tmp_path):
+    photos(tmp_path / "photos", {"apple": 4, "bicycle": 4, "digit": 4})
     said = []
     config = {
         "backbone": {"name": "nano"},

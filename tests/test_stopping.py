@@ -50,16 +50,23 @@ def test_a_signal_after_the_last_step_had_looked_ends_the_phase(tmp_path):
     assert load_checkpoint(folder / "phase1.safetensors", run_hash="a").finished
 
 
-def test_outside_of_steps_and_at_the_second_signal_it_ends_at_once():
+def test_outside_of_steps_and_at_a_second_ctrl_c_it_ends_at_once():
     stop = Stop()
     with pytest.raises(Stopped):
         stop(signal.SIGTERM)
     stop = Stop()
-    with stop.while_steps_run():
+    with pytest.raises(Stopped, match="SIGINT"), stop.while_steps_run():
         stop(signal.SIGTERM)
+        stop(signal.SIGTERM)  # a launcher passes on what everybody has already got
         assert stop.asked
-        with pytest.raises(Stopped, match="SIGINT"):
-            stop(signal.SIGINT)
+        stop(signal.SIGINT)
+    stop = Stop()
+    with pytest.raises(Stopped, match="SIGTERM"), stop.while_steps_run():
+        stop(signal.SIGTERM)  # too late for the loop to see
+
+
+def test_what_forgives_a_damaged_image_does_not_forgive_a_signal():
+    assert not issubclass(Stopped, Exception)
 
 
 def test_the_handlers_before_come_back_and_threads_are_left_alone():

@@ -299,10 +299,21 @@ def test_impossible_adjustments_are_refused_before_anything_trains():
         ("tau_norm", FIRST, "unit rows"),
         ("temperature", FIRST, "val_per_class"),
         ("crt", {"name": "two_stage", "then": {"name": "lpt", "epochs": [1, 1]}}, "behind a prompt pool"),
+        ("crt", {"name": "decoupled", "first": {"name": "lpt", "epochs": [1, 1]}}, "behind a prompt pool"),
+        ("marc", {"name": "two_stage", "then": {"name": "ulfine"}}, "fused of two"),
+        ("lws", {"name": "knn"}, "neighbours"),
+        ("posthoc_la", {"name": "decoupled", "adjust": "lws", "first": FIRST}, "adjusted already"),
     ):
         with pytest.raises(LptError, match=said):
             trained("decoupled", adjust=adjust, first=first, spy=spy)
     assert not phases
+
+
+@pytest.mark.parametrize("name", ["two_stage", "pre_finetune"])
+def test_a_method_cannot_run_inside_itself(name):
+    inner = {"name": "two_stage", "then": {"name": name, "then": FIRST}}
+    with pytest.raises(LptError, match=f"{name} cannot run inside {name}"):
+        trained(name, then=inner)
 
 
 def test_temperature_is_the_minimum_of_the_nll():

@@ -29,7 +29,7 @@ def locked(folder: Path) -> Iterator[None]:
     except Timeout:
         raise LptError(f"--out {folder} is in use{_by_whom(told)}: wait for it, or give another folder") from None
     try:
-        for half in folder.rglob(".*.tmp"):  # of nobody who lives: this process holds the folder
+        for half in (*folder.glob(".*.tmp"), *folder.glob("checkpoints/.*.tmp")):  # of nobody who lives
             half.unlink(missing_ok=True)
         mine = {"process": os.getpid(), "host": platform.node(), "since": datetime.now().isoformat(" ", "seconds")}
         write_whole(told, json.dumps(mine).encode())

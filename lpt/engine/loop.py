@@ -8,6 +8,7 @@ of one part are held at a time.
 import contextlib
 import math
 import signal
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -29,7 +30,7 @@ from lpt.engine.checkpoint import (
 from lpt.engine.clock import Clock
 from lpt.engine.memory import Memory
 from lpt.engine.optim import Optimizer, Warmup, lr_at, make_optimizer
-from lpt.engine.processes import everywhere, gathered, summed
+from lpt.engine.processes import averaged, everywhere, gathered, rank_and_world, summed
 from lpt.engine.stopping import Stop, Stopped
 from lpt.errors import TrainingError
 from lpt.history import History
@@ -44,8 +45,7 @@ EpochEnd = Callable[[Any, Progress], Mapping[str, Any]]
 class Fit:
     """Bound once by a run with device, data, history and folder; called once for every phase.
 
-    `batch_size` is the global batch of a stream. `accelerator` (accelerate) gives device and processes; None is
-    one process on the model's device. `say` gets a line of text for people, `show` the running numbers.
+    `batch_size` is the global batch of a stream. `say` gets a line of text for people, `show` the running numbers.
     """
 
     images: Images
@@ -57,7 +57,6 @@ class Fit:
     feature_cache: Path | None = None
     """A folder for features of fixed views, which several runs may share (`lpt.evaluate.features`)."""
     run_hash: str = ""
-    accelerator: Any = None
     dtype: torch.dtype = torch.float32
     checkpoint_seconds: float = 30.0
     on_start: Callable[[], None] | None = None
@@ -100,13 +99,7 @@ class Fit:
         """
         self.start()
         self.go_before(model)
-        rank, world = 0, 1
-        if self.accelerator is not None:
-            rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        if self.batch_size % world:
-            raise TrainingError(
-                f"train.batch_size {self.batch_size} cannot be shared by {world} processes: use a multiple"
-            )
+        rank, world = rank_and_world()
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         names = {p: name for name, p in trained.items()}
         device = next(iter(trained.values())).device
@@ -117,22 +110,26 @@ class Fit:
         memory.restore({}, device)
         self.cost[phase] = cost = {"steps": steps, "images": 0, "flops": 0}
         cost["images"] = steps * sum(len(stream.sampler.batch(0)) for stream in streams.values())
-        if place and (found := load_checkpoint(place, run_hash=self.run_hash)):
+        kept = load_checkpoint(place, run_hash=self.run_hash) if place else None
+        at = kept.step if kept else -1
+        if place and summed(torch.tensor(at, device=device)).item() != at * world:
+            raise TrainingError(f"the processes see different files {place}: --out must be on a disk that all see")
+        if place and kept:
             try:
-                model.load_adapted(found.tensors)
-                memory.restore(found.memory, device)
-                restore_moments(optim, found.moments, trained)
-                if not 0 <= found.step <= steps or found.finished != (found.step == steps):
-                    raise ValueError(f"step {found.step} of {steps}")
+                model.load_adapted(kept.tensors)
+                memory.restore(kept.memory, device)
+                restore_moments(optim, kept.moments, trained)
+                if not 0 <= kept.step <= steps or kept.finished != (kept.step == steps):
+                    raise ValueError(f"step {kept.step} of {steps}")
             except (AssertionError, KeyError, ValueError, RuntimeError) as error:
                 raise unreadable(place, f"it does not fit this model: {error}") from None
-            before, flops = found.seconds, found.flops
+            before, flops = kept.seconds, kept.flops
             self.seconds_before[phase] = before
-            if found.finished:
+            if kept.finished:
                 cost["flops"] = steps * flops
                 self.say(f"{phase}: finished before")
                 return
-            first = found.step
+            first = kept.step
             self.say(f"{phase}: goes on at step {first} of {steps}")
         if rank == 0:
             self.history.rewind(phase, first)
@@ -178,7 +175,7 @@ class Fit:
                     grads = [p.grad for p in trained.values() if p.grad is not None]
                     logged["gradient"] = torch.nn.utils.get_total_norm(grads).float()
                     logged["stop"] = torch.tensor(float(self.stop.asked), device=device)
-                    numbers = self._shared(list(trained.values()), torch.stack(list(logged.values())), world)
+                    numbers = _shared(grads, torch.stack(list(logged.values())))
                     values = dict(zip(logged, numbers.tolist(), strict=True))  # waits for the device once
                     asked = values.pop("stop") > 0  # of any process: all end after the same step
                     for what, value in (("loss", values["loss"]), ("gradient", values.pop("gradient"))):
@@ -207,6 +204,7 @@ class Fit:
                 if asked or done == steps or clock.due("save", self.checkpoint_seconds):
                     save(done)
                 if asked:
+                    everywhere(True)  # nobody leaves before the first has saved: a launcher ends the others then
                     raise Stopped(self.stop.asked or signal.SIGTERM)
                 progress = following
                 speed = clock.rate(cost["images"] // steps, done - first, steps - done, values["loss"])
@@ -216,11 +214,12 @@ class Fit:
         cost["flops"] = steps * flops
         optim.zero_grad(set_to_none=True)  # what the next phase does not train must not keep a gradient
 
-    def once(self, name: str, make: Callable[[], Tensor]) -> Tensor:
-        """What `make` returns of the training images, kept beside the checkpoints: a resumed run need not compute it
-        again, unless an image file was written anew. What it cost under `name` is kept with it."""
+    def once(self, name: str, make: Callable[[], Tensor], images: Images | None = None) -> Tensor:
+        """What `make` returns of `images`, the training images by default, kept beside the checkpoints: a resumed run
+        need not compute it again, unless an image file was written anew. What it cost under `name` is kept with it."""
         self.start()
-        place = self.checkpoints / f"{name}-{self.images.digest[:12]}.safetensors" if self.checkpoints else None
+        digest = (images or self.images).digest[:12]
+        place = self.checkpoints / f"{name}-{digest}.safetensors" if self.checkpoints else None
         if everywhere(bool(place and place.exists())):
             assert place is not None
             found = load_checkpoint(place, run_hash=self.run_hash)
@@ -229,11 +228,15 @@ class Fit:
                 raise unreadable(place, "it holds no value")
             if found.memory:
                 self.cost[name] = {key: int(number) for key, number in found.memory.items()}
+            self.seconds_before.setdefault(name, found.seconds)
             return found.tensors["value"]
+        began = time.perf_counter()
         value = make()
-        if place and (self.accelerator is None or self.accelerator.is_main_process):
+        self.seconds_before[name] = 0.0  # this process has spent them
+        if place and rank_and_world()[0] == 0:
             cost = {key: torch.tensor(number) for key, number in self.cost.get(name, {}).items()}
-            save_checkpoint(place, Checkpoint(0, True, 0.0, {"value": value}, {}, cost), run_hash=self.run_hash)
+            made = Checkpoint(0, True, time.perf_counter() - began, {"value": value}, {}, cost)
+            save_checkpoint(place, made, run_hash=self.run_hash)
         return value
 
     def start(self) -> None:
@@ -257,8 +260,8 @@ class Fit:
         """The features [N D'] of one random view of each of `images`, in order: a stream's `features`, for stages in
         which the backbone learns nothing. `name` draws the views."""
         device = next(model.parameters()).device
-        rank, world = (self.accelerator.process_index, self.accelerator.num_processes) if self.accelerator else (0, 1)
-        size, found, flops = min(128, -(-len(images.labels) // world)) * world, [], 0
+        rank, world = rank_and_world()
+        size, found, flops = -(-min(128, len(images.labels)) // world) * world, [], 0  # the same rows for any number
         steps = -(-len(images.labels) // size)
         in_order = {name: Stream(InOrder(len(images.labels), size), images, strong)}
         for t in range(steps):
@@ -272,17 +275,17 @@ class Fit:
         self.cost[name] = {"steps": 0, "images": len(images.labels), "flops": flops}
         return gathered(torch.cat(found), steps * size)[: len(images.labels)].cpu()
 
-    def _shared(self, parameters: list[Any], numbers: Tensor, world: int) -> Tensor:
-        """One all-reduce a step, of the trained gradients (about the size of a prompt file) and of what is logged: the
-        means over processes, so that all see the same numbers, a loss that is not finite too."""
-        if world == 1:
-            return numbers
-        grads = [p.grad for p in parameters if p.grad is not None]
-        flat = self.accelerator.reduce(torch.cat([*(g.flatten() for g in grads), numbers]), reduction="mean")
-        *parts, shared = flat.split([*(g.numel() for g in grads), len(numbers)])
-        for grad, part in zip(grads, parts, strict=True):
-            grad.copy_(part.view_as(grad))
-        return shared
+
+def _shared(grads: list[Tensor], numbers: Tensor) -> Tensor:
+    """One all-reduce a step, of the trained gradients (about the size of a prompt file) and of what is logged: the
+    means over processes, so that all see the same numbers, a loss that is not finite too."""
+    if rank_and_world()[1] == 1:
+        return numbers
+    flat = averaged(torch.cat([*(grad.flatten() for grad in grads), numbers]))
+    *parts, shared = flat.split([*(grad.numel() for grad in grads), len(numbers)])
+    for grad, part in zip(grads, parts, strict=True):
+        grad.copy_(part.view_as(grad))
+    return shared
 
 
 @contextlib.contextmanager

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from types import FrameType
 
 
-class Stopped(Exception):
-    """The run has saved what it has and ends; `code` is what a shell expects of that signal."""
+class Stopped(BaseException):
+    """The run has saved what it has and ends; `code` is what a shell expects of that signal. Like KeyboardInterrupt no
+    Exception: what forgives a damaged image must not forgive this."""
 
     def __init__(self, number: int):
         super().__init__(signal.Signals(number).name)
@@ -16,15 +17,16 @@ class Stopped(Exception):
 
 
 class Stop:
-    """`asked` is the signal that came, 0 before. While steps are running (`waits`) the first one only asks: the loop
-    ends after its step, with a checkpoint. Otherwise, and at the second one, the run ends at once."""
+    """`asked` is the signal that came, 0 before. While steps are running (`waits`) it only asks: the loop ends after
+    its step, with a checkpoint. Otherwise, and at a second Ctrl-C, the run ends at once (a launcher may pass on SIGTERM
+    that everybody has already got)."""
 
     def __init__(self) -> None:
         self.asked, self.waits = 0, False
 
     def __call__(self, number: int, frame: FrameType | None = None) -> None:
-        first, self.asked = not self.asked, number
-        if not (first and self.waits):
+        again, self.asked = bool(self.asked), number
+        if not self.waits or (again and number == signal.SIGINT):
             raise Stopped(number)
 
     @contextlib.contextmanager
@@ -34,6 +36,8 @@ class Stop:
             yield
         finally:
             self.waits = False
+        if self.asked:  # after the loop had looked for the last time
+            raise Stopped(self.asked)
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:

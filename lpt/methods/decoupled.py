@@ -18,9 +18,9 @@ from lpt.engine.loop import Fit
 from lpt.engine.processes import averaged
 from lpt.errors import LptError
 from lpt.evaluate import predict
-from lpt.heads import Calibration, CosineHead, FusedHead, LinearHead, NeighbourHead
+from lpt.heads import Calibration, CosineHead, LinearHead
 from lpt.losses import Weighted, log_prior
-from lpt.stage import Second, head_features, train_stage
+from lpt.stage import Second, chain, head_features, train_stage
 
 Adjustment = Literal["crt", "lws", "marc", "tau_norm", "posthoc_la", "temperature"]
 
@@ -50,23 +50,24 @@ def tune(
     Heads train with AdamW on cached features (ours; the papers use SGD on images). Raises LptError where an adjustment
     makes no sense for the head.
     """
-    innermost = first
-    while "then" in innermost:
-        innermost = innermost["then"]
-    default = "linear" if innermost["name"] == "linear_probe" else "cosine"
+    *_, innermost = inside = list(chain(first))
+    default = "linear" if innermost.get("name") == "linear_probe" else "cosine"
     if adjust == "tau_norm" and innermost.get("head", default) != "linear":
         raise LptError("method.adjust=tau_norm: a cosine head has unit rows already, use method.first.head=linear")
     if adjust == "temperature" and task.val is None:
         raise LptError("method.adjust=temperature is fitted on held-out images: set data.val_per_class")
-    if adjust in ("crt", "lws", "marc") and innermost["name"] == "lpt" and innermost.get("epochs", (1, 1))[1]:
+    if adjust in ("crt", "lws", "marc") and innermost.get("name") == "lpt" and innermost.get("epochs", (1, 1))[1]:
         raise LptError(f"method.adjust={adjust} cannot train a head behind a prompt pool: use posthoc_la")
+    if adjust in ("crt", "lws", "marc", "tau_norm") and innermost.get("name") == "knn":
+        raise LptError(f"method.adjust={adjust} needs a head with weights: neighbours have none")
+    if adjust in ("crt", "marc") and innermost.get("name") in ("ulfine", "daso"):
+        raise LptError(f"method.adjust={adjust} needs one head, this one is fused of two: use lws or posthoc_la")
+    earlier = {of.get("adjust", "crt") for of in inside if of.get("name") == "decoupled"}
+    if adjust not in ("crt", "tau_norm") and earlier - {"crt", "tau_norm"}:
+        raise LptError(f"method.adjust={adjust}: the classifier of method.first is adjusted already")
     model = second(first, fit)
     device, num_classes = next(model.parameters()).device, len(task.classes)
     head, prior = model.head, log_prior(task.counts).to(device)
-    if isinstance(head, NeighbourHead) and adjust not in ("posthoc_la", "temperature"):
-        raise LptError(f"method.adjust={adjust} needs a head with weights: neighbours have none")
-    if isinstance(head, FusedHead) and adjust in ("crt", "marc"):
-        raise LptError(f"method.adjust={adjust} needs one head, this one is fused of two: use lws or posthoc_la")
 
     def train(names: list[str], **stage: Any) -> None:
         cached = head_features(fit, "features-second", model, task)
@@ -87,8 +88,6 @@ def tune(
             head.bias.data.zero_()
         train(["head."], loss="ce", sampler="class")
         return model
-    if model.calibration is not None:
-        raise LptError(f"method.adjust={adjust}: this classifier is adjusted already")
     model.calibration = calibration = Calibration(num_classes).to(device)
     if adjust == "lws":
         train(["calibration.scale"], loss="ce", sampler="class")

@@ -17,7 +17,7 @@ from lpt.data.balanced import balanced
 from lpt.data.task import Task
 from lpt.engine.loop import Fit
 from lpt.errors import LptError
-from lpt.stage import Second, everything, train_stage
+from lpt.stage import Second, chain, everything, train_stage
 
 
 def tune(
@@ -43,6 +43,8 @@ def tune(
     `median` is ours, since a long tail's smallest class would leave a handful of images. `epochs_stage1=0` is
     `then` alone.
     """
+    if any(of.get("name") == "pre_finetune" for of in chain(then)):
+        raise LptError("method.then: pre_finetune cannot run inside pre_finetune")
 
     def first(model: PromptedClassifier) -> None:
         fit.go_before(model)

@@ -16,7 +16,7 @@ from lpt.data.task import Task
 from lpt.engine.loop import Fit
 from lpt.errors import LptError
 from lpt.losses import LossName
-from lpt.stage import Second, head_features, train_stage
+from lpt.stage import Second, chain, head_features, train_stage
 
 LONG = 5
 """Epochs of cross-entropy in stage 2 after which little of stage 1 is left (measured: strategies, section 4)."""
@@ -45,6 +45,8 @@ def tune(
     last block, and runs on images. `epochs_stage1=0` is stage 2 alone. Raises LptError where stage 2 has nothing to
     learn in the last block.
     """
+    if any(of.get("name") == "two_stage" for of in chain(then)):
+        raise LptError("method.then: two_stage cannot run inside two_stage")
     if stage2_loss is not None:
         if then["name"] not in ("fine_tune", "linear_probe", "lpt"):
             raise LptError(
@@ -60,15 +62,12 @@ def tune(
         )
 
     def first(model: PromptedClassifier) -> None:
+        last = f"backbone.vit.blocks.{model.backbone.depth - 1}."
+        train = ["head.", last] if stage1_train == "last_block" else ["head."]
+        if last in train and not any(f"backbone.{name}".startswith(last) for name in model.backbone.learned):
+            raise LptError("method.stage1_train=last_block needs a tuning with parameters there: bias, norm, ...")
         fit.go_before(model)  # a step that another method puts before this one: the features below depend on it
-        train, cached = ["head."], None
-        if stage1_train == "last_block":
-            last = f"backbone.vit.blocks.{model.backbone.depth - 1}."
-            if not any(f"backbone.{name}".startswith(last) for name in model.backbone.learned):
-                raise LptError("method.stage1_train=last_block needs a tuning with parameters there: bias, norm, ...")
-            train.append(last)
-        else:
-            cached = head_features(fit, "features-reweighted", model, task)
+        cached = None if last in train else head_features(fit, "features-reweighted", model, task)
         train_stage(
             fit,
             "reweighted",
