@@ -13,14 +13,14 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from lpt.backbones.clip_vit import TEMPLATE
-from lpt.data import DATA
+from lpt.data import DATA, PLACES
 from lpt.errors import ConfigError, did_you_mean, quoted
 from lpt.methods import METHODS
-from lpt.preprocess import Transform
+from lpt.preprocess import LARGEST_VIEW, Transform
 from lpt.settings import settings_of, validated
 
-LARGEST, DEEPEST = 100_000, 50
-"""Values in a config, and how deep they may be nested."""
+LONGEST, LARGEST, DEEPEST = 2**16, 100_000, 50
+"""Letters and values in a config, and how deep they may be nested."""
 
 
 class BackboneSettings(BaseModel):
@@ -28,7 +28,7 @@ class BackboneSettings(BaseModel):
 
     name: str
     weights: str | None = None
-    image_size: int | None = Field(default=None, ge=1, le=4096)
+    image_size: int | None = Field(default=None, ge=1, le=LARGEST_VIEW)
     transform: Transform = "timm"
     """Whose pixels: the backbone's own (timm), or those of LIFT's or LPT's code."""
     min_area: float | None = Field(default=None, gt=0, le=1)
@@ -93,13 +93,11 @@ class Config(BaseModel):
         parts = self.model_dump()
         for part, key in (
             ("backbone", "weights"),
-            ("data", "root"),
-            ("data", "download"),
             ("train", "device"),
             ("train", "feature_cache"),
             ("train", "checkpoint_seconds"),
             ("prototypes", "weights"),
-            *(("data", place) for place in ("train", "val", "test", "unlabeled", "classes", "lists")),
+            *(("data", place) for place in PLACES),
         ):
             parts[part].pop(key, None)
         text = json.dumps([parts, split_sha256, backbone], sort_keys=True, default=list)
@@ -218,11 +216,21 @@ def _override(tree: dict[str, Any], text: str) -> str | None:
     return None
 
 
+class _Plain(yaml.SafeLoader):
+    """Without merge keys, which copy what they merge: a few hundred letters of them fill the memory."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
+            raise yaml.constructor.ConstructorError(None, None, "merge keys (<<) are not read", node.start_mark)
+
+
 def _yaml(text: str) -> Any:
     """What `text` says. Raises ValueError where it is not YAML, or so much that it can be no config: aliases of aliases
     make gigabytes of a few lines."""
+    if len(text) > LONGEST:
+        raise ValueError(f"{len(text)} letters, {LONGEST} are the most")
     try:
-        found = yaml.safe_load(text)
+        found = _Plain(text).get_single_data()
     except (yaml.YAMLError, RecursionError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(error if isinstance(error, yaml.YAMLError) else type(error).__name__) from None
     left, waiting = LARGEST, [(found, 0)]

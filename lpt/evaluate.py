@@ -10,9 +10,6 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from lpt.classifier import PromptedClassifier
@@ -22,6 +19,7 @@ from lpt.engine.processes import everywhere, gathered, rank_and_world
 from lpt.heads import FusedHead
 from lpt.matching import key_usage
 from lpt.metrics import summarise
+from lpt.tensors import read_tensors, to_bytes
 
 ALONE = ("accuracy", "class_accuracy", "many", "medium", "few", "worst_class", "geometric_mean", "harmonic_mean", "ece")
 """What is said of a head by itself."""
@@ -169,8 +167,8 @@ def measure(
 def _kept(place: Path) -> Tensor | None:
     """The features in a file, None where there is none, or one that is cut off or damaged: it is written again."""
     try:
-        return load_file(place)["features"] if place.exists() else None
-    except (SafetensorError, KeyError, OSError):
+        return read_tensors(place)[1]["features"] if place.exists() else None
+    except (KeyError, ValueError):
         return None
 
 

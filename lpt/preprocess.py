@@ -6,9 +6,11 @@ and cut by Pillow in threads, to bytes of the view's size, and only normalised t
 Shapes: images [B 3 h w] uint8, views [B 3 S S] float.
 """
 
+import contextlib
 import io
 import math
 import os
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -26,8 +28,13 @@ from lpt.errors import DataError, quoted
 Transform = Literal["timm", "lift", "lpt"]
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "PPM", "JPEG2000")
 """What is read where this Pillow can. It would read more, PostScript by running a program."""
-LARGEST = 2**26
-"""Pixels of an image, after a JPEG has been made smaller: in a few bytes of PNG there is room for far more."""
+LARGEST, LONGEST, SCANS = 2**26, 2**16, 100
+"""Pixels of an image (of a JPEG once it is smaller; a fourth with 32 bits each), those of its longer side, and scans of
+a progressive JPEG: in a few bytes of a file there is room for far more."""
+LARGEST_VIEW = 1024
+"""Pixels of a view's side: attention over many more patches than that has would never end."""
+ALONE, _alone = 2**24, threading.Lock()
+"""Pixels above which images are decoded one at a time, whatever the number of workers."""
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 
 
@@ -173,15 +180,25 @@ def decoded(file: File, *, least: int = 0) -> Image.Image:
     side still at least `least`. Raises DataError."""
     content = io.BytesIO(file.content) if isinstance(file.content, bytes) else file.content
     try:
+        if not isinstance(file.content, bytes) and not os.path.isfile(file.content):
+            raise FileNotFoundError("there is no such file")  # a pipe would be waited for
         with Image.open(content, formats=_formats()) as image:
-            if least:
+            scans = 1
+            if image.info.get("progressive"):  # each scan goes over the whole image, whatever the draft
+                whole = file.content if isinstance(file.content, bytes) else Path(file.content).read_bytes()
+                scans = whole.count(b"\xff\xda")
+            elif least:
                 image.draft("RGB", (least, least))
-            if image.width * image.height > LARGEST:
-                raise ValueError(f"{image.width} x {image.height} pixels, {LARGEST} are the most: make it smaller")
-            ImageOps.exif_transpose(image, in_place=True)
-            return (_eight_bits(image) if image.mode[0] in "IF" else image).convert("RGB")
+            pixels, most = image.width * image.height, LARGEST // (4 if image.mode in ("I", "F") else 1)
+            if pixels > most or max(image.size) > LONGEST or scans > SCANS:
+                raise ValueError(f"{image.width} x {image.height} pixels in {scans} scans: make it smaller")
+            if least and scans > 1:
+                image.draft("RGB", (least, least))
+            with _alone if pixels > ALONE else contextlib.nullcontext():
+                ImageOps.exif_transpose(image, in_place=True)
+                return (_eight_bits(image) if image.mode[0] in "IF" else image).convert("RGB")
     except Exception as error:  # a decoder's error on a damaged file can be of any class
-        raise DataError(f"image {file.name} cannot be decoded ({quoted(error)})") from None
+        raise DataError(f"image {file.name} cannot be decoded ({quoted(error) or type(error).__name__})") from None
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

@@ -14,9 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, model_validator
 from torch import Tensor
 
 from lpt.adapters import Kind, adapted
@@ -25,25 +23,23 @@ from lpt.classifier import PromptedClassifier
 from lpt.engine.checkpoint import write_whole
 from lpt.errors import PromptFileError, quoted
 from lpt.heads import Calibration, CosineHead, FusedHead, Fusion, Head, LinearHead, NeighbourHead
-from lpt.preprocess import Preprocess
+from lpt.preprocess import LARGEST_VIEW, Preprocess
 from lpt.prompts import DeepPrompt, PromptPool, ShallowPrompt
+from lpt.tensors import is_intact, read_tensors, to_bytes
 
 FORMAT = 1
-LARGEST_HEADER = 8 * 2**20
 LARGEST_NUMBER = 1e6
 """Nothing that was learned is larger; what is, is no model, and makes answers that are not finite."""
 
 FUSED = {"head.scales": 1, "head.prototypes": 2, "head.texts": 2, "head.visual": 2, "head.seen": 1, "head.frequency": 1}
 """Ranks of what a fused head has besides its weight."""
-PLACES = ("root", "download", "unlabeled")
-"""Settings of the data that a prompt file neither holds nor may give: where to look is said by who asks."""
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 
 
 class BackboneFacts(BaseModel):
     name: str
     fingerprint: str
-    image_size: int = Field(gt=0, le=4096)
+    image_size: int = Field(gt=0, le=LARGEST_VIEW)
 
 
 class Inside(BaseModel):
@@ -73,8 +69,8 @@ class Header(BaseModel):
     settings: dict[str, Any] = {}
     backbone: BackboneFacts
     preprocess: Preprocess
-    classes: list[str] = Field(min_length=2)
-    counts: list[Annotated[int, Field(ge=0, le=10**12)]]
+    classes: Annotated[list[str], FailFast()] = Field(min_length=2)
+    counts: Annotated[list[Annotated[int, Field(ge=0, le=10**12)]], FailFast()]
     scale: float = Field(gt=0, le=LARGEST_NUMBER)
     topk: int = Field(default=0, ge=0)
     first: int = Field(default=0, ge=0)
@@ -148,7 +144,7 @@ def save_prompt(
             f"prompt file {path} is not written: in {storage} {bad[0]} holds numbers that are not finite or above "
             f"{LARGEST_NUMBER:g}: lower method.lr, or use train.storage=fp32"
         )
-    write_whole(Path(path), to_bytes(tensors, metadata={"lpt": header.model_dump_json()}))
+    write_whole(Path(path), to_bytes(tensors, lpt=json.loads(header.model_dump_json())))
     return header
 
 
@@ -164,17 +160,17 @@ def read_prompt(path: str | Path) -> PromptFile:
     if not path.is_file():
         raise PromptFileError(f"prompt file {path} does not exist")
     try:
-        with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get("lpt")
-            if text is None:
-                raise PromptFileError(
-                    f"{path} is a safetensors file but not a prompt file of lpt: its metadata has no lpt header"
-                )
-            header = _header(path, text)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError, RuntimeError) as error:
-        raise PromptFileError(f"prompt file {path} is damaged or no safetensors file ({quoted(error)})") from None
+        metadata, tensors = read_tensors(path)
+    except ValueError as error:
+        raise PromptFileError(f"prompt file {path} is damaged or no safetensors file ({error})") from None
+    if "lpt" not in metadata:
+        raise PromptFileError(
+            f"{path} is a safetensors file but not a prompt file of lpt: its metadata has no lpt header"
+        )
+    header = _header(path, metadata["lpt"])
     _check_tensors(path, header, tensors)
+    if not is_intact(json.loads(metadata["lpt"]), tensors):
+        raise PromptFileError(f"prompt file {path} is damaged: it does not hold what was written (SHA-256)")
     return PromptFile(header, {k: v.float() for k, v in tensors.items()})
 
 
@@ -203,17 +199,24 @@ def load_prompt(path: str | Path, backbone: Backbone) -> PromptedClassifier:
     wanted = backbone.feature_width if header.fused or not joint else meets
     if (wide := rows.shape[1]) != wanted:
         raise PromptFileError(f"prompt file {path}: head of width {wide}, backbone of {wanted}")
-    if header.inside:
-        backbone = adapted(backbone, **header.inside.model_dump())
-    project = backbone.project if joint else None
-
+    # Before anything is made that is much larger than the file: what it says and what it holds must agree.
+    if inside := header.inside:
+        part, size = {"lora": ("lora_A", inside.rank), "adaptformer": ("down.weight", inside.bottleneck)}.get(
+            inside.kind, ("", 0)
+        )
+        if part and {len(value) for name, value in tensors.items() if part in name} != {size}:
+            raise PromptFileError(f"prompt file {path}: its {inside.kind} is not of the size {size} that it says")
     widths = {"shared.tokens": backbone.width, "pool.tokens": backbone.width}
     widths |= {"pool.keys": backbone.feature_width, "query_head.weight": backbone.feature_width}
-    for name, wide in widths.items():  # before anything is made that is much larger than the file
+    for name, wide in widths.items():
         if name in tensors and tensors[name].shape[-1] != wide:
             raise PromptFileError(
                 f"prompt file {path}: {name} is {list(tensors[name].shape)}, the backbone needs a width of {wide}"
             )
+
+    if inside:
+        backbone = adapted(backbone, **inside.model_dump())
+    project = backbone.project if joint else None
 
     def cosine(project: Any = None) -> CosineHead:
         return CosineHead(num_classes=len(header.classes), width=wanted, scale=header.scale, project=project)
@@ -276,8 +279,6 @@ def load_prompt(path: str | Path, backbone: Backbone) -> PromptedClassifier:
 
 
 def _header(path: Path, text: str) -> Header:
-    if len(text) > LARGEST_HEADER:
-        raise PromptFileError(f"prompt file {path} has a header of {len(text)} bytes: refused above {LARGEST_HEADER}")
     try:
         raw = json.loads(text)
         number = raw["format"]
@@ -287,8 +288,11 @@ def _header(path: Path, text: str) -> Header:
         raise PromptFileError(
             f"prompt file {path} has format {quoted(number, 40)}, this lpt reads up to {FORMAT}: install a newer lpt"
         )
+    for key in ("metrics", "versions"):  # every entry that is wrong would become an error of a kilobyte
+        if isinstance(raw.get(key), dict) and len(raw[key]) > 100:
+            raise PromptFileError(f"prompt file {path} has a damaged header: {key} has {len(raw[key])} entries")
     try:
-        return Header.model_validate(raw)
+        return Header.model_validate({key: value for key, value in raw.items() if key != "sha256"})
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "header"

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lpt.engine.checkpoint import write_whole
+from lpt.errors import TrainingError, quoted
 from lpt.longtail import shot_groups
 from lpt.metrics import calibration_error
 
@@ -43,7 +44,7 @@ def write_round(
         columns[name] = pa.array(names[values], pa.string()) if name.endswith("label") else pa.array(values)
     table = pa.table(columns)
     if path.exists():
-        before = pq.read_table(path)
+        before = _read(path)
         table = pa.concat_tables([before.filter(before["step"].to_numpy() < int(noted["step"].min())), table])
     buffer = io.BytesIO()
     pq.write_table(table, buffer)
@@ -52,9 +53,7 @@ def write_round(
 
 def read_last_round(path: Path, classes: Sequence[str]) -> tuple[dict[str, Tensor], int]:
     """What `write_round` was given last, but for `rows`, with `truth` (-1 where unknown); and the round's number."""
-    import pyarrow.parquet as pq
-
-    table = pq.read_table(path)
+    table = _read(path)
     rounds = table["round"].to_numpy()
     number = int(rounds.max())
     last = table.filter(rounds == number)
@@ -66,6 +65,16 @@ def read_last_round(path: Path, classes: Sequence[str]) -> tuple[dict[str, Tenso
         elif name not in ("image", "round"):
             found[name] = torch.from_numpy(last[name].to_numpy().copy())
     return found, number
+
+
+def _read(path: Path) -> Any:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.read_table(path)
+    except (pa.ArrowException, OSError) as error:
+        raise TrainingError(f"{path} cannot be read ({quoted(error)}): delete it, what it held is lost") from None
 
 
 def diagnose(noted: Mapping[str, Tensor], truth: Tensor, counts: Tensor, unlabelled: Tensor | None) -> dict[str, Any]:

@@ -14,16 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from safetensors.torch import save as to_bytes
 
 from lpt.backbones import load_backbone
 from lpt.backbones.base import Backbone, fingerprint_of, read_prototypes
 from lpt.backbones.clip_vit import ClipViT, read_templates
 from lpt.classifier import PromptedClassifier
 from lpt.config import Config, load_config
-from lpt.data import load_task
+from lpt.data import PLACES, load_task
 from lpt.data.task import Files, Images, Task
 from lpt.device import PRECISIONS, peak_memory, pick_device, pick_precision, versions
 from lpt.doctor import labels_seen
@@ -37,11 +34,12 @@ from lpt.evaluate import PrefixCache, evaluate, measure, predict
 from lpt.history import History
 from lpt.methods import METHODS
 from lpt.page import html
-from lpt.prompt_file import DTYPES, PLACES, beyond_fp16, save_prompt
+from lpt.prompt_file import DTYPES, beyond_fp16, save_prompt
 from lpt.pseudo_labels import diagnose, read_last_round
 from lpt.report import markdown
 from lpt.selection import Best, watched
 from lpt.stage import chain
+from lpt.tensors import read_tensors, to_bytes
 
 MADE = ("config.yaml", "checkpoints", "history.jsonl", "prompt.safetensors", "report.json")
 """By what a folder is known to hold a run."""
@@ -242,7 +240,7 @@ def _train(
         }
         top = model.probabilities(predictions.logits).max(1)
         made = {"labels": predictions.labels, "predicted": top.indices, "confidence": top.values.float()}
-        write_whole(out / "predictions.safetensors", to_bytes({k: v.contiguous() for k, v in made.items()}))
+        write_whole(out / "predictions.safetensors", to_bytes(made))
         write_whole(out / "report.md", markdown(report, classes=task.classes, command=_command(out)).encode())
         write_whole(out / "report.json", json.dumps(report, indent=1).encode())
         write_page(out, test=task.test)
@@ -306,8 +304,8 @@ def write_page(out: Path, *, test: Images | Files | None = None, against: Sequen
             raise LptError(f"{folder} is a run on {len(theirs)} other classes: only runs on the same can be compared")
         others[name(folder) if other["data"] == report["data"] else f"{name(folder)} (another split)"] = other
     try:
-        predictions = load_file(out / "predictions.safetensors")
-    except (OSError, SafetensorError) as error:
+        predictions = read_tensors(out / "predictions.safetensors")[1]
+    except ValueError as error:
         raise LptError(f"{out / 'predictions.safetensors'} cannot be read ({error})") from None
     try:
         text = html(

@@ -68,14 +68,16 @@ class ClassBalanced:
     4 per class.) A batch that is no multiple of `per_class` ends inside a draw, and the next one goes on there.
     """
 
-    def __init__(self, labels: Tensor, *, num_classes: int, batch_size: int, per_class: int = 4, seed: int):
-        present = [k for k in range(num_classes) if bool((labels == k).any())]
-        if not present:
+    def __init__(self, labels: Tensor, *, batch_size: int, per_class: int = 4, seed: int):
+        if len(labels) == 0:
             raise DataError("there are no training images to sample from")
+        order = np.argsort(labels.numpy(), kind="stable")  # once, not a pass over all labels for each class
+        present, first = np.unique(labels.numpy()[order], return_index=True)
         self.batch_size, self.per_class = batch_size, per_class
-        self._classes = _Cycle(np.array(present), (seed, 3))
+        self._classes = _Cycle(present, (seed, 3))
         self._num_present = len(present)
-        self._items = {k: _Cycle((labels == k).nonzero().flatten().numpy(), (seed, 4, k)) for k in present}
+        items = zip(present.tolist(), np.split(order, first[1:]), strict=True)
+        self._items = {k: _Cycle(rows, (seed, 4, k)) for k, rows in items}
 
     def batch(self, step: int) -> Tensor:
         """Image indices [batch_size] of step `step`."""

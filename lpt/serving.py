@@ -11,15 +11,15 @@ import torch
 from lpt.backbones import load_backbone
 from lpt.classifier import PromptedClassifier
 from lpt.config import check_data
-from lpt.data import load_task
+from lpt.data import PLACES, load_task
 from lpt.data.folder import SUFFIXES
 from lpt.data.task import Files, Images, Task
 from lpt.device import PRECISIONS, pick_device, pick_precision, versions
-from lpt.errors import ConfigError, DataError, PromptFileError, did_you_mean
+from lpt.errors import ConfigError, DataError, PromptFileError, did_you_mean, quoted
 from lpt.evaluate import measure, predict
 from lpt.longtail import GroupRule
 from lpt.preprocess import File
-from lpt.prompt_file import PLACES, Header, load_prompt, read_prompt
+from lpt.prompt_file import Header, load_prompt, read_prompt
 
 
 def open_prompt(
@@ -34,6 +34,8 @@ def open_prompt(
     header, _ = read_prompt(path)
     where = pick_device(device)
     wanted = name or header.backbone.name
+    if not name and wanted.startswith("untrained:"):  # any architecture, of any size, for the asking
+        raise PromptFileError(f"prompt file {path} is for {quoted(wanted)}: give backbone.name if you want that made")
     backbone = load_backbone(wanted, weights=weights, image_size=header.backbone.image_size)
     backbone.preprocess = header.preprocess
     chosen = pick_precision(precision or header.precision, where)

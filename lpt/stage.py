@@ -170,7 +170,7 @@ def train_stage(
 
     per_epoch = max(1, len(on) // fit.batch_size)
     draw = {"labels": on.labels, "batch_size": fit.batch_size, "seed": fit.seed}
-    drawn = InstanceBalanced(**draw) if sampler == "instance" else ClassBalanced(**draw, num_classes=num_classes)
+    drawn = InstanceBalanced(**draw) if sampler == "instance" else ClassBalanced(**draw)
     model.only_train(*train)
     fit(
         name,

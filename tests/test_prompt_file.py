@@ -1,4 +1,5 @@
 import json
+import random
 
 import pytest
 import torch
@@ -155,6 +156,31 @@ def test_many_class_names_make_nothing_large(tmp_path):
     counts = [30, 2] + [0] * 10_000
     rewrite(tmp_path / "p.safetensors", header={"classes": ["a"] * len(counts), "counts": counts})
     assert not hasattr(load_prompt(tmp_path / "p.safetensors", backbone).head, "weight")
+
+
+def test_any_flipped_bit_is_refused_or_changes_nothing(saved):
+    path, _ = saved
+    whole, (header, tensors) = path.read_bytes(), read_prompt(path)
+    chance = random.Random(0)
+    for _ in range(300):
+        damaged = bytearray(whole)
+        damaged[chance.randrange(len(whole))] ^= 1 << chance.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            found = read_prompt(path)
+        except PromptFileError:
+            continue
+        assert found.tensors.keys() == tensors.keys() and found.header == header
+        assert all(torch.equal(found.tensors[name], value) for name, value in tensors.items())
+
+
+def test_a_file_without_a_seal_is_an_older_one(saved):
+    path, _ = saved
+    rewrite(path, header={"scale": 3.5})
+    assert read_prompt(path).header.scale == 3.5
+    rewrite(path, header={"scale": 3.5, "sha256": "0" * 64})
+    with pytest.raises(PromptFileError, match=r"does not hold what was written \(SHA-256\)"):
+        read_prompt(path)
 
 
 def test_what_could_not_be_read_again_is_not_written(tmp_path):

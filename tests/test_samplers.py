@@ -12,7 +12,7 @@ LABELS = torch.repeat_interleave(torch.arange(5), torch.tensor([23, 9, 4, 2, 1])
 
 def make(kind, *, batch_size=8, seed=0, labels=LABELS, num_classes=5):
     if kind is ClassBalanced:
-        return ClassBalanced(labels, num_classes=num_classes, batch_size=batch_size, seed=seed)
+        return ClassBalanced(labels, batch_size=batch_size, seed=seed)
     return kind(labels, batch_size=batch_size, seed=seed)
 
 

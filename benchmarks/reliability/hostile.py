@@ -271,13 +271,21 @@ class Trials:
     def prompt(self, rng: random.Random) -> str:
         import torch
 
+        from lpt.errors import LptError
+
         name, way = rng.choice(list(self.prompts)), rng.choice(list(mutations.PROMPTS))
-        content = mutations.PROMPTS[way](self.prompts[name], rng)
-        logits = self._logits(content)
+        sealed = rng.random() < 0.5 or way == "harmless"
+        real = self.prompts[name] if sealed else mutations.unsealed(self.prompts[name])
+        try:
+            logits = self._logits(mutations.PROMPTS[way](real, rng))
+        except LptError as error:
+            assert way != "harmless", f"{name}: a harmless change is refused: {str(error)[:150]}"
+            raise
         assert bool(torch.isfinite(logits).all()), f"{name}, {way}: the answer is not finite"
-        same = logits.shape == self.expected[name].shape and torch.equal(logits, self.expected[name])
-        assert same or way != "harmless", f"{name}: other numbers after a harmless change"
-        return "read"
+        if logits.shape == self.expected[name].shape and torch.equal(logits, self.expected[name]):
+            return "read to the same numbers"
+        assert not sealed, f"{name}, {way}: other numbers, though it is sealed"
+        return "read to other numbers, of those whose seal was taken off"
 
     def _logits(self, content: bytes) -> Any:
         import torch

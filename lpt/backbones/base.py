@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lpt.errors import BackboneError, did_you_mean, quoted
 from lpt.preprocess import Preprocess
+from lpt.tensors import read_tensors
 
 
 class KeyValue(NamedTuple):
@@ -135,9 +135,9 @@ def read_prototypes(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise BackboneError(f"prototypes.weights {path} does not exist")
     try:
-        with safe_open(path, framework="pt") as file:
-            names, rows = json.loads((file.metadata() or {})["classes"]), file.get_tensor("prototypes").float()
-    except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError, OSError) as error:
+        metadata, tensors = read_tensors(path)
+        names, rows = json.loads(metadata["classes"]), tensors["prototypes"].float()
+    except (KeyError, ValueError, RuntimeError) as error:
         raise BackboneError(
             f"prototypes.weights {path} is no file of prototypes ({quoted(error)}): it needs a tensor `prototypes` and "
             "the class names as a JSON list under `classes` in its metadata"

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lpt.backbones.base import Backbone, KeyValue, Prompt, fingerprint_of
-from lpt.errors import BackboneError, did_you_mean
+from lpt.errors import BackboneError, did_you_mean, quoted
 from lpt.preprocess import Preprocess
+from lpt.tensors import read_tensors
 
 SUPPORTED = (
     "plain timm VisionTransformer models: vit_*, deit_*, deit3_*, vit_*_dinov2, vit_*_reg4_dinov2, "
@@ -245,20 +246,20 @@ def check_fit(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], path: P
     }
     if any(complaints.values()):
         said = "; ".join(f"{what}: {', '.join(keys)}" for what, keys in complaints.items() if keys)
-        raise BackboneError(f"backbone.weights {path} does not fit {architecture}: {said}")
+        raise BackboneError(f"backbone.weights {path} does not fit {architecture}: {quoted(said, 10_000)}")
 
 
 def read_weights(path: Path) -> Mapping[str, Tensor]:
     """All tensors of a safetensors file; pickled checkpoints are refused by name."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     if not path.is_file():
         raise BackboneError(f"backbone.weights {path} does not exist: give a local .safetensors file")
     try:
-        return load_file(path)
-    except SafetensorError as error:
+        found = read_tensors(path)[1]
+    except ValueError as error:
         raise BackboneError(f"backbone.weights {path} is not a safetensors file ({error}): convert it first") from None
+    if bad := [name for name, value in found.items() if not bool(torch.isfinite(value.float()).all())]:
+        raise BackboneError(f"backbone.weights {path}: {quoted(bad[0])} holds numbers that are not finite")
+    return found
 
 
 @contextlib.contextmanager

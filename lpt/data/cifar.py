@@ -6,7 +6,6 @@ these are the images of LDAM-DRW and LIFT (`cao`), with seed 42 LPT's (`lpt42`).
 images in another order; the same seed then gives other images, and the variant says `-reordered`.
 """
 
-import io
 import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +19,9 @@ from torch import Tensor
 from lpt.data.task import Count, Images, Task, hold_out
 from lpt.errors import DataError
 from lpt.longtail import GroupRule, Profile, long_tail
+from lpt.preprocess import File, decoded
 
+SIDE = 32
 ClassOrder = Literal["label", "seed"]
 
 
@@ -156,10 +157,14 @@ def _open_parquet(name: str, num_classes: int, folder: Path) -> dict[str, Any]:
         found = len(np.unique(labels))
         if found != num_classes:
             raise DataError(f"{path} holds {found} classes, {name} has {num_classes}: is data.root the right folder?")
+        if labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= num_classes:
+            raise DataError(f"{path}: column {label} does not hold labels from 0 to {num_classes - 1}")
         cells = table.column(image).combine_chunks()
         source[f"{which}_labels"] = labels
         source[which] = lambda rows, cells=cells, path=path: _decode(cells, rows, path)
-        source["classes"] = source["classes"] or _hub_names(table.schema.metadata, label)
+        names = _hub_names(table.schema.metadata, label) or ()
+        if len(set(names)) == num_classes == len(names):
+            source["classes"] = source["classes"] or names
     source["classes"] = source["classes"] or [str(k) for k in range(num_classes)]
     return source
 
@@ -168,20 +173,21 @@ def _hub_names(metadata: dict[bytes, bytes] | None, label: str) -> list[str] | N
     """Class names as the Hub's `datasets` writes them beside the columns."""
     try:
         info = json.loads((metadata or {})[b"huggingface"])
-        return list(info["info"]["features"][label]["names"])
+        return [str(name) for name in info["info"]["features"][label]["names"]]
     except (KeyError, ValueError, TypeError):
         return None
 
 
 def _decode(cells: Any, rows: np.ndarray, path: Path) -> Tensor:
-    from PIL import Image
-
     def one(row: int) -> np.ndarray:
-        try:
-            with Image.open(io.BytesIO(cells[row].as_py()["bytes"])) as image:
-                return np.asarray(image.convert("RGB"))
-        except (OSError, ValueError, TypeError) as error:
-            raise DataError(f"{path}, row {row}: the image cannot be decoded ({error})") from None
+        cell = cells[row].as_py()
+        content = cell.get("bytes") if isinstance(cell, dict) else None
+        if not isinstance(content, bytes):
+            raise DataError(f"{path}, row {row}: there is no image")
+        image = decoded(File(f"{path}, row {row}", content))
+        if image.size != (SIDE, SIDE):
+            raise DataError(f"{path}, row {row}: an image of {image.width} x {image.height} pixels is none of CIFAR")
+        return np.asarray(image)
 
     with ThreadPoolExecutor() as pool:
         pixels = np.stack(list(pool.map(one, rows.tolist())))

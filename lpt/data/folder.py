@@ -17,7 +17,7 @@ from pydantic import Field
 
 from lpt.data.lists import read_unlabeled
 from lpt.data.tables import PARTS, Part, metadata, read_metadata, read_tables
-from lpt.data.task import Count, Files, Task, hold_out
+from lpt.data.task import Count, Files, Task, hold_out, of_each_class
 from lpt.errors import DataError
 from lpt.longtail import shot_groups
 from lpt.preprocess import decoded
@@ -321,10 +321,9 @@ def _split_off(files: Files, share: float, seed: int) -> tuple[Files, Files]:
     """(training, test): of each class round(share · n) images, at least one where there are two or more."""
     rng = np.random.default_rng((seed, 13))
     by_id = np.argsort(np.array(files.ids))  # not the file system's order
-    labels = files.labels.numpy()
     test: list[int] = []
-    for k in np.unique(labels):
-        own = rng.permutation(by_id[labels[by_id] == k])
+    for of in of_each_class(by_id, files.labels.numpy()).values():
+        own = rng.permutation(of)
         test += own[: min(max(round(share * len(own)), 1), len(own) - 1)].tolist()
     kept = sorted(set(range(len(files))) - set(test))
     return files.subset(kept), files.subset(sorted(test))

@@ -146,7 +146,7 @@ def _lines(path: Path) -> list[tuple[int, str]]:
     """(number, text) of the lines that are not blank. Raises DataError where there are none."""
     try:
         lines = [line.rstrip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise DataError(f"list {path} cannot be read ({getattr(error, 'strerror', None) or error})") from None
     if not any(lines):
         raise DataError(f"list {path} is empty")
@@ -212,7 +212,7 @@ def _names(file: str | None, paths: list[str], labels: Tensor, number: int) -> t
     if file is not None:
         try:
             names = [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:
             raise DataError(f"data.classes {file} cannot be read ({error})") from None
         if len(names) != number or len(set(names)) != number:
             raise DataError(f"data.classes {file} has {len(set(names))} different names for {number} classes")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lpt.errors import DataError, LptError, did_you_mean
+from lpt.errors import DataError, LptError, did_you_mean, quoted
 
 PARTS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test",)}
 METADATA = ("metadata.csv", "metadata.jsonl")
@@ -39,7 +39,7 @@ def read_metadata(table: Path, label_column: str | None) -> tuple[list[Path], li
     kind = "csv" if table.suffix == ".csv" else "json"
     rows = _load(str(table), kind, data_files={"train": glob.escape(str(table))})["train"]
     if "file_name" not in rows.column_names:
-        raise DataError(f"{table} has columns {', '.join(rows.column_names)}: it needs file_name and a class")
+        raise DataError(f"{table} has columns {quoted(', '.join(rows.column_names))}: it needs file_name and a class")
     others = [name for name in rows.column_names if name != "file_name"]
     usual = [name for name in LABELS if name in others]
     label = _column(str(table), "label", label_column, usual or (others if len(others) == 1 else []), others)
@@ -54,7 +54,9 @@ def read_metadata(table: Path, label_column: str | None) -> tuple[list[Path], li
 
 def read_tables(root: str, image_column: str | None, label_column: str | None) -> dict[str, Part]:
     """The parts of a folder of parquet files or of a Hub dataset. Raises DataError."""
-    found = _load(root, str(Path(root).resolve()) if Path(root).is_dir() else root)
+    # Of a folder its parquet files alone: a README beside them may name others, anywhere.
+    local = Path(root).is_dir()
+    found = _load(root, "parquet", data_dir=str(Path(root).resolve())) if local else _load(root, root)
     parts: dict[str, Part] = {}
     for role, names in PARTS.items():
         name = next((n for n in names if n in found), None)
@@ -111,7 +113,7 @@ def _load(what: str, *words: str, **settings: Any) -> Any:
     except LptError:
         raise
     except Exception as error:  # readers raise whatever their libraries do
-        reason = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0][:300]
+        reason = quoted((str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0], 300)
         raise DataError(f"data.root {what} cannot be read as a dataset of images ({reason})") from None
     finally:
         if quiet:
@@ -120,10 +122,10 @@ def _load(what: str, *words: str, **settings: Any) -> Any:
 
 def _column(root: str, what: str, wanted: str | None, found: list[str], columns: Any) -> str:
     if wanted is not None and wanted not in columns:
-        there = f"({', '.join(columns)}){did_you_mean(wanted, columns)}"
+        there = f"({quoted(', '.join(columns))}){did_you_mean(wanted, columns)}"
         raise DataError(f"data.{what}_column {wanted!r} is no column of {root} {there}")
     if wanted is None and not found:
         raise DataError(
-            f"data.root {root} has columns {', '.join(columns)}: which holds the {what}? Set data.{what}_column"
+            f"data.root {root} has columns {quoted(', '.join(columns))}: which holds the {what}? Set data.{what}_column"
         )
     return wanted or found[0]

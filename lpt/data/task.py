@@ -195,14 +195,21 @@ def hold_out(
     that the long tail leaves out, topped up from the class's own chosen images where too few are left.
     """
     rng = np.random.default_rng((seed, 7))
-    held: list[int] = []
-    kept = set(chosen.tolist())
-    spare = np.setdiff1d(candidates, chosen)
-    for k in np.unique(labels[candidates]):
-        free = rng.permutation(spare[labels[spare] == k])[:per_class]
-        own = np.array(sorted(i for i in kept if labels[i] == k))
+    held: list[np.ndarray] = []
+    spare = of_each_class(np.setdiff1d(candidates, chosen), labels)
+    mine, none = of_each_class(np.sort(chosen), labels), chosen[:0]
+    for k in np.unique(labels[candidates]).tolist():
+        free = rng.permutation(spare.get(k, none))[:per_class]
+        own = mine.get(k, none)
         missing = min(per_class - len(free), max(len(own) - 1, 0))
-        taken = rng.permutation(own)[:missing] if missing > 0 else own[:0]
-        held += [*free.tolist(), *taken.tolist()]
-        kept -= set(taken.tolist())
-    return np.array(sorted(kept)), np.array(sorted(held))
+        taken = rng.permutation(own)[:missing] if missing > 0 else none
+        held += [free, taken]
+    out = np.sort(np.concatenate([none, *held]))
+    return np.setdiff1d(chosen, out), out
+
+
+def of_each_class(rows: np.ndarray, labels: np.ndarray) -> dict[int, np.ndarray]:
+    """The `rows` of each class that has some, in their order; `labels` are those of all rows."""
+    order = np.argsort(labels[rows], kind="stable")
+    present, first = np.unique(labels[rows][order], return_index=True)
+    return dict(zip(present.tolist(), np.split(rows[order], first[1:]), strict=True))

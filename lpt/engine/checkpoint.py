@@ -8,11 +8,10 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from lpt.errors import DiskError, TrainingError, quoted
+from lpt.tensors import is_intact, read_tensors, to_bytes
 
 
 class Checkpoint(NamedTuple):
@@ -51,8 +50,8 @@ def write_whole(path: Path, content: bytes) -> None:
 def save_checkpoint(path: Path, checkpoint: Checkpoint, *, run_hash: str) -> None:
     header = {"run": run_hash, **{k: getattr(checkpoint, k) for k in ("step", "finished", "seconds", "flops")}}
     parts = {"model": checkpoint.tensors, "moment": checkpoint.moments, "memory": checkpoint.memory}
-    tensors = {f"{part}/{k}": v.detach().cpu().contiguous() for part, of in parts.items() for k, v in of.items()}
-    write_whole(path, to_bytes(tensors, metadata={"lpt_checkpoint": json.dumps(header)}))
+    tensors = {f"{part}/{k}": v for part, of in parts.items() for k, v in of.items()}
+    write_whole(path, to_bytes(tensors, lpt_checkpoint=header))
 
 
 def load_checkpoint(path: Path, *, run_hash: str) -> Checkpoint | None:
@@ -60,16 +59,17 @@ def load_checkpoint(path: Path, *, run_hash: str) -> Checkpoint | None:
     if not path.exists():
         return None
     try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {})["lpt_checkpoint"])
-            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        metadata, found = read_tensors(path)
+        header = json.loads(metadata["lpt_checkpoint"])
         whole = {"run": str, "step": int, "finished": bool, "seconds": int | float, "flops": int}
         if not isinstance(header, dict) or not all(isinstance(header.get(key), kind) for key, kind in whole.items()):
             raise ValueError(f"its header lacks {', '.join(whole)}, or they are of another kind")
         learned = {name: value for name, value in found.items() if not name.startswith("memory/")}
         if bad := [name for name, value in learned.items() if not bool(torch.isfinite(value.float()).all())]:
             raise ValueError(f"{bad[0]} holds numbers that are not finite")
-    except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError, OSError) as error:
+        if not is_intact(header, found):
+            raise ValueError("it does not hold what was written")
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
         raise unreadable(path, error) from None
     if header["run"] != run_hash:
         raise TrainingError(

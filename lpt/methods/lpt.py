@@ -107,7 +107,7 @@ def tune(
     def streams(number: Literal[1, 2]) -> dict[str, Any]:
         seed = 2 * fit.seed + number - 1  # each phase sees the images in an order of its own
         return {
-            "balanced": Stream(ClassBalanced(labels, num_classes=len(task.classes), batch_size=B, seed=seed)),
+            "balanced": Stream(ClassBalanced(labels, batch_size=B, seed=seed)),
             "instance": Stream(instance(labels, batch_size=B, seed=seed)),
         }
 
