@@ -190,8 +190,10 @@ def decoded(file: File, *, least: int = 0) -> Image.Image:
             elif least:
                 image.draft("RGB", (least, least))
             pixels, most = image.width * image.height, LARGEST // (4 if image.mode in ("I", "F") else 1)
-            if pixels > most or max(image.size) > LONGEST or scans > SCANS:
-                raise ValueError(f"{image.width} x {image.height} pixels in {scans} scans: make it smaller")
+            if pixels > most:
+                raise ValueError(f"{image.width} x {image.height} pixels, {most} are the most: make it smaller")
+            if max(image.size) > LONGEST or scans > SCANS:
+                raise ValueError(f"{image.width} x {image.height} pixels in {scans} scans: save it in another way")
             if least and scans > 1:
                 image.draft("RGB", (least, least))
             with _alone if pixels > ALONE else contextlib.nullcontext():

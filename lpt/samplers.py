@@ -71,8 +71,9 @@ class ClassBalanced:
     def __init__(self, labels: Tensor, *, batch_size: int, per_class: int = 4, seed: int):
         if len(labels) == 0:
             raise DataError("there are no training images to sample from")
-        order = np.argsort(labels.numpy(), kind="stable")  # once, not a pass over all labels for each class
-        present, first = np.unique(labels.numpy()[order], return_index=True)
+        of = labels.cpu().numpy()
+        order = np.argsort(of, kind="stable")  # once, not a pass over all labels for each class
+        present, first = np.unique(of[order], return_index=True)
         self.batch_size, self.per_class = batch_size, per_class
         self._classes = _Cycle(present, (seed, 3))
         self._num_present = len(present)

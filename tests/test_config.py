@@ -156,3 +156,11 @@ def test_long_values_are_not_repeated_in_full(tmp_path):
         load_config(tmp_path / "c.yaml", ["train.seed=2026-99-99"])
     assert any("train.seed: the value '2026-99-99' is not YAML" in one for one in error.value.mistakes)
     assert max(map(len, error.value.mistakes)) < 500
+
+
+def test_merge_keys_and_long_texts_are_no_config(tmp_path):
+    bomb = "a: &a {x: 1}\n" + "".join(f"b{i}: &b{i} {{<<: [{', '.join(['*a'] * 9)}]}}\n" for i in range(3))
+    for text, said in ((bomb, "merge keys"), ("a: b\n" * 20_000, "100000 letters, 65536 are the most")):
+        (tmp_path / "c.yaml").write_text(text)
+        with pytest.raises(ConfigError, match=f"is not YAML: .*{said}"):
+            load_config(tmp_path / "c.yaml")

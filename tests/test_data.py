@@ -83,13 +83,35 @@ def test_the_tail_is_drawn_by_the_seed_and_by_nothing_else(tmp_path):
         (lambda f: None, "data.root is missing"),
         (lambda f: f / "nowhere", "neither train.parquet"),
         (lambda f: parquet_folder(f, label="target"), "label column"),
-        (lambda f: parquet_folder(f, broken=True), "row 0: the image cannot be decoded"),
+        (lambda f: parquet_folder(f, broken=True), "row 0 cannot be decoded"),
     ],
 )
 def test_a_bad_root_is_named(tmp_path, make, says):
     root = make(tmp_path)
     with pytest.raises(DataError, match=says):
         load_task("cifar10-lt", root=None if root is None else str(root), imbalance_factor=1)
+
+
+def test_cells_and_labels_that_are_none_of_cifar_are_named(tmp_path):
+    def written(change):
+        for part, n in (("train", 5), ("test", 2)):
+            cells = [{"bytes": _png(k), "path": ""} for k in range(10 * n)]
+            table = {"img": cells, "label": np.repeat(np.arange(10), n)}
+            change(table)
+            pq.write_table(pa.table(table), tmp_path / f"{part}.parquet")
+        with pytest.raises(DataError) as error:
+            load_task("cifar10-lt", root=str(tmp_path), imbalance_factor=1)
+        return str(error.value)
+
+    script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
+    assert "row 0 cannot be decoded" in written(lambda t: t["img"].__setitem__(0, {"bytes": script, "path": ""}))
+    assert "row 0: there is no image" in written(lambda t: t["img"].__setitem__(0, None))
+    file = io.BytesIO()
+    Image.new("RGB", (5, 4)).save(file, "PNG")
+    assert "row 3: the image is not of the same size" in written(
+        lambda t: t["img"].__setitem__(3, {"bytes": file.getvalue(), "path": ""})
+    )
+    assert "does not hold labels from 0 to 9" in written(lambda t: t.update(label=t["label"] + 1))
 
 
 def test_a_truncated_parquet_and_the_wrong_dataset_are_named(tmp_path):

@@ -304,11 +304,12 @@ def test_the_command_line_trains_evaluates_and_predicts_on_a_folder(flat, tmp_pa
     said = lpt_("train", config, *sets, "--out", out)
     assert "8 training images of 3 classes, 5 to 1 each" in said and "split off as test set" in said
     report = json.loads((out / "report.json").read_text())
-    lpt_("evaluate", out / "prompt.safetensors", f"data.root={flat}", "--json", tmp_path / "e.json")
+    prompt, made = out / "prompt.safetensors", "backbone.name=untrained:vit_tiny_patch16_224"
+    lpt_("evaluate", prompt, f"data.root={flat}", made, "--json", tmp_path / "e.json")
     again = json.loads((tmp_path / "e.json").read_text())
     assert again["per_class"] == report["per_class"] and again["nll"] == report["nll"]
     assert again["data"]["split_sha256"] == report["data"]["split_sha256"]
-    assert lpt_("predict", out / "prompt.safetensors", flat / "cat").count("cat/") == 6
+    assert lpt_("predict", prompt, flat / "cat", made).count("cat/") == 6
 
 
 def test_broken_images_are_skipped_when_asked_and_listed(flat, tmp_path):

@@ -1,5 +1,6 @@
 import io
 import math
+import os
 
 import pytest
 import torch
@@ -245,6 +246,35 @@ def test_a_large_jpeg_is_made_smaller_before_it_is_judged(monkeypatch):
     assert decoded(File("x", buffer.getvalue()), least=64).size == (80, 80)
     with pytest.raises(DataError, match="640 x 640 pixels"):
         decoded(File("x", buffer.getvalue()))
+
+
+def test_a_long_strip_and_a_jpeg_of_many_scans_are_refused(tmp_path):
+    buffer = io.BytesIO()
+    Image.new("1", (2**16 + 1, 1)).save(buffer, "PNG")
+    with pytest.raises(DataError, match="65537 x 1 pixels in 1 scans: save it in another way"):
+        decoded(File("x", buffer.getvalue()))
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64), (9, 99, 199)).save(buffer, "JPEG", progressive=True)
+    whole = buffer.getvalue()
+    assert decoded(File("x", whole), least=16).size == (16, 16)
+    scan = whole[whole.rindex(b"\xff\xda") : -2]
+    (tmp_path / "x.jpg").write_bytes(whole[:-2] + 200 * scan + b"\xff\xd9")
+    with pytest.raises(DataError, match=r"64 x 64 pixels in 2\d\d scans"):
+        decoded(File("x", tmp_path / "x.jpg"))
+
+
+def test_numbers_of_32_bits_have_a_fourth_of_the_pixels(monkeypatch):
+    monkeypatch.setattr("lpt.preprocess.LARGEST", 10_000)
+    buffer = io.BytesIO()
+    Image.new("F", (60, 60)).save(buffer, "TIFF")
+    with pytest.raises(DataError, match="60 x 60 pixels, 2500 are the most"):
+        decoded(File("x", buffer.getvalue()))
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with pytest.raises(DataError, match="there is no such file"):
+        decoded(File("pipe.jpg", str(tmp_path / "pipe.jpg")))
 
 
 def test_formats_that_run_programs_are_not_read():

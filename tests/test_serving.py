@@ -10,9 +10,11 @@ from test_folder import fill
 from lpt import run
 from lpt.config import resolve
 from lpt.data import load_task
-from lpt.errors import DataError, PromptFileError
+from lpt.errors import LptError, PromptFileError
 from lpt.prompt_file import read_prompt
 from lpt.serving import evaluate_prompt, open_prompt
+
+BACKBONE = {"name": "untrained:vit_tiny_patch16_224"}
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +22,7 @@ def prompt(tmp_path_factory):
     place = tmp_path_factory.mktemp("shift")
     fill(place / "photos", {"cat": 9, "dog": 6, "red owl": 4, "eel": 3})
     config = {
-        "backbone": {"name": "untrained:vit_tiny_patch16_224", "image_size": 32},
+        "backbone": {**BACKBONE, "image_size": 32},
         "data": {"name": "folder", "root": str(place / "photos")},
         "method": {"name": "class_mean"},
         "train": {"precision": "fp32"},
@@ -32,13 +34,15 @@ def prompt(tmp_path_factory):
 def test_another_dataset_is_matched_by_name(prompt, tmp_path):
     fill(tmp_path / "sketches", {"dog": 5, "ant": 7, "cat": 10, "red owl": 5})
     said = []
-    found = evaluate_prompt(prompt, {"data": {"name": "folder", "root": str(tmp_path / "sketches")}}, say=said.append)
+    found = evaluate_prompt(
+        prompt, {"data": {"name": "folder", "root": str(tmp_path / "sketches")}, "backbone": BACKBONE}, say=said.append
+    )
     text = "\n".join(said)
     assert "classes matched by name: 3 of 4, 20 of 27 images" in text
     assert "1 classes not in the data: eel" in text and "1 classes not in the prompt file: ant" in text
     assert found["absent_from_data"] == ["eel"] and found["unknown_to_prompt"] == ["ant"]
     # The same by hand: images one by one, the largest logit among the three classes that both know.
-    model, header = open_prompt(prompt)
+    model, header = open_prompt(prompt, **BACKBONE)
     task = load_task("folder", root=str(tmp_path / "sketches"))
     right = {name: [] for name in ("cat", "dog", "red owl")}
     test = task.train.plus(task.test)  # no part of it was trained on
@@ -58,7 +62,7 @@ def test_another_dataset_is_matched_by_name(prompt, tmp_path):
 
 def test_the_order_of_classes_does_not_matter(prompt, tmp_path):
     fill(tmp_path / "same", {"red owl": 5, "eel": 5, "dog": 5, "cat": 5})
-    found = evaluate_prompt(prompt, {"data": {"name": "folder", "root": str(tmp_path / "same")}})
+    found = evaluate_prompt(prompt, {"data": {"name": "folder", "root": str(tmp_path / "same")}, "backbone": BACKBONE})
     assert found["absent_from_data"] == found["unknown_to_prompt"] == []
 
 
@@ -69,7 +73,7 @@ def test_other_classes_altogether_are_refused(prompt, tmp_path):
 
 
 def test_its_own_data_keeps_its_test_part_and_its_group_rule(prompt):
-    found = evaluate_prompt(prompt, {"data": {"root": str(prompt.parents[1] / "photos")}})
+    found = evaluate_prompt(prompt, {"data": {"root": str(prompt.parents[1] / "photos")}, "backbone": BACKBONE})
     stored = json.loads((prompt.parent / "report.json").read_text())
     for key in ("accuracy", "many", "medium", "few", "group_rule", "nll"):
         assert found[key] == stored[key]
@@ -79,21 +83,28 @@ def test_unlabelled_images_need_not_be_at_hand_again(tmp_path):
     fill(tmp_path / "photos", {"cat": 9, "dog": 6, "red owl": 4})
     fill(tmp_path / "more", {"any": 7}, seed=5)
     config = {
-        "backbone": {"name": "untrained:vit_tiny_patch16_224", "image_size": 32},
+        "backbone": {**BACKBONE, "image_size": 32},
         "data": {"name": "folder", "root": str(tmp_path / "photos"), "unlabeled": str(tmp_path / "more")},
         "method": {"name": "fixmatch", "tuning": "head", "head_init": "class_mean", "steps": 2, "rounds": 1},
         "train": {"precision": "fp32", "batch_size": 4},
     }
     report = run.train(resolve(config), tmp_path / "run")
     (tmp_path / "more").rename(tmp_path / "gone")
-    found = evaluate_prompt(tmp_path / "run" / "prompt.safetensors", {"data": {"root": str(tmp_path / "photos")}})
+    given = {"data": {"root": str(tmp_path / "photos")}, "backbone": BACKBONE}
+    found = evaluate_prompt(tmp_path / "run" / "prompt.safetensors", given)
     assert found["per_class"] == report["per_class"] and found["nll"] == report["nll"]  # the test part, not all images
+
+
+def test_a_prompt_file_cannot_have_any_architecture_made(prompt):
+    with pytest.raises(PromptFileError, match=r"is for untrained:vit_tiny_patch16_224: give backbone\.name"):
+        open_prompt(prompt)
 
 
 def test_a_prompt_file_cannot_say_where_data_is(prompt, tmp_path):
     header, tensors = read_prompt(prompt)
-    for data in ({"settings": [1]}, {"settings": {"name": "folder", "root": "/etc"}}, {"group_rule": {}}):
+    for data in ({"settings": [1]}, {"settings": {"name": "folder", "root": "/etc"}}, {"group_rule": {}},
+                 {"settings": {"name": "lists", "train": "/dev/zero"}}):  # fmt: skip
         text = json.dumps(header.model_dump(mode="json") | {"data": data})
         save_file(tensors, tmp_path / "p.safetensors", metadata={"lpt": text})
-        with pytest.raises(DataError, match=r"data\.(name|root) is missing"):
+        with pytest.raises(LptError, match=r"data\.(name|root|train) is missing"):
             evaluate_prompt(tmp_path / "p.safetensors", {})

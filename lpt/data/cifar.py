@@ -21,7 +21,6 @@ from lpt.errors import DataError
 from lpt.longtail import GroupRule, Profile, long_tail
 from lpt.preprocess import File, decoded
 
-SIDE = 32
 ClassOrder = Literal["label", "seed"]
 
 
@@ -184,13 +183,13 @@ def _decode(cells: Any, rows: np.ndarray, path: Path) -> Tensor:
         content = cell.get("bytes") if isinstance(cell, dict) else None
         if not isinstance(content, bytes):
             raise DataError(f"{path}, row {row}: there is no image")
-        image = decoded(File(f"{path}, row {row}", content))
-        if image.size != (SIDE, SIDE):
-            raise DataError(f"{path}, row {row}: an image of {image.width} x {image.height} pixels is none of CIFAR")
-        return np.asarray(image)
+        return np.asarray(decoded(File(f"{path}, row {row}", content)))
 
     with ThreadPoolExecutor() as pool:
-        pixels = np.stack(list(pool.map(one, rows.tolist())))
+        found = list(pool.map(one, rows.tolist()))
+    if odd := next((row for row, of in zip(rows, found, strict=True) if of.shape != found[0].shape), None):
+        raise DataError(f"{path}, row {odd}: the image is not of the same size as the others")
+    pixels = np.stack(found)
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
 

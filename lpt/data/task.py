@@ -210,6 +210,8 @@ def hold_out(
 
 def of_each_class(rows: np.ndarray, labels: np.ndarray) -> dict[int, np.ndarray]:
     """The `rows` of each class that has some, in their order; `labels` are those of all rows."""
+    if len(rows) == 0:
+        return {}
     order = np.argsort(labels[rows], kind="stable")
     present, first = np.unique(labels[rows][order], return_index=True)
     return dict(zip(present.tolist(), np.split(rows[order], first[1:]), strict=True))
