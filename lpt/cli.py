@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lpt.errors import ConfigError, LptError
+from lpt.errors import ConfigError, LptError, quoted
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
@@ -142,7 +142,7 @@ def predict(
             print(f"error: {answer['error']}", file=sys.stderr)
         else:
             pairs = zip(answer["classes"], answer["probabilities"], strict=True)
-            print(f"{answer['image']}  " + "  ".join(f"{name} {p:.3f}" for name, p in pairs))
+            print(f"{answer['image']}  " + "  ".join(f"{quoted(name)} {p:.3f}" for name, p in pairs))
     if json_file:
         write_whole(json_file, json.dumps(answers, indent=1).encode())
     if any("error" in answer for answer in answers):
@@ -157,16 +157,17 @@ def inspect(prompt: Annotated[Path, typer.Argument(help="a prompt file")]) -> No
 
     header, tensors = read_prompt(prompt)
     print(f"{prompt}  format {header.format}, {prompt.stat().st_size:,} bytes")
-    print(f"method    {header.method}  {json.dumps(header.settings)}")
-    print(f"backbone  {header.backbone.name}, weights {header.backbone.fingerprint}, {header.backbone.image_size} px")
-    shown = ", ".join(header.classes[:6]) + (", ..." if len(header.classes) > 6 else "")
+    print(f"method    {quoted(header.method)}  {json.dumps(header.settings)}")
+    made_with = quoted(f"{header.backbone.name}, weights {header.backbone.fingerprint}")
+    print(f"backbone  {made_with}, {header.backbone.image_size} px")
+    shown = quoted(", ".join(header.classes[:6])) + (", ..." if len(header.classes) > 6 else "")
     print(f"classes   {len(header.classes)}: {shown}; {max(header.counts)} to {min(header.counts)} training images")
-    print(f"data      {header.data.get('name')}, split {header.data.get('split_sha256')}")
+    print("data      " + quoted(f"{header.data.get('name')}, split {header.data.get('split_sha256')}"))
     for name, tensor in tensors.items():
         print(f"tensor    {name} {list(tensor.shape)}")
     for name, value in header.metrics.items():
-        print(f"measured  {name} " + (f"{value:.4f}" if name == "nll" else percent(value)))
-    print("versions  " + ", ".join(f"{k} {v}" for k, v in header.versions.items()))
+        print(f"measured  {quoted(name)} " + (f"{value:.4f}" if name == "nll" else percent(value)))
+    print("versions  " + quoted(", ".join(f"{k} {v}" for k, v in header.versions.items())))
 
 
 @app.command()
@@ -308,5 +309,6 @@ def main() -> None:
 
 
 def _fail(text: str) -> None:
-    print(f"error: {text}", file=sys.stderr)
+    shown = "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)
+    print(f"error: {shown}", file=sys.stderr)
     sys.exit(2)

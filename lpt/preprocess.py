@@ -28,7 +28,7 @@ from lpt.errors import DataError, quoted
 Transform = Literal["timm", "lift", "lpt"]
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "PPM", "JPEG2000")
 """What is read where this Pillow can. It would read more, PostScript by running a program."""
-LARGEST, LONGEST, SCANS = 2**26, 2**16, 100
+LARGEST, LONGEST, SCANS = 2**25, 2**16, 100
 """Pixels of an image (of a JPEG once it is smaller; a fourth with 32 bits each), those of its longer side, and scans of
 a progressive JPEG: in a few bytes of a file there is room for far more."""
 LARGEST_VIEW = 1024

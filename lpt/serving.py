@@ -93,7 +93,7 @@ def evaluate_prompt(
     return {
         **metrics,
         **shift,
-        "method": header.method,
+        "method": quoted(header.method),
         "backbone": {"name": model.backbone.name, "fingerprint": model.backbone.fingerprint},
         "data": {
             "name": task.name,

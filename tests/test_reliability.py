@@ -25,6 +25,7 @@ def test_nothing_is_lost(theme):
         ("import torch\ntorch.load(f, weights_only=False)", ["2: torch.load"]),
         ("torch.load(f, weights_only=True)", []),
         ("faiss.read_index(p); yaml.load(t)", ["1: faiss.read_index", "1: yaml.load"]),
+        ("from torch import load\nfrom yaml import load, safe_load", ["1: torch.load", "2: yaml.load"]),
         ("np.load(p, allow_pickle=True)", ["1: allow_pickle"]),
         ("load_dataset(x, trust_remote_code=True)", ["1: trust_remote_code"]),
         ("re.compile(p); model.eval(); eval(x)", ["1: eval"]),

@@ -24,8 +24,10 @@ from benchmarks.reliability.runs import (
     differences,
     ended,
     finished,
+    forgot,
     half_written,
     lpt_plan,
+    saved,
     started,
     ulfine_plan,
 )
@@ -97,9 +99,12 @@ def _goes_on(plan: Plan, out: Path, whole: Path, **how: object) -> str:
     """Whether the run in `out` is whole as far as it went, and ends as `whole` did."""
     if found := broken(out):
         return found[0]
+    before = saved(out)
     end = ended(started(plan, out, resume=True, **how))
     if end.code:
         return f"resumed, it ended with {end.code}: {end.err.strip()[-300:]}"
+    if found := forgot(before, end.out):
+        return found[0]
     if half_written(out):
         return f"{half_written(out)} temporary files left"
     return ", ".join(f"{name} differs" for name in differences(whole, out))
@@ -109,11 +114,6 @@ def _until(there: Callable[[], object], process: subprocess.Popen[str]) -> None:
     """Waits for something, or for the end of the process that would bring it about."""
     while process.poll() is None and not there():
         time.sleep(0.01)
-
-
-def _saved(out: Path) -> Callable[[], bool]:
-    """Whether a phase has a checkpoint, beside those of features."""
-    return lambda: any("-" not in path.stem for path in (out / "checkpoints").glob("*.safetensors"))
 
 
 # Disks.
@@ -146,7 +146,7 @@ def full_disk(plan: Plan, folder: Path, whole: Path) -> Iterator[str]:
                 yield _refused(end, str(place), "No space left on device") or _bigger(plan, place, whole)
         yield "note: tmpfs of 12 to 800 kB, made larger for the resumed run"
     except OSError as error:
-        yield f"note: no disk can be mounted here ({error}); files end at a limit instead"
+        yield f"note: NOT a full disk, none can be mounted here ({error}); files end at a limit instead"
         for kilobytes in (10, 100, 200):
             out = folder / f"files of {kilobytes} kB"
             limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (kilobytes * 1024, kilobytes * 1024))
@@ -171,14 +171,14 @@ def read_only(plan: Plan, folder: Path, whole: Path) -> Iterator[str]:
         checkpoints = out / "checkpoints"
         with _mounted(checkpoints, "--bind", str(checkpoints)):
             process = started(plan, out, resume=True)
-            _until(_saved(out), process)
+            _until(partial(saved, out), process)
             frozen = ["mount", "-o", "remount,bind,ro", str(checkpoints)]
             while process.poll() is None and subprocess.run(frozen, capture_output=True).returncode:
                 time.sleep(0.01)  # busy while a checkpoint is being written
             yield _refused(ended(process), str(checkpoints), "Read-only file system", "what was there before is intact")
         yield _goes_on(plan, out, whole)
     except OSError as error:
-        yield f"note: nothing can be mounted here ({error}): only a path below a file was tried"
+        yield f"note: NOT a read-only disk, nothing can be mounted here ({error}): only a path below a file was tried"
 
 
 # Data.
@@ -188,7 +188,7 @@ def vanished_data(plan: Plan, folder: Path, whole: Path) -> Iterator[str]:
     """The folder of images goes within the run; is still away when it is resumed; and comes back."""
     out, photos, away = folder / "data away", folder / "photos", folder / "photos away"
     process = started(plan, out)
-    _until(_saved(out), process)
+    _until(partial(saved, out), process)
     photos.rename(away)
     try:
         yield _refused(ended(process), str(photos))
@@ -230,7 +230,7 @@ def one_of_two(plan: Plan, folder: Path) -> Iterator[str]:
     for which in (0, 1):
         out = folder / f"process {which} killed"
         process = started(plan, out, first=TWO)
-        _until(_saved(out), process)
+        _until(partial(saved, out), process)
         workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         began = time.perf_counter()
         os.kill(int(workers[which]), signal.SIGKILL)

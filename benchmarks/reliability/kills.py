@@ -1,14 +1,17 @@
 """Runs that are killed at random moments and go on with --resume end in the same bits; Ctrl-C and SIGTERM save first.
 
-Kills fall uniformly over what is left of a run, some within its first seconds, some while it writes its results.
+Most kills fall within a phase, soon or late after a checkpoint; some while a process starts, some while it writes its
+results. Each life of a run has to go on where the checkpoints of the one before it had been.
 """
 
 import random
 import signal
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from subprocess import Popen
 from typing import NamedTuple
 
 from benchmarks.reliability.row import Row
@@ -19,34 +22,36 @@ from benchmarks.reliability.runs import (
     differences,
     ended,
     finished,
+    forgot,
     half_written,
     lpt_plan,
+    saved,
     started,
-    step_of,
     two_stage_plan,
     ulfine_plan,
 )
 
-START = 5.0
-"""Seconds that a process takes before it trains, about: what a kill costs besides."""
-KINDS = ("left", "end", "left", "first", "left")
-"""When kills fall, in turn: within what is left of the run, while it writes results, within its first seconds."""
+KINDS = ("phase", "phase", "end", "phase", "start", "phase", "phase")
+"""When kills fall, in turn: within a phase, while results are written, before the first checkpoint of a process."""
 OFTEN = "train.checkpoint_seconds=0.3"
 
 
 class Undisturbed(NamedTuple):
-    """A run that nothing happened to: what others are compared with, its seconds, and those of writing results."""
+    """A run that nothing happened to: what others are compared with, the seconds until its first checkpoint, from there
+    to its results, and those of writing them."""
 
     folder: Path
-    seconds: float
+    starting: float
+    training: float
     writing: float
 
 
 class Beaten(NamedTuple):
-    """What became of a run under kills; `half` is the largest number of temporary files there at any time."""
+    """What became of a run under kills; `where` they fell, by what was saved; `half` is the largest number of temporary
+    files there at any time."""
 
     survived: int
-    ends: int
+    where: Counter[str]
     runs: int
     different: list[str]
     amiss: list[str]
@@ -57,7 +62,7 @@ def rows(quick: bool) -> list[Row]:
     with tempfile.TemporaryDirectory(prefix="lpt-kills-") as made:
         folder = Path(made)
         if quick:
-            return of_plan(ulfine_plan(folder, steps=8), folder, kills=2, asked=())
+            return of_plan(ulfine_plan(folder, steps=16), folder, kills=2, asked=())
         plans = {lpt_plan(2, 2): 24, ulfine_plan(folder): 20, two_stage_plan(folder): 20}
         if deit := deit_plan():
             plans[deit] = 6
@@ -69,11 +74,14 @@ def of_plan(plan: Plan, folder: Path, *, kills: int, asked: Sequence[signal.Sign
     """A row for `kills` of `plan`, and one for the signals in `asked` if there are any."""
     began, whole = time.perf_counter(), undisturbed(plan, folder)
     beaten = beat(plan, folder / f"{plan.name} killed", whole, kills=kills, chance=random.Random(kills))
+    fell = ", ".join(f"{number} {where}" for where, number in beaten.where.most_common())
     note = (
-        f"{beaten.ends} of them while results were written; {beaten.runs} runs to their end, equal to an undisturbed "
-        f"one but for times where nothing else is said; at most {beaten.half} temporary files left"
+        f"{fell}; {beaten.runs} runs to their end, equal to an undisturbed one but for times where nothing else is "
+        f"said; at most {beaten.half} temporary files left"
     )
     wrong = [*beaten.amiss, *beaten.different]
+    if 2 * beaten.where["within a phase"] < kills:
+        wrong.append("less than half of the kills fell within a phase")
     seconds = time.perf_counter() - began
     killed = Row(f"SIGKILL, {plan.name}", kills, beaten.survived, len(wrong), seconds, "; ".join([note, *wrong]))
     if not asked:
@@ -87,41 +95,46 @@ def of_plan(plan: Plan, folder: Path, *, kills: int, asked: Sequence[signal.Sign
 
 def undisturbed(plan: Plan, folder: Path) -> Undisturbed:
     """Runs `plan` once, in `folder` under its own name."""
-    out, began = folder / plan.name, time.perf_counter()
-    finished(plan.with_(OFTEN), out)
-    seconds = time.perf_counter() - began
-    first, last = ((out / name).stat().st_mtime for name in ("prompt.safetensors", "report.html"))
-    return Undisturbed(out, seconds, last - first)
+    out, began = folder / plan.name, time.time()
+    process = started(plan.with_(OFTEN), out)
+    while process.poll() is None and not saved(out):
+        time.sleep(0.01)
+    first = time.time()
+    end = ended(process)
+    assert end.code == 0, f"{plan.name} ended with {end.code}: {end.out}{end.err}"
+    wrote, last = ((out / name).stat().st_mtime for name in ("prompt.safetensors", "report.html"))
+    return Undisturbed(out, first - began, wrote - first, last - wrote)
 
 
 def beat(plan: Plan, out: Path, whole: Undisturbed, *, kills: int, chance: random.Random) -> Beaten:
     """Runs `plan` until it has been killed `kills` times, and then to its end. A run that ends before is compared and
     followed by another."""
-    done, survived, ends, run, half, left = 0, 0, 0, 0, 0, whole.seconds
+    done, survived, run, half = 0, 0, 0, 0
+    where = Counter[str]()
     different: list[str] = []
     amiss: list[str] = []
     place = out.with_name(f"{out.name} {run}")
     while True:
-        kind = KINDS[done % len(KINDS)] if done < kills else ""
-        before = _written_at(place)
-        began, process = time.perf_counter(), started(plan.with_(OFTEN), place, resume=place.exists())
-        if kind == "end":
-            while process.poll() is None and _written_at(place) == before:
-                time.sleep(0.002)
-            time.sleep(chance.uniform(0, whole.writing))
+        kind, before, results = KINDS[done % len(KINDS)] if done < kills else "", saved(place), _written_at(place)
+        process = started(plan.with_(OFTEN), place, resume=place.exists())
+        if kind == "start":
+            _wait(process, chance.uniform(0, whole.starting))
         elif kind:
-            until = began + chance.uniform(0, START if kind == "first" else left)
-            while process.poll() is None and time.perf_counter() < until:
-                time.sleep(0.01)
-        killed = bool(kind) and process.poll() is None
-        if killed:
+            while process.poll() is None and (
+                saved(place) == before if kind == "phase" else _written_at(place) == results
+            ):
+                time.sleep(0.002)
+            _wait(process, chance.uniform(0, whole.training / 4 if kind == "phase" else whole.writing))
+        if kind:
             process.kill()
-        end = ended(process)
-        if killed and end.code == -signal.SIGKILL:
+        end, after = ended(process), saved(place)
+        if after != before or not end.code:  # it trained, or ended: it must have read what was there
+            amiss += forgot(before, end.out)
+        half = max(half, half_written(place))
+        if end.code == -signal.SIGKILL:
             done += 1
-            ends += kind == "end"
-            left = max(START, left - max(0.0, time.perf_counter() - began - START))
-            half = max(half, half_written(place))
+            fell = "before a checkpoint" if not after or after == before else "within a phase"
+            where["while results were written" if _written_at(place) != results else fell] += 1
             found = broken(place) if place.exists() else []
             survived += not found
             amiss += found
@@ -132,10 +145,15 @@ def beat(plan: Plan, out: Path, whole: Undisturbed, *, kills: int, chance: rando
             amiss.append(f"went on to exit code {end.code}: {end.err.strip().splitlines()[-1]}")
         else:
             different += [f"{name} differs" for name in differences(whole.folder, place)]
-            half = max(half, half_written(place))
         if done >= kills:
-            return Beaten(survived, ends, run, different, amiss, half)
-        place, left = out.with_name(f"{out.name} {run}"), whole.seconds
+            return Beaten(survived, where, run, different, amiss, half)
+        place = out.with_name(f"{out.name} {run}")
+
+
+def _wait(process: Popen[str], seconds: float) -> None:
+    until = time.perf_counter() + seconds
+    while process.poll() is None and time.perf_counter() < until:
+        time.sleep(0.002)
 
 
 def _written_at(out: Path) -> int:
@@ -162,14 +180,10 @@ def stop(plan: Plan, out: Path, whole: Undisturbed, number: signal.Signals) -> s
         return f"{number.name}: it said {end.err!r}"
     if found := broken(out):
         return f"{number.name}: {found[0]}"
-    phases = [path for path in (out / "checkpoints").glob("*.safetensors") if "-" not in path.stem]
-    if not phases:
+    if not (before := saved(out)):
         return f"{number.name}: there is no checkpoint"
-    newest = max(phases, key=lambda path: path.stat().st_mtime_ns)
-    there = (f"{newest.stem}: goes on at step {step_of(newest)} of", f"{newest.stem}: finished before")
-    again = finished(plan.with_(OFTEN), out, resume=True)
-    if not any(text in again.out for text in there):
-        return f"{number.name}: the resumed run does not say {there[0]!r}"
+    if found := forgot(before, finished(plan.with_(OFTEN), out, resume=True).out):
+        return f"{number.name}: {found[0]}"
     if found := differences(whole.folder, out):
         return f"{number.name}: {', '.join(found)} differ"
     return ""

@@ -40,6 +40,7 @@ def started(
     """`python -m lpt train ...` on one thread, with its output in pipes. `first` are other words before `train`."""
     words = [sys.executable, *first, "train", *plan.words, "--out", str(out), *["--resume"] * resume]
     around = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO), "HF_HUB_OFFLINE": "1"}
+    around["PYTHONUNBUFFERED"] = "1"  # what a killed process has said must not be lost
     return subprocess.Popen(
         words,
         cwd=cwd or REPO,
@@ -118,14 +119,29 @@ def half_written(folder: Path) -> int:
     return sum(path.suffix == ".tmp" for path in folder.rglob("*"))
 
 
-def step_of(checkpoint: Path) -> int:
-    with safe_open(checkpoint, framework="pt") as file:
-        return json.loads(file.metadata()["lpt_checkpoint"])["step"]
+def saved(folder: Path) -> dict[str, tuple[int, bool]]:
+    """By phase what its checkpoint in the run's `folder` says: the step, and whether the phase has finished."""
+    found = {}
+    for path in sorted((folder / "checkpoints").glob("*.safetensors")):
+        if "-" not in path.stem:  # others are of features, and of the best epoch
+            with safe_open(path, framework="pt") as file:
+                header = json.loads(file.metadata()["lpt_checkpoint"])
+            found[path.stem] = (header["step"], header["finished"])
+    return found
+
+
+def forgot(before: Mapping[str, tuple[int, bool]], said: str) -> list[str]:
+    """Phases that a run which `said` this did not go on with where the checkpoints from `before` it had left them."""
+    return [
+        f"{phase} did not go on at step {step}"
+        for phase, (step, finished) in before.items()
+        if f"{phase}: finished before" not in said and (finished or f"{phase}: goes on at step {step} of" not in said)
+    ]
 
 
 def differences(one: Path, two: Path) -> list[str]:
-    """Names of results that the two folders do not hold alike: prompt bytes, predictions, pseudo-labels, and report,
-    history and report page but for times."""
+    """Names of results that the two folders do not hold alike: prompt bytes, predictions, pseudo-labels, and report and
+    history but for times. The page and the Markdown are made of these."""
     import pyarrow.parquet as pq
 
     found = []
