@@ -1,12 +1,13 @@
 """Two processes are one: the same losses for the same global batch, one writer, and a run that changes their number.
 
-Batches of 200 make every epoch one step, so that the history holds the loss of each. As a program of its own this is
-one of the processes:
+Batches of 200 make every epoch one step, so that the history holds the loss of each, and 599 test images do not divide
+by two. As a program of its own this is one of the processes, which tells of itself in OUT-RANK.json:
 
     torchrun --nproc_per_node 2 -m benchmarks.reliability.processes CONFIG OUT STOP_AT
     accelerate launch --num_processes 2 --cpu -m benchmarks.reliability.processes CONFIG OUT STOP_AT
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ ACCELERATE = ("-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu
 RELATIVE = 1e-5
 """Of the loss, between one process and two, in fp32."""
 METHODS = ("lpt", "two_stage", "ulfine")
+TESTED = 599
 
 
 def settings_of(method: str, steps: int) -> dict[str, Any]:
@@ -57,7 +59,7 @@ def rows(quick: bool) -> list[Row]:
             config = _config(place, method, steps)
             one, alone = _run(config, place / "one", 1)
             two, together = _run(config, place / "two", 2)
-            found += [_same(method, place, one, two), _speed(method, place, one, two, alone, together)]
+            found += [_same(method, place, one, two), _speed(method, place, steps, alone, together)]
             found.append(_changed(method, config, place / "changed", one))
     return found
 
@@ -66,33 +68,55 @@ def _same(method: str, place: Path, one: list[float], two: list[float]) -> Row:
     apart = [abs(a - b) / abs(a) for a, b in zip(one, two, strict=True)]
     reports = [json.loads((place / name / "report.json").read_text()) for name in ("one", "two")]
     prompts = [load_file(place / name / "prompt.safetensors") for name in ("one", "two")]
-    tested = [len(load_file(place / name / "predictions.safetensors")["labels"]) for name in ("one", "two")]
+    found = [load_file(place / name / "predictions.safetensors") for name in ("one", "two")]
     far = max((a.float() - prompts[1][k].float()).abs().max().item() for k, a in prompts[0].items())
-    lost = int(tested[0] != tested[1]) + int(reports[0]["cost"] != reports[1]["cost"])
-    return Row(
-        f"{method}: two processes take the steps of one",
-        len(one),
-        sum(x <= RELATIVE for x in apart),
-        lost,
-        reports[1]["seconds"],
-        f"largest relative difference of a loss {max(apart):.1e}, largest of a stored number {far:.1e}; {tested[1]} "
-        f"test images, each once; class mean {reports[0]['class_accuracy']:.4f} and {reports[1]['class_accuracy']:.4f}",
+    (alone,), both = ([_told(place / name, rank) for rank in range(n)] for name, n in (("one", 1), ("two", 2)))
+    other = int((found[0]["predicted"] != found[1]["predicted"]).sum())
+    confidence = (found[0]["confidence"] - found[1]["confidence"]).abs().max().item()
+    amiss = {
+        "the images of some steps are others": alone["rows"] != _merged([told["rows"] for told in both]),
+        f"the second process has written {both[1]['wrote'][:3]}": bool(both[1]["wrote"]),
+        "the costs differ": reports[0]["cost"] != reports[1]["cost"],
+        f"{other} predictions differ": other > 0,
+        f"a confidence differs by {confidence:.1e}": confidence > 1e-3,
+        f"a stored number differs by {far:.1e}": far > 1e-3,
+    }
+    wrong = [text for text, is_so in amiss.items() if is_so]
+    note = (
+        f"largest relative difference of a loss {max(apart):.1e}, of a stored number {far:.1e}, of a confidence "
+        f"{confidence:.1e}; the same images in each of {len(alone['rows'])} steps, the same class of {TESTED} test "
+        "images, one writer"
     )
+    good, seconds = sum(x <= RELATIVE for x in apart), reports[1]["seconds"]
+    return Row(f"{method}: two take the steps of one", len(one), good, len(wrong), seconds, "; ".join([note, *wrong]))
 
 
-def _speed(method: str, place: Path, one: list[float], two: list[float], alone: float, together: float) -> Row:
+def _told(out: Path, rank: int) -> dict[str, Any]:
+    return json.loads(out.with_name(f"{out.name}-{rank}.json").read_text())
+
+
+def _merged(parts: list[dict[str, dict[str, list[int]]]]) -> dict[str, dict[str, list[int]]]:
+    """By step and stream the rows of the global batch, of which process r has every w-th from the r-th on."""
+    return {
+        step: {
+            name: [row for pair in zip(*(of[step][name] for of in parts), strict=True) for row in pair] for name in of
+        }
+        for step, of in parts[0].items()
+    }
+
+
+def _speed(method: str, place: Path, steps: int, alone: float, together: float) -> Row:
     """What two processes on the same two cores can show is that they are not much slower, not that they scale."""
-    report = json.loads((place / "two" / "report.json").read_text())
+    report, told = json.loads((place / "two" / "report.json").read_text()), _told(place / "two", 0)
     rate = [report["cost"]["images"] / seconds for seconds in (alone, together)]
-    return Row(
-        f"{method}: throughput and traffic",
-        1,
-        1,
-        0,
-        alone + together,
+    sent, most = told["bytes"] / steps, 4 * report["trainable_parameters"] + 2**16
+    note = (
         f"{rate[0]:.0f} images/s in one process of two threads, {rate[1]:.0f} in two of one thread each, on the same "
-        f"two cores; {4 * report['trainable_parameters']:,} bytes of gradients a step and process at most",
+        f"two cores; {told['calls'] / steps:.1f} collectives a step with {sent:,.0f} bytes of each process, with the "
+        f"evaluation at the end and an epoch's end after each step; what trains has "
+        f"{4 * report['trainable_parameters']:,}"
     )
+    return Row(f"{method}: throughput and traffic", 1, int(sent <= most), 0, alone + together, note)
 
 
 def _changed(method: str, config: Path, out: Path, one: list[float]) -> Row:
@@ -120,7 +144,7 @@ def _config(place: Path, method: str, steps: int) -> Path:
     save_file({"prototypes": rows}, prototypes, metadata={"classes": json.dumps(classes)})
     config = {
         "backbone": {"name": "nano", "flip": False},
-        "data": {"name": "digits-semi" if method == "ulfine" else "digits-lt"},
+        "data": {"name": "digits-semi" if method == "ulfine" else "digits-odd"},
         "method": {"name": method, **settings_of(method, steps)},
         "prototypes": {"weights": str(prototypes)},
         "train": {"batch_size": 200, "precision": "fp32", "device": "cpu", "storage": "fp32"},
@@ -146,11 +170,17 @@ def _run(
     return [line["loss"] for line in lines], sum(phases.values())
 
 
+def digits_odd(*, seed: int = 0) -> Task:
+    """The long-tailed digits with a number of test images that two processes cannot share evenly."""
+    task = digits_lt(seed=seed)
+    return replace(task, name="digits-odd", test=task.test.subset(list(range(TESTED))))
+
+
 def digits_semi(*, seed: int = 0) -> Task:
-    """The long-tailed digits, and 600 others as if nobody had labelled them."""
-    task, more = digits_lt(seed=seed), digits_lt(seed=seed, val_per_class=60).val
+    """The same, and 600 others as if nobody had labelled them."""
+    more = digits_lt(seed=seed, val_per_class=60).val
     assert isinstance(more, Images)
-    return replace(task, name="digits-semi", unlabeled=more)
+    return replace(digits_odd(seed=seed), name="digits-semi", unlabeled=more)
 
 
 def work(config: str, out: str, stop_at: int) -> None:
@@ -159,7 +189,7 @@ def work(config: str, out: str, stop_at: int) -> None:
     from lpt.config import load_config
     from lpt.engine.stopping import Stopped
 
-    DATA["digits-semi"] = digits_semi
+    DATA.update({"digits-semi": digits_semi, "digits-odd": digits_odd})
     started = sum(1 for _ in (Path(out) / "history.jsonl").open()) if (Path(out) / "history.jsonl").exists() else 0
     left = stop_at - started
 
@@ -170,9 +200,47 @@ def work(config: str, out: str, stop_at: int) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
     try:
-        run.train(load_config(config), out, resume=True, show=show)
+        with _telling(Path(out)):
+            run.train(load_config(config), out, resume=True, show=show)
     except Stopped as stopped:
         sys.exit(stopped.code)
+
+
+@contextlib.contextmanager
+def _telling(out: Path) -> Iterator[None]:
+    """Writes OUT-RANK.json at the end: the rows that were drawn, by step, the files of OUT that were opened to be
+    written, and calls and bytes of what went to the other processes."""
+    from lpt.engine import loop
+
+    rows: dict[str, dict[str, list[int]]] = {}
+    wrote: list[str] = []
+    sent = {"calls": 0, "bytes": 0}
+    whole = str(out.resolve())
+
+    def drawn(streams: Any, progress: Any, *rest: Any) -> Any:
+        found = draw(streams, progress, *rest)
+        rows[f"{progress.phase}/{progress.step}"] = {name: of.rows.tolist() for name, of in found.items()}
+        return found
+
+    def counted(real: Any, which: int) -> Any:
+        def call(*given: Any, **rest: Any) -> Any:
+            sent["calls"] += 1
+            sent["bytes"] += given[which].nbytes
+            return real(*given, **rest)
+
+        return call
+
+    def opened(event: str, given: tuple[Any, ...]) -> None:
+        if event == "open" and isinstance(given[0], str | Path) and (given[2] or 0) & (os.O_WRONLY | os.O_RDWR):
+            wrote.extend([str(given[0])] if str(Path(given[0]).absolute()).startswith(whole + os.sep) else [])
+
+    draw, loop.draw = loop.draw, drawn
+    torch.distributed.all_reduce = counted(torch.distributed.all_reduce, 0)
+    torch.distributed.all_gather = counted(torch.distributed.all_gather, 1)
+    sys.addaudithook(opened)
+    yield
+    told = {"rows": rows, "wrote": wrote, **sent}
+    out.with_name(f"{out.name}-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(told))
 
 
 if __name__ == "__main__":

@@ -141,10 +141,11 @@ class Fit:
             # The gradients were finite, but a step far too long may have left the range of numbers.
             if bad := [name for name, value in adapted.items() if not bool(torch.isfinite(value).all())]:
                 raise _not_finite(f"{bad[0]} of {phase}", "not finite after", progress, rate, place)
+            noted = memory.tensors()  # of all processes
             if place and rank == 0:
                 spent = before + clock.total()
                 moments = optimizer_moments(optim, names)
-                state = Checkpoint(done, done == steps, spent, adapted, moments, memory.tensors(), flops)
+                state = Checkpoint(done, done == steps, spent, adapted, moments, noted, flops)
                 save_checkpoint(place, state, run_hash=self.run_hash)
 
         model.train()
@@ -174,10 +175,13 @@ class Fit:
                     flops = flops or counted() * world
                     grads = [p.grad for p in trained.values() if p.grad is not None]
                     logged["gradient"] = torch.nn.utils.get_total_norm(grads).float()
-                    logged["stop"] = torch.tensor(float(self.stop.asked), device=device)
+                    due = rank == 0 and clock.due("save", self.checkpoint_seconds)
+                    logged |= {"stop": torch.tensor(float(self.stop.asked), device=device)}
+                    logged |= {"save": torch.tensor(float(due), device=device)}
                     numbers = _shared(grads, torch.stack(list(logged.values())))
                     values = dict(zip(logged, numbers.tolist(), strict=True))  # waits for the device once
-                    asked = values.pop("stop") > 0  # of any process: all end after the same step
+                    # Of any process: all save and end after the same step.
+                    asked, due = (values.pop(name) > 0 for name in ("stop", "save"))
                     for what, value in (("loss", values["loss"]), ("gradient", values.pop("gradient"))):
                         if not math.isfinite(value):
                             raise _not_finite(f"the {what} of {phase}", f"{value} at", progress, rate, place)
@@ -201,7 +205,7 @@ class Fit:
                         self.history.write(phase=phase, step=done, epoch=progress.epoch + 1, **line, **extra)
                     self.say(_epoch_line(progress, line, extra, clock.left(done - first, steps - done)))
                     memory.sums = {}
-                if asked or done == steps or clock.due("save", self.checkpoint_seconds):
+                if asked or due or done == steps:
                     save(done)
                 if asked:
                     everywhere(True)  # nobody leaves before the first has saved: a launcher ends the others then

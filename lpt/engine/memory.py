@@ -12,8 +12,9 @@ from lpt.engine.processes import gathered, rank_and_world
 
 
 class Memory:
-    """`state` is the method's own, by name. `note` keeps rows until the end of the epoch, those of all processes in
-    the order of the global batch. `sums` are the loop's, of what steps log."""
+    """`state` is the method's own, by name. `note` keeps rows until the end of the epoch: each process its own, and
+    `take` and `tensors`, for which all must ask, give those of all in the order of the global batches. `sums` are the
+    loop's, of what steps log."""
 
     def __init__(self) -> None:
         self.state: dict[str, Tensor] = {}
@@ -22,29 +23,33 @@ class Memory:
 
     def note(self, **rows: Tensor) -> None:
         for name, mine in rows.items():
-            whole = gathered(mine.detach(), len(mine) * rank_and_world()[1])
-            self._notes.setdefault(name, []).append(whole)
+            self._notes.setdefault(name, []).append(mine.detach())
 
     def take(self) -> dict[str, Tensor]:
         """All rows since the last time, on the CPU; they are forgotten then."""
-        found = {name: torch.cat(parts).cpu() for name, parts in self._notes.items()}
+        found = {name: whole.cpu() for name, whole in self._whole().items()}
         self._notes.clear()
         return found
+
+    def _whole(self) -> dict[str, Tensor]:
+        mine = {name: torch.cat(parts) for name, parts in self._notes.items()}
+        return {name: gathered(rows, len(rows) * rank_and_world()[1]) for name, rows in mine.items()}
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything, by names that `restore` understands."""
         out = {f"state/{name}": value for name, value in self.state.items()}
-        out |= {f"note/{name}": torch.cat(parts) for name, parts in self._notes.items()}
+        out |= {f"note/{name}": whole for name, whole in self._whole().items()}
         return out | {f"sum/{name}": torch.tensor(value, dtype=torch.float64) for name, value in self.sums.items()}
 
     def restore(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
         """In place of all that was kept: what `tensors` gave, nothing where there is nothing."""
         self.state, self.sums, self._notes = {}, {}, {}
+        rank, world = rank_and_world()
         for key, value in tensors.items():
             kind, _, name = key.partition("/")
             if kind == "state":
                 self.state[name] = value.to(device)
             elif kind == "note":
-                self._notes[name] = [value.to(device)]
+                self._notes[name] = [value[rank::world].to(device)]
             else:
                 self.sums[name] = value.item()
