@@ -13,6 +13,7 @@ import os
 import random
 import resource
 import select
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -28,8 +29,10 @@ from benchmarks.reliability import mutations
 from benchmarks.reliability.row import Row
 
 ROOT = Path(__file__).parents[2]
-FULL = {"prompt": 20_400, "config": 800, "list": 800, "prototypes": 300, "checkpoint": 300, "image": 400}
+FULL = {"prompt": 20_400, "config": 800, "list": 800, "prototypes": 300, "checkpoint": 300, "image": 500}
+FULL |= {"weights": 300, "table": 200}
 QUICK = {"prompt": 330, "config": 80, "list": 80, "prototypes": 40, "checkpoint": 40, "image": 80}
+QUICK |= {"weights": 30, "table": 6}
 KINDS = {
     "prompt": "prompt files",
     "config": "configs",
@@ -37,6 +40,8 @@ KINDS = {
     "prototypes": "prototype files",
     "checkpoint": "checkpoints on --resume",
     "image": "images",
+    "weights": "backbone weights",
+    "table": "metadata and parquet tables",
 }
 GROWTH = 2**30
 SECONDS, WAITS = 2.0, 10.0
@@ -93,6 +98,7 @@ def _answers(folder: Path, shares: list[list[tuple[str, int]]]) -> Iterator[Answ
             (place / "jobs.json").write_text(json.dumps(left))
             command = [sys.executable, "-m", "benchmarks.reliability.hostile", str(folder), str(place)]
             quiet = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+            quiet |= {"HF_HOME": str(place / "hub"), "TMPDIR": str(place)}
             worker = subprocess.Popen(
                 command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=place, env=quiet
             )
@@ -208,6 +214,7 @@ def make_subjects(folder: Path) -> None:
     rows = torch.randn(4, 16, generator=torch.Generator().manual_seed(1))
     names = json.dumps(["ant", "bee", "cat", "dog"])
     save_file({"prototypes": rows}, folder / "prototypes.safetensors", metadata={"classes": names})
+    save_file(backbone().vit.state_dict(), folder / "weights.safetensors", metadata={"about": "{}"})
     with contextlib.suppress(_Killed):
         resumed(folder, backbone(), killed_at=2)
 
@@ -363,6 +370,29 @@ class Trials:
         path.write_bytes(mutations.safetensors((self.folder / "phase1.safetensors").read_bytes(), rng))
         weight = resumed(self.place, self.bare)
         assert bool(torch.isfinite(weight).all()), "the resumed run ends with numbers that are not finite"
+        return "read"
+
+    def weights(self, rng: random.Random) -> str:
+        import torch
+
+        from lpt.backbones.timm_vit import check_fit, read_weights
+
+        path, wanted = self.place / "weights.safetensors", self.bare.vit.state_dict()
+        path.write_bytes(mutations.safetensors((self.folder / "weights.safetensors").read_bytes(), rng))
+        found = read_weights(path)
+        check_fit(wanted, found, path, "a tiny ViT")
+        same = all(torch.equal(found[name], value) for name, value in wanted.items())
+        return "read to the same numbers" if same else "read to other numbers: weights have no seal, but a fingerprint"
+
+    def table(self, rng: random.Random) -> str:
+        from lpt.data import load_task
+
+        root = self.place / "tables"
+        shutil.rmtree(root, ignore_errors=True)
+        root.mkdir()
+        for name, content in mutations.table_files(rng).items():
+            (root / name).write_bytes(content)
+        load_task("folder", root=str(root)).manifest()
         return "read"
 
     def image(self, rng: random.Random) -> str:

@@ -449,6 +449,40 @@ def list_text(content: bytes, rng: random.Random) -> bytes:
     return "\n".join(lines).encode()
 
 
+# Tables of images.
+
+
+def table_files(rng: random.Random) -> dict[str, bytes]:
+    """A folder of twelve images, and what says of which class they are, damaged: CSV, JSON lines or parquet."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    small = image_files()[0][1]
+    names, classes = [f"{i}.jpg" for i in range(12)], ["ant", "bee", "cat"] * 4
+    kind = rng.choice(("csv", "jsonl", "parquet"))
+    if kind == "parquet":
+        columns = {"image": [{"bytes": small, "path": name} for name in names], "label": classes}
+        if rng.random() < 0.5:
+            columns[rng.choice(("image", "label"))] = [rng.choice([None, "x", "\x1b[2J", "é" * 99]) for _ in names]
+        buffer = io.BytesIO()
+        pq.write_table(pa.table(columns), buffer)
+        content = buffer.getvalue()
+        if rng.random() < 0.6:
+            content = rng.choice((flipped, cut, spliced))(content, rng)
+        pointer = b"---\nconfigs:\n- config_name: default\n  data_files: /etc/passwd\n---\n"
+        return {"train.parquet": content, **({"README.md": pointer} if rng.random() < 0.3 else {})}
+    rows = [{"file_name": name, "label": of} for name, of in zip(names, classes, strict=True)]
+    if kind == "jsonl":
+        text = "\n".join(dumped(pruned(row, rng) if rng.random() < 0.2 else row) for row in rows)
+        text = rng.choice((text, deep(rng), text + "\n" + deep(rng)))
+    else:
+        text = "file_name,label\n" + "\n".join(f"{row['file_name']},{row['label']}" for row in rows)
+    content = text.encode("utf-8", "surrogatepass")
+    if rng.random() < 0.6:
+        content = (list_text if kind == "csv" else flipped)(content, rng)
+    return {f"metadata.{kind}": content, **dict.fromkeys(names, small)}
+
+
 # Images.
 
 

@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import re
 import tempfile
 import time
 from collections.abc import Callable
@@ -160,16 +161,28 @@ def _goes_wrong(place: Path, t: int, spoiled: Callable[[Tensor, CosineHead], Ten
 def _bad_feature(place: Path, bad: float) -> None:
     features = torch.randn(16, 32, generator=torch.Generator().manual_seed(3))
     features[5, 7] = bad
-    _sentence(lambda: _phase(place, features=features), "phase1", "step", "lower method.lr")
-    _is_finite(place / "phase1.safetensors")
+    said = _sentence(lambda: _phase(place, features=features), "phase1", "step", "lower method.lr")
+    _kept(place, said)
 
 
 def _too_far(place: Path, lr: float, often: float) -> None:
     def change(loss: Tensor, head: CosineHead, step: int) -> Tensor:
         return loss + 1e5 * head.weight.square().sum()
 
-    _sentence(lambda: _phase(place, change, lr=lr, often=often), "phase1", "step", "lower method.lr")
-    _is_finite(place / "phase1.safetensors")
+    said = _sentence(lambda: _phase(place, change, lr=lr, often=often), "phase1", "step", "lower method.lr")
+    if often:
+        assert _is_finite(place / "phase1.safetensors") is None, "there was no time for a checkpoint"
+    else:
+        _kept(place, said)
+
+
+def _kept(place: Path, said: str) -> None:
+    """The checkpoint of the step before the one that the sentence names is there, and finite."""
+    found = re.search(r"step (\d+) ", said)
+    assert found, f"no step in: {said}"
+    assert _is_finite(place / "phase1.safetensors") == (int(found[1]) or None), (
+        "the last finite checkpoint is not there"
+    )
 
 
 # Whole runs.
