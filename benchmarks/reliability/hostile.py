@@ -269,12 +269,15 @@ class Trials:
     def __post_init__(self) -> None:
         import torch
 
+        from lpt.preprocess import File, Preprocess
+
         self.bare = backbone()
         self.prompts = {path.stem: path.read_bytes() for path in sorted((self.folder / "prompts").iterdir())}
         self.views = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(3))
         self.expected = {name: self._logits(content) for name, content in self.prompts.items()}
         resumed(self.place, self.bare)
         self.images = mutations.image_files()
+        Preprocess(size=32).cut([File("warm", self.images[0][1])])  # Pillow's formats are imported at the first one
         self._small_folder()
 
     def prompt(self, rng: random.Random) -> str:

@@ -133,7 +133,10 @@ def beat(plan: Plan, out: Path, whole: Undisturbed, *, kills: int, chance: rando
         half = max(half, half_written(place))
         if end.code == -signal.SIGKILL:
             done += 1
-            fell = "before a checkpoint" if not after or after == before else "within a phase"
+            fell = (
+                "within a phase" if any(not finished for _, finished in after.values()) else "between phases or after"
+            )
+            fell = "before a checkpoint" if after == before else fell
             where["while results were written" if _written_at(place) != results else fell] += 1
             found = broken(place) if place.exists() else []
             survived += not found
