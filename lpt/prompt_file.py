@@ -204,7 +204,7 @@ def load_prompt(path: str | Path, backbone: Backbone) -> PromptedClassifier:
         part, size = {"lora": ("lora_A", inside.rank), "adaptformer": ("down.weight", inside.bottleneck)}.get(
             inside.kind, ("", 0)
         )
-        if part and {len(value) for name, value in tensors.items() if part in name} != {size}:
+        if part and {tuple(value.shape[:1]) for name, value in tensors.items() if part in name} != {(size,)}:
             raise PromptFileError(f"prompt file {path}: its {inside.kind} is not of the size {size} that it says")
     widths = {"shared.tokens": backbone.width, "pool.tokens": backbone.width}
     widths |= {"pool.keys": backbone.feature_width, "query_head.weight": backbone.feature_width}

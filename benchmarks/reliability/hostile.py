@@ -98,7 +98,7 @@ def _answers(folder: Path, shares: list[list[tuple[str, int]]]) -> Iterator[Answ
             (place / "jobs.json").write_text(json.dumps(left))
             command = [sys.executable, "-m", "benchmarks.reliability.hostile", str(folder), str(place)]
             quiet = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-            quiet |= {"HF_HOME": str(place / "hub"), "TMPDIR": str(place)}
+            quiet |= {"HF_HOME": str(place / "hub"), "HF_DATASETS_CACHE": str(place / "hub"), "TMPDIR": str(place)}
             worker = subprocess.Popen(
                 command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=place, env=quiet
             )

@@ -33,7 +33,7 @@ ACCELERATE = ("-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu
 RELATIVE = 1e-5
 """Of the loss, between one process and two, in fp32."""
 METHODS = ("lpt", "two_stage", "ulfine")
-TESTED = 599
+TESTED, COUNTED = 599, ("steps", "images")
 
 
 def settings_of(method: str, steps: int) -> dict[str, Any]:
@@ -76,7 +76,8 @@ def _same(method: str, place: Path, one: list[float], two: list[float]) -> Row:
     amiss = {
         "the images of some steps are others": alone["rows"] != _merged([told["rows"] for told in both]),
         f"the second process has written {both[1]['wrote'][:3]}": bool(both[1]["wrote"]),
-        "the costs differ": reports[0]["cost"] != reports[1]["cost"],
+        # FLOPs are a little more: what depends on prompts alone is computed by each process.
+        "the numbers of steps or images differ": any(reports[0]["cost"][k] != reports[1]["cost"][k] for k in COUNTED),
         f"{other} predictions differ": other > 0,
         f"a confidence differs by {confidence:.1e}": confidence > 1e-3,
         f"a stored number differs by {far:.1e}": far > 1e-3,
