@@ -322,6 +322,8 @@ def _check_tensors(path: Path, header: Header, tensors: Mapping[str, Tensor]) ->
     say = None
     if wrong:
         say = f"unknown tensors {', '.join(wrong)}"
+    elif bad := [k for k, v in tensors.items() if v.dim() != ranks.get(k, v.dim()) or v.numel() == 0]:
+        say = f"{bad[0]} has shape {list(tensors[bad[0]].shape)}"
     elif inside and header.inside is None:
         say = f"the header does not say what {sorted(inside)[0]} is"
     elif ("head.weight" in tensors) == ("head.bank" in tensors):
@@ -340,8 +342,6 @@ def _check_tensors(path: Path, header: Header, tensors: Mapping[str, Tensor]) ->
         say = "a query head needs a pool"
     elif in_pool and len(in_pool) != 3:
         say = f"a pool needs tokens, keys and centre, there is {', '.join(in_pool)}"
-    elif bad := [k for k, v in tensors.items() if v.dim() != ranks.get(k, v.dim()) or v.numel() == 0]:
-        say = f"{bad[0]} has shape {list(tensors[bad[0]].shape)}"
     elif bad := [k for k, v in tensors.items() if v.dtype not in DTYPES.values()]:
         say = f"{bad[0]} is stored as {tensors[bad[0]].dtype}, not fp16 or fp32"
     elif bad := [k for k, v in tensors.items() if not bool(torch.isfinite(v).all())]:
