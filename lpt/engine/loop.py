@@ -176,8 +176,8 @@ class Fit:
                     grads = [p.grad for p in trained.values() if p.grad is not None]
                     logged["gradient"] = torch.nn.utils.get_total_norm(grads).float()
                     due = rank == 0 and clock.due("save", self.checkpoint_seconds)
-                    logged |= {"stop": torch.tensor(float(self.stop.asked), device=device)}
-                    logged |= {"save": torch.tensor(float(due), device=device)}
+                    for name, flag in (("stop", self.stop.asked), ("save", due)):
+                        logged[name] = torch.full((), float(flag), device=device)  # filled there: nothing is copied
                     numbers = _shared(grads, torch.stack(list(logged.values())))
                     values = dict(zip(logged, numbers.tolist(), strict=True))  # waits for the device once
                     # Of any process: all save and end after the same step.
