@@ -176,9 +176,9 @@ def report(
     against: Annotated[list[Path] | None, typer.Option(metavar="RUN", help="another run on the same classes")] = None,
 ) -> None:
     """Write RUN/report.html once more, other runs beside it (--against, up to three times), and print the table."""
-    from lpt import run
+    from lpt.finished import report_again
 
-    _found(run.report_again(folder, against=against or []), folder)
+    _found(report_again(folder, against=against or []), folder)
 
 
 @app.command()

@@ -177,6 +177,51 @@ def read_prompt(path: str | Path) -> PromptFile:
 def load_prompt(path: str | Path, backbone: Backbone) -> PromptedClassifier:
     """The model of a prompt file on `backbone`, which must be the one it was made with. Raises PromptFileError."""
     header, tensors = read_prompt(path)
+    _check_backbone(Path(path), header, tensors, backbone)
+    if header.inside:
+        backbone = adapted(backbone, **header.inside.model_dump())
+    shared = pool = None
+    if (tokens := tensors.get("shared.tokens")) is not None and len(tokens) == 1 < backbone.depth:
+        shared = ShallowPrompt(length=tokens.shape[1], width=tokens.shape[2])
+    elif tokens is not None:
+        shared = DeepPrompt(layers=backbone.depth, length=tokens.shape[1], width=tokens.shape[2])
+    if (tokens := tensors.get("pool.tokens")) is not None:
+        pool = PromptPool(
+            size=tokens.shape[0],
+            topk=header.topk,
+            first=header.first,
+            depth=backbone.depth,
+            length=tokens.shape[2],
+            width=tokens.shape[3],
+            key_width=backbone.feature_width,
+        )
+    query_head = None
+    if "query_head.weight" in tensors:
+        query_head = CosineHead(num_classes=len(header.classes), width=backbone.feature_width, scale=header.scale)
+    model = PromptedClassifier(
+        backbone,
+        _head(header, tensors, backbone),
+        classes=tuple(header.classes),
+        shared=shared,
+        pool=pool,
+        query_head=query_head,
+        calibration=Calibration(len(header.classes)) if "calibration.scale" in tensors else None,
+    )
+    if other := sorted(model.adapted().keys() ^ tensors.keys()):
+        raise PromptFileError(f"prompt file {path} and the model it describes differ in {quoted(', '.join(other[:5]))}")
+    for name, value in model.adapted().items():
+        if tensors[name].shape != value.shape:
+            raise PromptFileError(
+                f"prompt file {path}: {name} is {list(tensors[name].shape)}, the backbone needs {list(value.shape)}"
+            )
+    model.load_adapted(tensors)
+    model.only_train()
+    return model.to(next(backbone.parameters()).device).eval()
+
+
+def _check_backbone(path: Path, header: Header, tensors: Mapping[str, Tensor], backbone: Backbone) -> None:
+    """Whether `backbone` is the file's; and that what the file says and what it holds agree, before anything is made
+    that is much larger than the file."""
     if header.backbone.fingerprint != backbone.fingerprint:
         raise PromptFileError(
             f"prompt file {path} is for backbone {quoted(header.backbone.name)} "
@@ -193,89 +238,41 @@ def load_prompt(path: str | Path, backbone: Backbone) -> PromptedClassifier:
             f"prompt file {path} was made at {header.backbone.image_size} pixels, this backbone is at "
             f"{backbone.preprocess.size}: set backbone.image_size={header.backbone.image_size}"
         )
-    rows = tensors["head.bank" if "head.bank" in tensors else "head.weight"]
-    joint = header.space == "joint"
-    meets = backbone.joint_width if joint else backbone.feature_width
-    wanted = backbone.feature_width if header.fused or not joint else meets
-    if (wide := rows.shape[1]) != wanted:
-        raise PromptFileError(f"prompt file {path}: head of width {wide}, backbone of {wanted}")
-    # Before anything is made that is much larger than the file: what it says and what it holds must agree.
+    joint = header.space == "joint" and not header.fused
+    widths = {"shared.tokens": backbone.width, "pool.tokens": backbone.width}
+    widths |= dict.fromkeys(("pool.keys", "query_head.weight", "head.bank"), backbone.feature_width)
+    widths["head.weight"] = backbone.joint_width if joint else backbone.feature_width
+    for name, wide in widths.items():
+        if name in tensors and tensors[name].shape[-1] != wide:
+            raise PromptFileError(
+                f"prompt file {path}: {name} is {list(tensors[name].shape)}, the backbone needs a width of {wide}"
+            )
     if inside := header.inside:
         part, size = {"lora": ("lora_A", inside.rank), "adaptformer": ("down.weight", inside.bottleneck)}.get(
             inside.kind, ("", 0)
         )
         if part and {tuple(value.shape[:1]) for name, value in tensors.items() if part in name} != {(size,)}:
             raise PromptFileError(f"prompt file {path}: its {inside.kind} is not of the size {size} that it says")
-    widths = {"shared.tokens": backbone.width, "pool.tokens": backbone.width}
-    widths |= {"pool.keys": backbone.feature_width, "query_head.weight": backbone.feature_width}
-    for name, wide in widths.items():
-        if name in tensors and tensors[name].shape[-1] != wide:
-            raise PromptFileError(
-                f"prompt file {path}: {name} is {list(tensors[name].shape)}, the backbone needs a width of {wide}"
-            )
+    if "pool.tokens" in tensors and header.first >= backbone.depth:
+        raise PromptFileError(
+            f"prompt file {path}: group prompts from block {header.first} on, the backbone has {backbone.depth}"
+        )
 
-    if inside:
-        backbone = adapted(backbone, **inside.model_dump())
+
+def _head(header: Header, tensors: Mapping[str, Tensor], backbone: Backbone) -> Head:
+    num_classes, width, joint = len(header.classes), backbone.feature_width, header.space == "joint"
     project = backbone.project if joint else None
-
-    def cosine(project: Any = None) -> CosineHead:
-        return CosineHead(num_classes=len(header.classes), width=wanted, scale=header.scale, project=project)
-
-    head: Head
+    meets = backbone.joint_width if joint else width
     if header.fused:
-        head = FusedHead(
-            num_classes=len(header.classes),
-            width=wanted,
-            joint_width=meets,
-            project=project,
-            **header.fused.model_dump(),
-        )
-    elif "head.bank" in tensors:
+        of = header.fused.model_dump()
+        return FusedHead(num_classes=num_classes, width=width, joint_width=meets, project=project, **of)
+    if "head.bank" in tensors:
         counts = torch.tensor(header.counts)
-        head = NeighbourHead(bank=rows, counts=counts, k=header.neighbours, temperature=header.temperature)
-    elif "head.bias" in tensors:
-        head = LinearHead(num_classes=len(header.classes), width=backbone.feature_width)
-    else:
-        head = cosine(project)
-    shared = pool = None
-    if (tokens := tensors.get("shared.tokens")) is not None and len(tokens) == 1 < backbone.depth:
-        shared = ShallowPrompt(length=tokens.shape[1], width=tokens.shape[2])
-    elif tokens is not None:
-        shared = DeepPrompt(layers=backbone.depth, length=tokens.shape[1], width=tokens.shape[2])
-    if (tokens := tensors.get("pool.tokens")) is not None:
-        if header.first >= backbone.depth:
-            raise PromptFileError(
-                f"prompt file {path}: group prompts from block {header.first} on, the backbone has {backbone.depth}"
-            )
-        pool = PromptPool(
-            size=tokens.shape[0],
-            topk=header.topk,
-            first=header.first,
-            depth=backbone.depth,
-            length=tokens.shape[2],
-            width=tokens.shape[3],
-            key_width=backbone.feature_width,
-        )
-    model = PromptedClassifier(
-        backbone,
-        head,
-        classes=tuple(header.classes),
-        shared=shared,
-        pool=pool,
-        query_head=cosine() if "query_head.weight" in tensors else None,
-        calibration=Calibration(len(header.classes)) if "calibration.scale" in tensors else None,
-    )
-    if other := sorted(model.adapted().keys() ^ tensors.keys()):
-        raise PromptFileError(f"prompt file {path} and the model it describes differ in {quoted(', '.join(other[:5]))}")
-    for name, value in model.adapted().items():
-        if tensors[name].shape != value.shape:
-            raise PromptFileError(
-                f"prompt file {path}: {name} is {list(tensors[name].shape)}, the backbone needs {list(value.shape)}"
-            )
-    model.load_adapted(tensors)
-    model.only_train()
-    device = next(backbone.parameters()).device
-    return model.to(device).eval()
+        bank = tensors["head.bank"]
+        return NeighbourHead(bank=bank, counts=counts, k=header.neighbours, temperature=header.temperature)
+    if "head.bias" in tensors:
+        return LinearHead(num_classes=num_classes, width=width)
+    return CosineHead(num_classes=num_classes, width=meets, scale=header.scale, project=project)
 
 
 def _header(path: Path, text: str) -> Header:

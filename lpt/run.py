@@ -1,4 +1,4 @@
-"""Door: a whole run from a config, and the page of a finished one.
+"""Door: a whole run from a config.
 
 Here device, precision, processes, history, evaluation and the out-folder are bound once, for every method.
 """
@@ -6,9 +6,8 @@ Here device, precision, processes, history, evaluation and the out-folder are bo
 import contextlib
 import functools
 import json
-import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from lpt.backbones.clip_vit import ClipViT, read_templates
 from lpt.classifier import PromptedClassifier
 from lpt.config import Config, load_config
 from lpt.data import PLACES, load_task
-from lpt.data.task import Files, Images, Task
+from lpt.data.task import Task
 from lpt.device import PRECISIONS, peak_memory, pick_device, pick_precision, versions
 from lpt.doctor import labels_seen
 from lpt.engine.checkpoint import write_whole
@@ -31,15 +30,15 @@ from lpt.engine.processes import together
 from lpt.engine.stopping import Stop
 from lpt.errors import LptError
 from lpt.evaluate import PrefixCache, evaluate, measure, predict
+from lpt.finished import command_of, split_of, write_page
 from lpt.history import History
 from lpt.methods import METHODS
-from lpt.page import html
 from lpt.prompt_file import DTYPES, beyond_fp16, save_prompt
 from lpt.pseudo_labels import diagnose, read_last_round
 from lpt.report import markdown
 from lpt.selection import Best, watched
 from lpt.stage import chain
-from lpt.tensors import read_tensors, to_bytes
+from lpt.tensors import to_bytes
 
 MADE = ("config.yaml", "checkpoints", "history.jsonl", "prompt.safetensors", "report.json")
 """By what a folder is known to hold a run."""
@@ -104,7 +103,7 @@ def _train(
             raise LptError(
                 f"--out {out} holds a run with other settings: use those in {out / 'config.yaml'}, or another --out"
             )
-        if _split(out).get("sha256", manifest["sha256"]) != manifest["sha256"]:
+        if split_of(out).get("sha256", manifest["sha256"]) != manifest["sha256"]:
             raise LptError(f"--out {out} holds a run on other images than there are now: give another --out")
 
     check_same()
@@ -241,7 +240,7 @@ def _train(
         top = model.probabilities(predictions.logits).max(1)
         made = {"labels": predictions.labels, "predicted": top.indices, "confidence": top.values.float()}
         write_whole(out / "predictions.safetensors", to_bytes(made))
-        write_whole(out / "report.md", markdown(report, classes=task.classes, command=_command(out)).encode())
+        write_whole(out / "report.md", markdown(report, classes=task.classes, command=command_of(out)).encode())
         write_whole(out / "report.json", json.dumps(report, indent=1).encode())
         write_page(out, test=task.test)
     accelerator.wait_for_everyone()
@@ -261,81 +260,6 @@ def _pseudo_labels(path: Path, task: Task) -> dict[str, Any] | None:
 def _check_new(out: Path, resume: bool) -> None:
     if not resume and any((out / name).exists() for name in MADE):
         raise LptError(f"--out {out} already holds a run: add --resume to go on with it, or give another folder")
-
-
-def _split(out: Path) -> dict[str, Any]:
-    """`split.json` of the run in `out`, empty where there is none that can be read."""
-    with contextlib.suppress(OSError, ValueError):
-        found = json.loads((out / "split.json").read_text())
-        return found if isinstance(found, dict) else {}
-    return {}
-
-
-Rows = dict[str, dict[str, Any]]
-
-
-def write_page(out: Path, *, test: Images | Files | None = None, against: Sequence[Path] = ()) -> Rows:
-    """`report.html` from what a finished run has left in `out`, beside the runs `against`; returns their reports by
-    name, the run itself last.
-
-    Raises LptError where a folder holds no finished run, or one on other classes.
-    """
-
-    def finished(folder: Path) -> tuple[dict[str, Any], list[str]]:
-        try:
-            classes = json.loads((folder / "split.json").read_text())["classes"]
-            return json.loads((folder / "report.json").read_text()), classes
-        except (OSError, ValueError, KeyError):
-            raise LptError(f"{folder} holds no finished run: report.json or split.json cannot be read") from None
-
-    report, classes = finished(out)
-    if len(against) > 3:
-        raise LptError(f"{len(against)} runs are too many beside one: give up to 3")
-
-    def name(folder: Path) -> str:
-        whole = folder.resolve()
-        alone = sum(other.resolve().name == whole.name for other in (out, *against)) == 1
-        return whole.name if alone else f"{whole.parent.name}/{whole.name}"
-
-    others: Rows = {}
-    for folder in against:
-        other, theirs = finished(folder)
-        if theirs != classes:
-            raise LptError(f"{folder} is a run on {len(theirs)} other classes: only runs on the same can be compared")
-        others[name(folder) if other["data"] == report["data"] else f"{name(folder)} (another split)"] = other
-    try:
-        predictions = read_tensors(out / "predictions.safetensors")[1]
-    except ValueError as error:
-        raise LptError(f"{out / 'predictions.safetensors'} cannot be read ({error})") from None
-    try:
-        text = html(
-            report,
-            classes=classes,
-            predictions=predictions,
-            history=History(out / "history.jsonl").lines,
-            config=(out / "config.yaml").read_text(),
-            command=_command(out),
-            test=test,
-            against=others,
-        )
-    except KeyError as error:
-        raise LptError(f"{out} was written by another version of lpt: its report has no {error}") from None
-    write_whole(out / "report.html", text.encode())
-    return {**others, name(out): report}
-
-
-def report_again(out: Path, *, against: Sequence[Path] = ()) -> Rows:
-    """`write_page` once more, with the images if the data is still where the run's config says."""
-    test = None
-    if (out / "config.yaml").exists():
-        with contextlib.suppress(LptError, OSError, ValueError):  # a page without pictures is better than none
-            task = load_task(**load_config(out / "config.yaml").data)
-            test = task.test if task.manifest()["sha256"] == _split(out).get("sha256") else None
-    return write_page(out, test=test, against=against)
-
-
-def _command(out: Path) -> str:
-    return shlex.join(["lpt", "train", str(out / "config.yaml"), "--out", f"{out}-again"])
 
 
 def _backbone(config: Config) -> Backbone:

@@ -13,9 +13,11 @@ import torch
 from lpt.backbones import timm_vit
 from lpt.backbones.timm_vit import TimmViT
 from lpt.classifier import PromptedClassifier
+from lpt.config import load_config
 from lpt.data.task import Images, Task
 from lpt.heads import CosineHead
 from lpt.prompts import DeepPrompt, PromptPool
+from lpt.run import train
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
@@ -110,3 +112,12 @@ def tower(tmp_path_factory):
 @pytest.fixture
 def clip(tower):
     return tower[1]
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory) -> Path:
+    """The folder of a short finished run on digits; to be copied where a test changes it."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    small = ["method.epochs=[2, 1]", "method.pool_size=5", "data.val_per_class=2", "train.precision=fp32"]
+    train(load_config(ROOT / "configs/digits_lt/lpt.yaml", small), out)
+    return out

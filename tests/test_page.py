@@ -2,30 +2,16 @@
 
 import json
 import re
-import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from test_folder import as_files
 
-from lpt import plots, run
-from lpt.config import load_config
+from lpt import plots
 from lpt.data import Images
-from lpt.errors import LptError
 from lpt.page import html
-
-ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    out = tmp_path_factory.mktemp("page") / "run"
-    small = ["method.epochs=[2, 1]", "method.pool_size=5", "data.val_per_class=2", "train.precision=fp32"]
-    run.train(load_config(ROOT / "configs/digits_lt/lpt.yaml", small), out)
-    return out
 
 
 def test_it_is_one_file_without_network_or_script(finished):
@@ -56,38 +42,6 @@ def test_the_stored_predictions_are_those_of_the_report(finished):
     assert right.double().mean().item() == report["accuracy"]
     for k, accuracy in enumerate(report["per_class"]):
         assert right[made["labels"] == k].double().mean().item() == pytest.approx(accuracy)
-
-
-def test_another_run_stands_beside_it(finished, tmp_path):
-    copy, other = tmp_path / "mine", tmp_path / "the other"
-    shutil.copytree(finished, copy)
-    shutil.copytree(finished, other)
-    page = copy / "report.html"
-    rows = run.report_again(copy, against=[other])
-    assert list(rows) == ["the other", "mine"] and rows["mine"] == json.loads((copy / "report.json").read_text())
-    assert page.read_text().count("the other") >= 4  # one bar for each group, a line
-    shutil.copytree(finished, tmp_path / "x" / "the other")
-    assert len(run.report_again(copy, against=[other, tmp_path / "x" / "the other"])) == 3
-    named = page.read_text()
-    assert f"{tmp_path.name}/the other"[-31:] in named and "x/the other" in named  # two runs of one name stay two
-    with pytest.raises(LptError, match="4 runs are too many"):
-        run.report_again(copy, against=[other] * 4)
-    split = json.loads((other / "split.json").read_text())
-    (other / "split.json").write_text(json.dumps(split | {"classes": ["a", "b"]}))
-    with pytest.raises(LptError, match="a run on 2 other classes"):
-        run.report_again(copy, against=[other])
-    with pytest.raises(LptError, match="holds no finished run"):
-        run.report_again(tmp_path)
-    (copy / "predictions.safetensors").write_bytes(b"x")
-    with pytest.raises(LptError, match="cannot be read"):
-        run.report_again(copy)
-
-
-def test_without_the_images_it_says_so(finished, tmp_path):
-    shutil.copytree(finished, tmp_path / "mine")
-    run.write_page(tmp_path / "mine")
-    text = (tmp_path / "mine" / "report.html").read_text()
-    assert "The images were not at hand." in text and "<figure>" not in text
 
 
 def parts(finished):
@@ -123,15 +77,6 @@ def test_files_give_thumbnails_and_a_broken_one_is_left_out(finished):
 def test_the_same_run_gives_the_same_page(finished):
     arguments, report = parts(finished)
     assert html(report, **arguments) == html(report, **arguments)
-
-
-def test_a_report_of_another_version_is_told(finished, tmp_path):
-    shutil.copytree(finished, tmp_path / "mine")
-    report = json.loads((finished / "report.json").read_text())
-    del report["ece"]
-    (tmp_path / "mine" / "report.json").write_text(json.dumps(report))
-    with pytest.raises(LptError, match="another version of lpt: its report has no 'ece'"):
-        run.report_again(tmp_path / "mine")
 
 
 def test_names_that_matplotlib_reads_as_formulas_or_hides():

@@ -263,7 +263,7 @@ def test_a_zero_shot_model_in_the_joint_space_reloads_to_the_same_bits(clip, tmp
     again, views = load_prompt(tmp_path / "p.safetensors", clip), images(clip)
     assert torch.equal(again(views).logits, model(views).logits)
     rewrite(tmp_path / "p.safetensors", header={"space": "features"})  # 64 wide
-    with pytest.raises(PromptFileError, match="head of width 48, backbone of 64"):
+    with pytest.raises(PromptFileError, match=r"head.weight is \[4, 48\], the backbone needs a width of 64"):
         load_prompt(tmp_path / "p.safetensors", clip)
     rewrite(tmp_path / "p.safetensors", header={"space": "elsewhere"})
     with pytest.raises(PromptFileError, match="damaged header: space"):
@@ -286,7 +286,7 @@ def without_state(tensors):
         (lambda t: t.update({"head.prototypes": t["head.prototypes"][:, :9].clone()}), None, r"head\.prototypes is"),
         (lambda t: t["head.frequency"].fill_(float("nan")), None, "not finite"),
         (lambda t: t.update({"head.bias": torch.zeros(4)}), None, r"differ in head\.bias"),
-        (lambda t: t.update({"head.weight": t["head.weight"][:, :48].clone()}), None, "head of width 48"),
+        (lambda t: t.update({"head.weight": t["head.weight"][:, :48].clone()}), None, r"head\.weight is \[4, 48\]"),
         (None, {"fused": {"fusion": "scale", "eta": 1.5, "temperature": 1, "fuse": True}}, r"header: fused\.eta"),
         (None, {"fused": {"fusion": "scale", "eta": -0.1, "temperature": 1, "fuse": True}}, r"header: fused\.eta"),
         (None, {"fused": {"fusion": "sum", "eta": 0.5, "temperature": 1, "fuse": True}}, r"header: fused\.fusion"),
