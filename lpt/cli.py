@@ -57,6 +57,7 @@ def fit(
     resolved = resolve(tree, settings or [])
     changed = {text.partition("=")[0] for text in settings or []}
     untrue = {"method.epochs": {"method.name", "train.batch_size"}, "method.pool_size": {"method.name"}}
+    untrue["backbone.image_size"] = {"backbone.name"}
     kept = {k: reason for k, reason in reasons.items() if not changed & {k, *untrue.get(k, ())}}
     text = "".join(f"# {setting}: {reason}\n" for setting, reason in kept.items())
     text += yaml.safe_dump(merged(tree, settings or [])[0], sort_keys=False)
@@ -164,9 +165,11 @@ def inspect(prompt: Annotated[Path, typer.Argument(help="a prompt file")]) -> No
     print(f"classes   {len(header.classes)}: {shown}; {max(header.counts)} to {min(header.counts)} training images")
     print("data      " + quoted(f"{header.data.get('name')}, split {header.data.get('split_sha256')}"))
     for name, tensor in tensors.items():
-        print(f"tensor    {name} {list(tensor.shape)}")
+        print(f"tensor    {quoted(name)} {list(tensor.shape)}")
     for name, value in header.metrics.items():
-        print(f"measured  {quoted(name)} " + (f"{value:.4f}" if name == "nll" else percent(value)))
+        print(
+            f"measured  {quoted(name)} " + (f"{value:.4f}" if name == "nll" and value is not None else percent(value))
+        )
     print("versions  " + quoted(", ".join(f"{k} {v}" for k, v in header.versions.items())))
 
 

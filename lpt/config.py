@@ -12,12 +12,12 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
-from lpt.backbones.clip_vit import TEMPLATE
+from lpt.backbones.clip_text import TEMPLATE
 from lpt.data import DATA, PLACES
 from lpt.errors import ConfigError, did_you_mean, quoted
 from lpt.methods import METHODS
 from lpt.preprocess import LARGEST_VIEW, Transform
-from lpt.settings import settings_of, validated
+from lpt.settings import Seed, settings_of, validated
 
 LONGEST, LARGEST, DEEPEST = 2**16, 100_000, 50
 """Letters and values in a config, and how deep they may be nested."""
@@ -56,7 +56,7 @@ class TrainSettings(BaseModel):
 
     batch_size: int = Field(default=256, ge=1)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
     device: str = "auto"
     storage: Literal["fp16", "fp32"] = "fp16"
     compile: bool = False

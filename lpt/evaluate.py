@@ -81,7 +81,8 @@ def predict(
     folder: Path | None = None,
 ) -> Predictions:
     """Clean predictions, in order: the test view, no noise, no margin, no dropout. On several processes each
-    predicts its share and all get the whole. Leaves the model in eval mode.
+    predicts its share and all get the whole. Leaves the model in eval mode. Raises DataError for an image file that
+    cannot be decoded.
 
     `cache` and `folder` save what earlier calls have computed: prefixes of a model with a pool in memory, `features`
     of one without in files.
@@ -122,8 +123,9 @@ def features(
     """The features [N D'] of the test views under the shared prompt, if there is one (LPT's queries).
 
     What trains a head alone, its class means, and the start of the keys need them once. With a `folder` they are
-    kept there, in a file named by a hash over all they depend on: the backbone's weights, precision and device, torch's
-    version, the view, the prompt and the images themselves. Others have another name: a stale file is never read.
+    kept there, in a file named by a hash over all they depend on: the backbone's weights, precision and device,
+    torch's version, the view, the prompt and the images (pixels; of files sizes and times of writing; of those in lists
+    nothing but their paths). Others have another name: a stale file is never read.
     """
     place = folder / f"features-{_identity(model, images)}.safetensors" if folder else None
     kept = _kept(place) if place else None
@@ -146,7 +148,8 @@ def evaluate(
     batch_size: int = 128,
     cache: PrefixCache | None = None,
 ) -> dict[str, Any]:
-    """The metrics of `report.json` for `images`, with groups by the training `counts` [C]."""
+    """The metrics of `report.json` for `images`, with groups by the training `counts` [C]. Raises DataError for a file
+    that is no image."""
     return measure(model, predict(model, images, batch_size=batch_size, cache=cache), counts, group_rule=group_rule)
 
 
@@ -193,6 +196,7 @@ def _identity(model: PromptedClassifier, images: Images | Files) -> str:
 
 
 def _mine(images: Images | Files) -> Tensor:
-    """The rows that this process predicts."""
+    """The rows that this process predicts; the first where there are fewer than processes, which nobody gathers."""
     rank, world = rank_and_world()
-    return torch.arange(len(images))[rank::world]
+    mine = torch.arange(len(images))[rank::world]
+    return mine if len(mine) else torch.zeros(1, dtype=torch.long)

@@ -42,8 +42,9 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 class Preprocess:
     """What a backbone expects of its pixels, and the views that training draws.
 
-    Training view: random resized crop (area in [`min_area`, 1], aspect ratio in [3/4, 4/3]) and horizontal flip;
-    every image has its own crop. Test view: resize so that the shorter side is S / `crop_ratio`, then centre crop.
+    Training view: random resized crop (area in [`min_area`, 1], aspect ratio in [3/4, 4/3] of the image's own, then
+    either side cut to the image's, so that an area a may become sqrt(3/4 a)) and horizontal flip; every image has its
+    own crop. Test view: resize so that the shorter side is S / `crop_ratio`, then centre crop.
     Both go from the stored pixels to S × S in one antialiased resampling, the one of PIL and of torchvision's
     `Resize`: a product with one matrix for the rows and one for the columns of each image.
     """

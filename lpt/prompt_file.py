@@ -111,7 +111,8 @@ def save_prompt(
     storage: str = "fp16",
     **facts: Any,
 ) -> Header:
-    """Writes what `model` has learned, whole or not at all. `facts` are further header fields.
+    """Writes what `model` has learned, whole or not at all. `facts` are further header fields. Raises PromptFileError
+    for numbers that are not finite or too large, DiskError where it cannot be written.
 
     In fp16 the file reloads to the same bits only after `model.round_to(torch.float16)`.
     """

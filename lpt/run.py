@@ -16,7 +16,8 @@ import torch
 
 from lpt.backbones import load_backbone
 from lpt.backbones.base import Backbone, fingerprint_of, read_prototypes
-from lpt.backbones.clip_vit import ClipViT, read_templates
+from lpt.backbones.clip_text import read_templates
+from lpt.backbones.clip_vit import ClipViT
 from lpt.classifier import PromptedClassifier
 from lpt.config import Config, load_config
 from lpt.data import PLACES, load_task
@@ -120,8 +121,6 @@ def _train(
     methods = list(chain(config.method))
     if config.train.select == "best_val" and (without := NO_EPOCHS & {of["name"] for of in methods}):
         raise LptError(f"train.select=best_val: {min(without)} does not end with epochs to choose from, use last")
-    if config.train.select == "best_val" and any(of.get("weight_ema") for of in methods):
-        raise LptError("train.select=best_val chooses among single epochs: set method.weight_ema=0, or use last")
     best = Best(out / "checkpoints", run_hash, writes=main)
     cache, feature_cache = PrefixCache(), Path(folder) if (folder := config.train.feature_cache) else None
 

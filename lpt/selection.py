@@ -49,9 +49,10 @@ class Best:
 
 
 def watched(history: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Class accuracies on the test set after epochs, as papers report them, from a run's history; None where it was not
-    watched. `best_on_test` is what a choice by the test set would have given, and no result."""
-    seen = [line["test"]["class_accuracy"] for line in history if "test" in line]
+    """Class accuracies on the test set after epochs of the last phase, as papers report them, from a run's history;
+    None where it was not watched. `best_on_test` is what a choice by the test set would have given, and no result."""
+    last = [line for line in history if line["phase"] == history[-1]["phase"]]
+    seen = [line["test"]["class_accuracy"] for line in last if "test" in line]
     if not seen:
         return None
     late = seen[-LAST:]

@@ -80,7 +80,8 @@ def evaluate_prompt(
         )
         for what, names in (("not in the data", "absent_from_data"), ("not in the prompt file", "unknown_to_prompt")):
             if missing := shift[names]:
-                say(f"warning: {len(missing)} classes {what}: {', '.join(missing[:10])}{', ...' * (len(missing) > 10)}")
+                more = ", ..." * (len(missing) > 10)
+                say(f"warning: {len(missing)} classes {what}: {quoted(', '.join(missing[:10]))}{more}")
     began = time.perf_counter()
     predictions = predict(model, images)
     if shift["absent_from_data"]:
@@ -113,7 +114,11 @@ def _whole(task: Task, header: Header) -> Task:
     if labelled == header.data.get("labelled_sha256", header.data.get("split_sha256")):
         return task
     assert isinstance(task.train, Files) and isinstance(task.test, Files)
-    return replace(task, test=task.train.plus(task.test), facts={**task.facts, "test_part": "all images are tested on"})
+    every = task.train.plus(task.test)
+    if task.val:  # what the settings in the prompt file hold out of training images
+        assert isinstance(task.val, Files)
+        every = every.plus(task.val)
+    return replace(task, test=every, val=None, facts={**task.facts, "test_part": "all images are tested on"})
 
 
 def _matched(task: Task, classes: Sequence[str], path: str | Path) -> tuple[Images | Files, dict[str, list[str]]]:

@@ -10,6 +10,9 @@ from lpt.errors import did_you_mean, quoted
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**31 - 1)]
+"""What every library takes, and the number after it."""
+Factor = Annotated[float, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Part = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0)]

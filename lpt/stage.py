@@ -34,7 +34,12 @@ Second = Callable[[Mapping[str, Any], Fit], PromptedClassifier]
 
 
 def chain(method: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """A method's name and settings, and those of the methods that it runs inside, the innermost last."""
+    """A method's name and settings, and those of the methods that it runs inside, the innermost last.
+
+    Raises LptError where one of them has no name.
+    """
+    if "name" not in method:
+        raise LptError(f"method: {dict(method)} has no name, which says what is to run")
     yield method
     for key in ("then", "first"):
         if key in method:

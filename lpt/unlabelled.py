@@ -4,7 +4,9 @@ Methods bring an opinion on weak views, a loss on labelled images, a loss on str
 to the whole batch. Shapes: views [B 3 H W], feature [B D'], probabilities [B C], labels [B].
 """
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -55,7 +57,7 @@ class Fitted(NamedTuple):
 
 class Plan(NamedTuple):
     """How long and on what. `ratio` unlabelled images come with each labelled one; pseudo-labels are told after each of
-    `rounds`."""
+    at most `rounds` of equal length. A linear `warmup` takes a tenth of the steps, or one round if that is shorter."""
 
     steps: int
     rounds: int
@@ -168,7 +170,8 @@ def train_semi(
         if fitted:
             fitted.commit()
         if plan.weight_ema:
-            _average(fit, model, plan.weight_ema)
+            means = _means(fit, model, plan.weight_ema)
+            fit.memory.state.update({f"average/{name}": mean for name, (_, mean) in means.items()})
 
     def audit(model: PromptedClassifier, progress: Progress) -> Mapping[str, Any]:
         noted = fit.memory.take()
@@ -187,13 +190,11 @@ def train_semi(
         weight_decay=plan.weight_decay,
         warmup=plan.warmup,
         on_epoch=audit,
+        evaluated=partial(_averaged, fit, model, plan.weight_ema) if plan.weight_ema else contextlib.nullcontext,
     )
     if plan.weight_ema:
-        _average(fit, model, plan.weight_ema)
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                if f"average/{name}" in fit.memory.state:
-                    p.copy_(fit.memory.state[f"average/{name}"])
+        for p, mean in _means(fit, model, plan.weight_ema).values():
+            p.data.copy_(mean)
 
 
 def _cached(fit: Fit, model: PromptedClassifier, streams: dict[str, Stream], views: int) -> dict[str, Stream]:
@@ -245,9 +246,22 @@ def _told(fit: Fit, task: Task, noted: dict[str, Tensor], progress: Progress) ->
 
 
 @torch.no_grad()
-def _average(fit: Fit, model: PromptedClassifier, momentum: float) -> None:
-    """The running mean of what trains; the last update of a phase is taken after it."""
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            old = fit.memory.state.get(f"average/{name}")
-            fit.memory.state[f"average/{name}"] = p.clone() if old is None else old.lerp(p, 1 - momentum)
+def _means(fit: Fit, model: PromptedClassifier, momentum: float) -> dict[str, tuple[torch.nn.Parameter, Tensor]]:
+    """What trains, each with its running mean, the weights of now included; a step keeps the means of those before."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    kept = {name: fit.memory.state.get(f"average/{name}") for name in trained}
+    return {n: (p, p.clone() if (old := kept[n]) is None else old.lerp(p, 1 - momentum)) for n, p in trained.items()}
+
+
+@contextlib.contextmanager
+def _averaged(fit: Fit, model: PromptedClassifier, momentum: float) -> Iterator[None]:
+    """The model with its running means, as it would be if training ended now."""
+    means = _means(fit, model, momentum)
+    now = {name: p.detach().clone() for name, (p, _) in means.items()}
+    for p, mean in means.values():
+        p.data.copy_(mean)
+    try:
+        yield
+    finally:
+        for name, (p, _) in means.items():
+            p.data.copy_(now[name])

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from test_folder import fill
 
 from lpt import cli
@@ -110,6 +111,18 @@ def test_predict_names_classes_and_goes_on_after_a_broken_image(run_folder, tmp_
     after = json.loads((tmp_path / "p.json").read_text())
     assert code == 1 and "b.png cannot be decoded" in err and "Traceback" not in err
     assert "error" in after[1] and after[0]["probabilities"][0] == pytest.approx(answers[0]["probabilities"][0])
+
+
+def test_inspect_on_a_strangers_file(run_folder, tmp_path, capsys):
+    with safe_open(run_folder / "prompt.safetensors", framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        header = json.loads(file.metadata()["lpt"])
+    del header["sha256"]
+    header |= {"metrics": {"nll": None}, "inside": {"kind": "lora", "bottleneck": 4, "rank": 8}}
+    tensors["backbone.\x1b[2J"] = tensors["head.weight"].clone()
+    save_file(tensors, tmp_path / "p.safetensors", metadata={"lpt": json.dumps(header)})
+    code, said, err = lpt(capsys, "inspect", tmp_path / "p.safetensors")
+    assert code == 0 and "measured  nll" in said and "backbone.?[2J" in said and "\x1b" not in said, err
 
 
 def test_inspect_and_list_say_what_there_is(run_folder, capsys):

@@ -155,6 +155,9 @@ def test_long_values_are_not_repeated_in_full(tmp_path):
     with pytest.raises(ConfigError) as error:
         load_config(tmp_path / "c.yaml", ["train.seed=2026-99-99"])
     assert any("train.seed: the value '2026-99-99' is not YAML" in one for one in error.value.mistakes)
+    with pytest.raises(ConfigError) as error:
+        resolve(RAW, ["train.seed=2147483648", "data.seed=4294967296"])
+    assert [one.partition(":")[0] for one in error.value.mistakes] == ["data.seed", "train.seed"]
     assert max(map(len, error.value.mistakes)) < 500
 
 

@@ -93,6 +93,7 @@ def test_what_is_no_dataset_is_told(tmp_path):
     for root, says in (
         (None, "data.root is missing"),
         (tmp_path / "absent" / "x", "^data.root [^ ]* does not exist$"),
+        ("absent/", "^data.root absent/ does not exist$"),
         (tmp_path / "empty", "^data.root .* holds no image"),
         (tmp_path / "text", "holds no image"),
         (tmp_path / "file.jpg", "is a file"),

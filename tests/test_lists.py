@@ -1,5 +1,6 @@
 """List files: names with spaces, published splits by their numbers, and what is wrong with a list in one sentence."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,14 @@ def test_paths_with_spaces_and_classes_by_their_folders(tree):
         == task(tree).manifest()["sha256"]
         != task(tree, val_per_class=1).manifest()["sha256"]
     )
+
+
+def test_the_same_list_elsewhere_is_the_same_split_but_no_cache_is_trusted(tree, tmp_path):
+    (tmp_path / "copy").symlink_to(tree)
+    shutil.copytree(tree, tmp_path / "resized")
+    one, link, copy = task(tree), task(tmp_path / "copy"), task(tmp_path / "resized")
+    assert one.manifest()["sha256"] == link.manifest()["sha256"] == copy.manifest()["sha256"]
+    assert one.train.digest == link.train.digest != copy.train.digest
 
 
 def test_classes_from_a_file_or_by_number(tree, tmp_path):

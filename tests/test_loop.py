@@ -132,7 +132,7 @@ def test_a_finished_phase_returns_at_once_with_its_result(tmp_path):
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     fit(tmp_path / "c")
-    with pytest.raises(TrainingError, match="other settings or data"):
+    with pytest.raises(TrainingError, match="other settings, data, weights or precision"):
         load_checkpoint(tmp_path / "c" / "phase1.safetensors", run_hash="b")
 
 

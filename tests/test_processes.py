@@ -5,7 +5,7 @@ import socket
 
 import pytest
 import torch
-from conftest import small_backbone
+from conftest import prompted, small_backbone, toy_task
 from safetensors.torch import load_file, save_file
 from semi import Killed, normal, semi
 
@@ -13,6 +13,7 @@ from lpt.engine import processes
 from lpt.engine.memory import Memory
 from lpt.engine.processes import everywhere, gathered, rank_and_world, summed, together
 from lpt.errors import TrainingError
+from lpt.evaluate import PrefixCache, features, predict
 from lpt.heads import FusedHead
 from lpt.methods.ulfine import Fitting
 from lpt.unlabelled import Opinion
@@ -48,6 +49,12 @@ def fitted(rank, world):
     return {**head.state_dict(), "loss": done.loss, "gradient": done.gradient}
 
 
+def of_one_image():
+    """Fewer images than there are processes."""
+    model, one = prompted(backbone(), num_classes=4), toy_task().test.subset([2])
+    return {"logits": predict(model, one, cache=PrefixCache()).logits, "features": features(model, one)}
+
+
 def work(rank, folder, port):
     """What each of the two processes does; its findings go into files."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
@@ -65,6 +72,7 @@ def work(rank, folder, port):
     flags = torch.tensor([True, False, False, True])
     assert torch.equal(gathered(flags[rank::2], 4), flags)
     assert everywhere(True) and not everywhere(rank == 0) and not everywhere(False)
+    save_file(of_one_image(), folder / f"one-{rank}.safetensors")
     memory = Memory()
     memory.note(rows=torch.arange(6)[rank::2])
     assert memory.take()["rows"].tolist() == [0, 1, 2, 3, 4, 5]
@@ -131,6 +139,14 @@ def test_two_processes_fit_the_same_prototypes_to_their_batch(two):
     assert all(torch.equal(value, second[name]) for name, value in first.items()), "the two do not hold the same"
     for name, value in one.items():
         torch.testing.assert_close(first[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_a_process_may_have_no_image_to_predict(two):
+    for rank in range(2):
+        found = load_file(two / f"one-{rank}.safetensors")
+        for name, value in of_one_image().items():
+            assert len(value) == 1
+            torch.testing.assert_close(found[name], value)
 
 
 def test_it_is_said_that_another_process_is_gone(monkeypatch):

@@ -78,10 +78,22 @@ def test_selecting_needs_held_out_images_and_epochs(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_average_weights_are_no_epoch_that_could_be_chosen(tmp_path):
-    config = {**CONFIG, "method": {"name": "pre_finetune", "then": {"name": "ulfine", "weight_ema": 0.9}}}
-    with pytest.raises(LptError, match=r"set method\.weight_ema=0"):
-        run.train(resolve(config), tmp_path / "run")
+def test_evaluations_on_the_way_see_the_average_weights(tmp_path):
+    """What is watched last is what is reported, and what is chosen is what was seen."""
+    method = {"name": "fixmatch", "tuning": "vpt_deep", "lambda_u": 0, "head_init": "class_mean", "lr": 0.2}
+    method |= {"steps": 12, "rounds": 3, "weight_ema": 0.8}
+    train = {**CONFIG["train"], "storage": "fp32", "watch_test": 2}
+    config = {**CONFIG, "method": method, "train": train}
+    last = run.train(resolve(config, ["train.select=last"]), tmp_path / "last")
+    assert last["watched"]["last"] == last["class_accuracy"] and last["watched"]["evaluations"] == 2
+    plain = run.train(resolve(config, ["train.select=last", "method.weight_ema=0"]), tmp_path / "plain")
+    assert plain["nll"] != last["nll"]
+    chosen = run.train(resolve(config), tmp_path / "best")
+    lines = History(tmp_path / "best" / "history.jsonl").lines
+    best = max(lines, key=lambda line: line["val"]["class_accuracy"])
+    assert chosen["selection"] == f"best on held-out images: step {best['step']} of semi"
+    if "test" in best:
+        assert chosen["class_accuracy"] == best["test"]["class_accuracy"]
 
 
 def photos(folder, numbers):

@@ -7,8 +7,9 @@ import pytest
 from lpt.selection import watched
 
 
-def line(accuracy):
-    return {"step": 1, "test": {"class_accuracy": accuracy}} if accuracy is not None else {"step": 1, "val": {}}
+def line(accuracy, phase="semi"):
+    looked = {"val": {}} if accuracy is None else {"test": {"class_accuracy": accuracy}}
+    return {"phase": phase, "step": 1, **looked}
 
 
 def test_a_run_that_did_not_look_reports_nothing():
@@ -28,8 +29,8 @@ def test_the_last_twenty_evaluations_and_the_best_of_all():
     }
 
 
-def test_fewer_evaluations_than_twenty_are_all_used():
-    assert watched([line(0.2), line(0.4), line(0.9)]) == {
+def test_fewer_evaluations_than_twenty_are_all_used_and_none_of_an_earlier_phase():
+    assert watched([line(0.95, "phase1"), line(0.2), line(0.4), line(0.9)]) == {
         "evaluations": 3,
         "last": 0.9,
         "mean20": pytest.approx(0.5),

@@ -60,6 +60,21 @@ def test_another_dataset_is_matched_by_name(prompt, tmp_path):
     assert found["per_class"][header.classes.index("eel")] is None
 
 
+def test_another_folder_is_tested_on_all_of_its_images_whatever_the_run_held_out(tmp_path):
+    fill(tmp_path / "photos", {"cat": 9, "dog": 6})
+    config = {
+        "backbone": {**BACKBONE, "image_size": 32},
+        "data": {"name": "folder", "root": str(tmp_path / "photos"), "val_per_class": 2},
+        "method": {"name": "class_mean"},
+    }
+    run.train(resolve(config), tmp_path / "run")
+    fill(tmp_path / "sketches", {"cat": 7, "dog": 4, "ant": 5})
+    said = []
+    given = {"data": {"root": str(tmp_path / "sketches")}, "backbone": BACKBONE}
+    evaluate_prompt(tmp_path / "run" / "prompt.safetensors", given, say=said.append)
+    assert "11 of 16 images" in "\n".join(said)
+
+
 def test_the_order_of_classes_does_not_matter(prompt, tmp_path):
     fill(tmp_path / "same", {"red owl": 5, "eel": 5, "dog": 5, "cat": 5})
     found = evaluate_prompt(prompt, {"data": {"name": "folder", "root": str(tmp_path / "same")}, "backbone": BACKBONE})

@@ -56,6 +56,7 @@ def test_fit_prints_a_config_that_gives_the_same_run(tmp_path, monkeypatch, caps
     assert printed == yaml.safe_load(saved.read_text()) and printed["method"]["epochs"] == [1, 1]
     assert (out / "report.html").exists() and (out / "prompt.safetensors").exists()
     assert "# method.epochs" not in said and "# method.pool_size" in said  # no reason for what was overridden
+    assert "# backbone" not in said
     assert load_config(saved).model_dump() == load_config(out / "config.yaml").model_dump()
 
 

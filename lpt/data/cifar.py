@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lpt.data.task import Count, Images, Task, hold_out
+from lpt.data.task import Images, Task, hold_out
 from lpt.errors import DataError
 from lpt.longtail import GroupRule, Profile, long_tail
 from lpt.preprocess import File, decoded
+from lpt.settings import Count, Seed
 
 ClassOrder = Literal["label", "seed"]
 
@@ -31,7 +32,7 @@ def cifar100_lt(
     profile: Profile = "exponential",
     class_order: ClassOrder = "label",
     group_rule: GroupRule = "lt20",
-    seed: Count = 0,
+    seed: Seed = 0,
     val_per_class: Count = 0,
     download: bool = False,
 ) -> Task:
@@ -51,7 +52,7 @@ def cifar10_lt(
     profile: Profile = "exponential",
     class_order: ClassOrder = "label",
     group_rule: GroupRule = "thirds",
-    seed: Count = 0,
+    seed: Seed = 0,
     val_per_class: Count = 0,
     download: bool = False,
 ) -> Task:

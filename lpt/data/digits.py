@@ -3,14 +3,15 @@
 import numpy as np
 import torch
 
-from lpt.data.task import Count, Images, Task, hold_out
+from lpt.data.task import Images, Task, hold_out
 from lpt.longtail import long_tail
+from lpt.settings import Count, Seed
 
 TEST_PER_CLASS = 60
 LARGEST = 110  # every digit has at least 174 images
 
 
-def digits_lt(*, imbalance_factor: float = 50, seed: Count = 0, val_per_class: Count = 0) -> Task:
+def digits_lt(*, imbalance_factor: float = 50, seed: Seed = 0, val_per_class: Count = 0) -> Task:
     """110 images of the largest class, 110/IF of the smallest; 60 test images of each. Groups by rank thirds.
 
     The class order of the tail is drawn by `seed`, so that the rarest digit is not always the nine.

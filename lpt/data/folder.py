@@ -17,10 +17,11 @@ from pydantic import Field
 
 from lpt.data.lists import read_unlabeled
 from lpt.data.tables import PARTS, Part, metadata, read_metadata, read_tables
-from lpt.data.task import Count, Files, Task, hold_out, of_each_class
+from lpt.data.task import Files, Task, hold_out, of_each_class
 from lpt.errors import DataError
 from lpt.longtail import shot_groups
 from lpt.preprocess import decoded
+from lpt.settings import Count, Seed
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm", ".pgm", ".jp2")
 """What is an image by its name; other files in a folder are passed over."""
@@ -31,7 +32,7 @@ def folder(
     root: str | None = None,
     *,
     test_share: Annotated[float, Field(gt=0, lt=1)] = 0.2,
-    seed: Count = 0,
+    seed: Seed = 0,
     val_per_class: Count = 0,
     unlabeled: str | None = None,
     on_error: Literal["raise", "skip"] = "raise",
@@ -138,7 +139,8 @@ def _read(root: str, unlabeled: str | None, image_column: str | None, label_colu
         return _folders(place, images, label_column)
     if place.exists():
         raise DataError(f"data.root {root} is a file: give the folder that it lies in")
-    if root.count("/") == 1 and not root.startswith((".", "/", "~")):
+    owner, _, name = root.partition("/")
+    if owner and name and "/" not in name and not root.startswith((".", "~")):
         return read_tables(root, image_column, label_column)
     raise DataError(f"data.root {root} does not exist")
 

@@ -5,16 +5,16 @@ The published lists are not shipped: their licence is unclear. What they hold is
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from lpt.data.task import Count, Files, Task, hold_out
+from lpt.data.task import Files, Task, hold_out
 from lpt.errors import DataError, quoted
 from lpt.longtail import GroupRule, count_fingerprint
+from lpt.settings import Count, Seed
 
 
 class Published(NamedTuple):
@@ -61,8 +61,8 @@ def own_lists(
     unlabeled: str | None = None,
     classes: str | None = None,
     group_rule: GroupRule = "lt20",
-    seed: Count = 0,
-    val_per_class: Annotated[int, Field(ge=0)] = 0,
+    seed: Seed = 0,
+    val_per_class: Count = 0,
 ) -> Task:
     """Your own list files `train`, `test` and perhaps `val`; paths in them start at `root`, labels at 0.
 
@@ -182,7 +182,8 @@ def _task(
             return None
         mine, of = found[role]
         # The list itself is the print: reading a million files to name them would take an hour.
-        return Files(lambda i: str(root / mine[i]), of, tuple(mine), tuple([""] * len(mine)))
+        stamp = os.path.realpath(root)
+        return Files(lambda i: str(root / mine[i]), of, tuple(mine), tuple([""] * len(mine)), stamp)
 
     train, val, test, unlabeled = part("train"), part("val"), part("test"), part("unlabeled")
     assert train is not None and test is not None

@@ -3,21 +3,19 @@
 (N1, M1) are the largest labelled and unlabelled class, γ_l and γ_u their imbalance factors (protocols, section 6).
 """
 
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
-from pydantic import Field
 
 from lpt.data.cifar import parts_of
-from lpt.data.task import Count, Task
+from lpt.data.task import Task
 from lpt.errors import DataError
+from lpt.settings import Count, Factor, Positive, Seed
 
 Shape = Literal["consistent", "uniform", "reversed", "middle", "head-tail"]
 Preset = Literal["acr", "simpro", "daso", "usb"]
 """Whose rules: acr and simpro take images in file order, daso and usb shuffle them by seed. Only acr has the labelled
 images among the unlabelled, only daso holds out a tenth of every class, and in usb's `uniform` M1 is the total."""
-Positive = Annotated[int, Field(ge=1)]
-Factor = Annotated[float, Field(ge=1)]
 
 
 def semi_counts(num_classes: int, largest: int, factor: float) -> list[int]:
@@ -62,7 +60,7 @@ def cifar100_semi(
     shape: Shape = "consistent",
     preset: Preset = "acr",
     val_per_class: Count = 0,
-    seed: Count = 0,
+    seed: Seed = 0,
     download: bool = False,
 ) -> Task:
     """CIFAR-100-LT with unlabelled images: n1 and m1 of the first class, gamma_l and gamma_u times less of the last;
@@ -80,7 +78,7 @@ def cifar10_semi(
     shape: Shape = "consistent",
     preset: Preset = "acr",
     val_per_class: Count = 0,
-    seed: Count = 0,
+    seed: Seed = 0,
     download: bool = False,
 ) -> Task:
     """CIFAR-10-LT with unlabelled images: n1 and m1 of the first class, gamma_l and gamma_u times less of the last;

@@ -7,17 +7,14 @@ import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from lpt.errors import DataError
 from lpt.preprocess import File
-
-Count = Annotated[int, Field(ge=0)]
 
 
 @dataclass(frozen=True)
@@ -60,7 +57,7 @@ class Files:
     """Labelled image files, read when they are asked for.
 
     `source(i)` is the path of image i, or its encoded bytes; `prints` say what is in each (a size, a hash) without
-    regard to where and when it was written; `stamp` changes also when a file is only written anew.
+    regard to where and when it was written; `stamp` changes also when a file is only written anew, or lies elsewhere.
     """
 
     source: Callable[[int], str | bytes]
@@ -132,7 +129,7 @@ class Task:
 
     def manifest(self) -> dict[str, Any]:
         """What exactly is in the split: facts, counts, ids and a SHA-256 over ids, roles, labels and pixels (of files:
-        their sizes, or a hash of their bytes in a table).
+        their sizes, or a hash of their bytes in a table; of those in published or own lists nothing but their paths).
 
         The hash depends on neither file-system order nor working directory: rows are sorted by role and id.
         """

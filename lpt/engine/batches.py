@@ -79,9 +79,9 @@ class Images(Protocol):
 class Stream:
     """What a step is given under one name: which images, and how they are seen.
 
-    `images` are the training images by default. `strong` changes them by RandAugment and cutout before they are cropped
-    and flipped. With `features` a view is a row of them [N D'], and the backbone does not run; of several views of
-    every image [V N D'] each row is one by chance.
+    `images` are the training images by default. `strong` changes them by RandAugment and cutout: images in memory
+    before they are cropped and flipped, files after, at the size of the view. With `features` a view is a row of them
+    [N D'], and the backbone does not run; of several views of every image [V N D'] each row is one by chance.
     """
 
     sampler: Sampler

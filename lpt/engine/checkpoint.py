@@ -73,8 +73,8 @@ def load_checkpoint(path: Path, *, run_hash: str) -> Checkpoint | None:
         raise unreadable(path, error) from None
     if header["run"] != run_hash:
         raise TrainingError(
-            f"checkpoint {path} was made with other settings or data: use another --out, or the settings in "
-            f"{path.parent.parent / 'config.yaml'}"
+            f"checkpoint {path} was made with other settings, data, weights or precision: use another --out, or "
+            f"the settings in {path.parent.parent / 'config.yaml'} with train.precision as it was"
         )
 
     def part(name: str) -> dict[str, Tensor]:

@@ -14,8 +14,9 @@ from lpt.errors import LptError
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Holds `folder` for this process. The system lets go of it when the process ends, however it does. What killed
-    processes had half written there is removed first.
+    """Holds `folder` for this process. The system lets go of it when the process ends, however it does; on a
+    disk without such locks (some network file systems) a killed process leaves `.lock`, to be deleted by hand if it ran
+    on another machine. What killed processes had half written there is removed first.
 
     Raises LptError that names the process which holds it.
     """

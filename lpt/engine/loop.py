@@ -92,10 +92,12 @@ class Fit:
         warmup: Warmup = "linear",
         clip: float | None = None,
         on_epoch: EpochEnd | None = None,
+        evaluated: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> None:
         """Trains what `requires_grad` in `model`; returns when `steps` are done (at once if they were before).
 
-        `clip` is the largest norm of all gradients together.
+        `clip` is the largest norm of all gradients together. Inside `evaluated()` the model has the weights that an
+        evaluation after an epoch is to see, if they are others than those that train.
         """
         self.start()
         self.go_before(model)
@@ -198,8 +200,9 @@ class Fit:
                     line |= {"lr": rate, "seconds": round(clock.total(), 2)}
                     line |= {f"{k}_seconds": round(v, 2) for k, v in clock.spent.items()}
                     extra: dict[str, Any] = {}
-                    for hook in (on_epoch, self.on_epoch):
-                        extra |= hook(model, progress) if hook else {}
+                    with evaluated():
+                        for hook in (on_epoch, self.on_epoch):
+                            extra |= hook(model, progress) if hook else {}
                     model.train()
                     if rank == 0:
                         self.history.write(phase=phase, step=done, epoch=progress.epoch + 1, **line, **extra)
@@ -220,7 +223,7 @@ class Fit:
 
     def once(self, name: str, make: Callable[[], Tensor], images: Images | None = None) -> Tensor:
         """What `make` returns of `images`, the training images by default, kept beside the checkpoints: a resumed run
-        need not compute it again, unless an image file was written anew. What it cost under `name` is kept with it."""
+        need not compute it again, unless their digest is another. What it cost under `name` is kept with it."""
         self.start()
         digest = (images or self.images).digest[:12]
         place = self.checkpoints / f"{name}-{digest}.safetensors" if self.checkpoints else None

@@ -20,7 +20,8 @@ from lpt.stage import HeadStart, Tuning, everything, head_features, learner, tra
 
 
 def zero_shot(task: Task, backbone: Backbone, fit: Fit, *, scale: Scale = 100.0) -> PromptedClassifier:
-    """The nearest class prototype by cosine, of texts for example: no training image is looked at."""
+    """The nearest class prototype by cosine, of texts for example: no training image is looked at. Raises BackboneError
+    where the backbone knows none, or not all."""
     width, project = backbone.joint_width, backbone.project
     head = CosineHead(num_classes=len(task.classes), width=width, scale=scale, project=project)
     head.weight.data.copy_(F.normalize(backbone.class_prototypes(task.classes), dim=1))
@@ -121,8 +122,9 @@ def fine_tune(
     - `lora`: an update of `rank` in every qkv projection (Hu 2022), through peft;
     - `full`: the whole backbone, which is then in the prompt file.
 
-    The defaults are LIFT's recipe (Shi 2024), with SGD's `lr` per 256 images. A linear head starts at zero, whatever
-    `head_init`. `tau` is of la, `gamma` of focal, `beta` of the class-balanced losses, `margin` of the LDAM ones.
+    The defaults are LIFT's recipe (Shi 2024) but for SGD's `lr`, which is per 256 images: half of LIFT's at its 128. A
+    linear head starts at zero, whatever `head_init`. `tau` is of la, `gamma` of focal, `beta` of the class-balanced
+    losses, `margin` of the LDAM ones.
     """
     if sampler == "class" and loss in ("la", "bs"):
         raise LptError(f"method.sampler=class balances the classes already, and loss {loss} would do so twice: use ce")

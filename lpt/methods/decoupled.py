@@ -4,11 +4,10 @@ The first method runs as it is; what follows touches its classifier alone. Shape
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor
 
 from lpt.backbones.base import Backbone
@@ -20,6 +19,7 @@ from lpt.errors import LptError
 from lpt.evaluate import predict
 from lpt.heads import Calibration, CosineHead, LinearHead
 from lpt.losses import Weighted, log_prior
+from lpt.settings import Positive, Share
 from lpt.stage import Second, chain, head_features, train_stage
 
 Adjustment = Literal["crt", "lws", "marc", "tau_norm", "posthoc_la", "temperature"]
@@ -35,9 +35,9 @@ def tune(
     first: Mapping[str, Any] = {"name": "fine_tune", "loss": "ce"},
     tau: float = 1.0,
     rho: float = 1.2,
-    epochs: Annotated[int, Field(ge=1)] = 10,
-    lr: Annotated[float, Field(ge=0, lt=1)] = 1e-2,
-    weight_decay: Annotated[float, Field(ge=0, lt=1)] = 5e-4,
+    epochs: Positive = 10,
+    lr: Share = 1e-2,
+    weight_decay: Share = 5e-4,
 ) -> PromptedClassifier:
     """`first`, a method's name and settings, then one of
 

@@ -10,10 +10,9 @@ Shapes: views [B 3 H W], logits [B C], queries [N D'].
 
 import copy
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from lpt.backbones.base import Backbone
@@ -29,7 +28,7 @@ from lpt.losses import GCL, CrossEntropy, LogitAdjusted, cloud_noise
 from lpt.matching import class_keys, key_usage, kmeans_keys
 from lpt.prompts import DeepPrompt, PromptPool
 from lpt.samplers import ClassBalanced, InstanceBalanced, InstancePerStep, instance_weight
-from lpt.settings import Positive, Share
+from lpt.settings import Positive, Scale, Share
 
 COLLAPSED = 3.0
 """A key perplexity below this is reported as a collapse: almost all images share the same prompts."""
@@ -53,7 +52,7 @@ def tune(
     agcl_form: Literal["code", "paper"] = "code",
     gammas_bal: tuple[float, float] = (0.0, 4.0),
     gammas_ins: tuple[float, float] = (0.5, 8.0),
-    scale: Annotated[float, Field(gt=0)] = 20.0,
+    scale: Scale = 20.0,
     margin: float = 0.1,
     noise: float = 0.5,
     label_smoothing: Share = 0.1,

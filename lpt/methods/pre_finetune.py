@@ -6,9 +6,7 @@ flip and colour (ours, as is every default here that the paper does not state).
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Annotated, Any, Literal
-
-from pydantic import Field
+from typing import Any, Literal
 
 from lpt.augment import Augmenter
 from lpt.backbones.base import Backbone
@@ -17,6 +15,7 @@ from lpt.data.balanced import balanced
 from lpt.data.task import Task
 from lpt.engine.loop import Fit
 from lpt.errors import LptError
+from lpt.settings import Count, Positive, Share
 from lpt.stage import Second, chain, everything, train_stage
 
 
@@ -26,13 +25,13 @@ def tune(
     fit: Fit,
     second: Second,
     *,
-    epochs_stage1: Annotated[int, Field(ge=0)] = 1,
-    per_class: Literal["min", "median", "max"] | Annotated[int, Field(ge=1)] = "median",
-    views: Annotated[int, Field(ge=1)] = 2,
+    epochs_stage1: Count = 1,
+    per_class: Literal["min", "median", "max"] | Positive = "median",
+    views: Positive = 2,
     augmenter: Augmenter = "trivial",
     include_original: bool = False,
     stage1_train: Literal["head", "all"] = "all",
-    stage1_lr: Annotated[float, Field(ge=0, lt=1)] = 1e-2,
+    stage1_lr: Share = 1e-2,
     then: Mapping[str, Any] = {"name": "fine_tune", "loss": "ce"},
 ) -> PromptedClassifier:
     """Cross-entropy on `views` augmented views of `per_class` images of every class, drawn with repetition where a

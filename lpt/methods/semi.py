@@ -57,7 +57,7 @@ def fixmatch(
 
     A pseudo-label is the cosine head's on a weak view, kept from confidence `tau` on. Between `soft_from` and `tau` all
     probabilities are the target (LoFT's way, arXiv 2509.09926). Labelled images have logit adjustment of strength
-    `la_tau` (0 is cross-entropy).
+    `la_tau` (0 is cross-entropy). SGD's `lr` is taken as it is.
     """
     plan = Plan(
         steps=steps,

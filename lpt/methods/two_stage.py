@@ -6,9 +6,7 @@ with a fresh optimiser. The paper's recipe is for text; what is ours for images 
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Annotated, Any, Literal
-
-from pydantic import Field
+from typing import Any, Literal
 
 from lpt.backbones.base import Backbone
 from lpt.classifier import PromptedClassifier
@@ -16,6 +14,7 @@ from lpt.data.task import Task
 from lpt.engine.loop import Fit
 from lpt.errors import LptError
 from lpt.losses import LossName
+from lpt.settings import Count, Share
 from lpt.stage import Second, chain, head_features, train_stage
 
 LONG = 5
@@ -28,11 +27,11 @@ def tune(
     fit: Fit,
     second: Second,
     *,
-    epochs_stage1: Annotated[int, Field(ge=0)] = 10,
+    epochs_stage1: Count = 10,
     stage1_train: Literal["head", "last_block"] = "head",
     stage1_loss: LossName = "ldam_cb",
-    stage1_lr: Annotated[float, Field(ge=0, lt=1)] = 1e-2,
-    beta: Annotated[float, Field(ge=0, lt=1)] = 0.9999,
+    stage1_lr: Share = 1e-2,
+    beta: Share = 0.9999,
     margin: float = 0.5,
     stage2_loss: Literal["ce", "la"] | None = None,
     then: Mapping[str, Any] = {"name": "fine_tune", "epochs": 3, "loss": "ce"},

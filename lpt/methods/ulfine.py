@@ -32,6 +32,9 @@ from lpt.settings import Count, Part, Positive, Scale, Share, Threshold, Weight
 from lpt.stage import HeadStart, Tuning, around, starting_rows
 from lpt.unlabelled import Fitted, Opinion, Plan, agreement, train_semi
 
+RECURSIVE = 1e-3
+"""The largest `mu` with which recursive prototypes have helped."""
+
 
 def tune(
     task: Task,
@@ -90,16 +93,21 @@ def tune(
       weak views' probabilities (`soft`), of those kept (`masked`), or their counts (`histogram`), with `pu_ema`;
     - `proto_space`: where images and texts meet, or the features, to which texts are taken by the projection;
     - `proto_center`: both mixed after their means over classes are taken off, and the texts' mean added again;
-    - `orth_weight` times the mean squared cosine between the prototypes, the visual means, or texts that learn.
+    - `orth_weight` times the mean squared cosine between the prototypes or the visual means; with `learnable_text`
+      between the prototypes, and their texts learn from it.
 
-    Dual-logit fusion: `fusion` and `eta` (`FusedHead`), and where it is used. Losses: `tau`, `lambda_u`, the strength
-    `la_tau` of logit adjustment (0 is cross-entropy) and where it applies, `lambda_sim` for the same losses on the
-    similarities. `ratio` unlabelled images come with each labelled one. SGD's `lr` is taken as it is. `weight_ema` is
-    of what trains by gradient. Raises LptError.
+    Dual-logit fusion: `fusion`, `eta` and `daso_temperature` (`FusedHead`), and where it is used. Losses: `tau`,
+    `lambda_u`, the strength `la_tau` of logit adjustment (0 is cross-entropy) and where it applies, `lambda_sim` for
+    the same losses on the similarities. `ratio` unlabelled images come with each labelled one. SGD's `lr` is taken as
+    it is. `weight_ema` is of what trains by gradient. Raises LptError.
     """
     if orth_on == "learnable_text" and proto_mode == "recursive":
         raise LptError(
             "method.orth_on=learnable_text needs proto_mode=anchored: recursive prototypes leave texts behind"
+        )
+    if proto_mode == "recursive" and mu > RECURSIVE:
+        fit.say(
+            f"warning: recursive prototypes move in every step: method.mu {mu:g} undoes their gain, use {RECURSIVE:g}"
         )
     plan = Plan(
         steps=steps,

@@ -1,0 +1,106 @@
+"""Text towers of open_clip: vectors for the names of classes, in the joint space of images and texts."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lpt.backbones.timm_vit import check_fit, read_weights
+from lpt.errors import BackboneError
+
+TEMPLATE = "a photo of a {}"
+TEXTS = 256
+"""Texts that the tower encodes at a time."""
+
+
+@dataclass(frozen=True)
+class Texts:
+    """A text tower that is on disk only: `encode` reads it, in fp32, and drops it when done.
+
+    So it is never in memory beside a training, no `.to(bfloat16)` reaches it, and a copy of the backbone copies a path.
+    """
+
+    name: str
+    model: str
+    config: Mapping[str, Any]
+    """Of open_clip's model: `embed_dim`, `text_cfg` and `quick_gelu`."""
+    path: Path
+
+    @torch.no_grad()
+    def encode(self, classes: Sequence[str], templates: Sequence[str], device: torch.device) -> dict[str, Tensor]:
+        """Class name → vector [J] on the CPU: the unit mean over templates of unit text features, as in CLIP's
+        zero-shot classifiers (Radford 2021, section 3.1.4). Underscores in names are read as spaces.
+
+        Raises BackboneError where the tower or its tokenizer cannot be loaded.
+        """
+        tokenizer, tower = self._tokenizer(), self._tower().to(device)
+        texts = [t.replace("{}", name.replace("_", " ")) for name in classes for t in templates]
+        parts = [tower(tokenizer(texts[i : i + TEXTS]).to(device)) for i in range(0, len(texts), TEXTS)]
+        features = F.normalize(torch.cat(parts), dim=1).view(len(classes), len(templates), -1)
+        return dict(zip(classes, F.normalize(features.mean(1), dim=1).cpu(), strict=True))
+
+    def _tower(self) -> nn.Module:
+        from open_clip import CustomTextCLIP
+
+        text = self.config["text_cfg"]
+        if text.get("hf_model_name"):
+            raise BackboneError(
+                f"the texts of {self.name} are those of another library's tower ({text['hf_model_name']}), which is "
+                "not supported: set prototypes.weights to a safetensors file"
+            )
+        image: Any = {
+            "layers": 1,
+            "width": 64,
+            "patch_size": 32,
+            "image_size": 32,
+        }  # comes with the text tower; not kept
+        tower = CustomTextCLIP(self.config["embed_dim"], image, text, quick_gelu=self.config["quick_gelu"]).text
+        # open_clip has two layouts of a file: the text tower's keys begin with `text.`, or stand beside `visual.`.
+        found = {k.removeprefix("text."): v for k, v in read_weights(self.path).items()}
+        found = {k: v for k, v in found.items() if not k.startswith(("visual.", "logit_"))}
+        check_fit(tower.state_dict(), found, self.path, f"the text tower of {self.model}")
+        tower.load_state_dict(found)
+        return tower.requires_grad_(False).eval()
+
+    def _tokenizer(self) -> Any:
+        from open_clip import get_tokenizer
+
+        try:
+            return get_tokenizer(self.model)
+        except Exception as error:  # transformers and its parts raise errors of any class
+            wanted = self.config["text_cfg"].get("hf_tokenizer_name") or self.model
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            raise BackboneError(
+                f"the tokenizer {wanted} of {self.name} could not be loaded ({reason}): it needs transformers and a "
+                "download, or else set prototypes.weights to a safetensors file"
+            ) from error
+
+
+def read_templates(template: str) -> tuple[str, ...]:
+    """Templates with `{}` for the class name: `template` itself, OpenAI's 80 for ImageNet for `ensemble`, or the lines
+    of the file at `template`. Raises BackboneError."""
+    if template == "ensemble":
+        from open_clip import OPENAI_IMAGENET_TEMPLATES
+
+        return tuple(of("{}") for of in OPENAI_IMAGENET_TEMPLATES)
+    if "{}" in template:
+        return (template,)
+    path = Path(template)
+    if not path.is_file():
+        raise BackboneError(
+            f"prototypes.template {template!r} has no {{}} for the class name and is no file: give a text such as "
+            f"{TEMPLATE!r}, `ensemble`, or a file with one template a line"
+        )
+    try:
+        lines = tuple(line.strip() for line in path.read_text().splitlines() if line.strip())
+    except UnicodeDecodeError:
+        raise BackboneError(f"prototypes.template {path} is not a text file: give one with a template a line") from None
+    if without := [line for line in lines if "{}" not in line]:
+        raise BackboneError(f"prototypes.template {path}: {without[0]!r} has no {{}} for the class name: put it in")
+    if not lines:
+        raise BackboneError(f"prototypes.template {path} is empty: give it one template a line")
+    return lines
