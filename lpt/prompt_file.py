@@ -1,11 +1,11 @@
 """Prompt files: one safetensors file with what was learned, a JSON header, and never the frozen backbone.
 
-Format 1. Tensors: `shared.tokens` [L n D], `pool.tokens` [K L' n D], `pool.keys` [K D'], `pool.centre` [D'],
-`head.weight` [C D'], `head.bias` [C] where the head is linear and not cosine, or `head.bank` [N D'] where it is nearest
-neighbours, `query_head.weight` [C D'] where the query has a head of its own, `calibration.scale` and `.offset` [C],
-with a fused head `head.scales` [2], `.prototypes`, `.texts` and `.visual` [C J], `.seen` and `.frequency` [C], and
-`backbone.*`, what was learned inside a copy of the backbone as the header's `inside` says. A shallow prompt has L = 1.
-The header stands under `lpt` in the file's metadata.
+Format 2; format 1 has no SHA-256 and is still read. Tensors: `shared.tokens` [L n D], `pool.tokens` [K L' n D],
+`pool.keys` [K D'], `pool.centre` [D'], `head.weight` [C D'], `head.bias` [C] where the head is linear and not cosine,
+or `head.bank` [N D'] where it is nearest neighbours, `query_head.weight` [C D'] where the query has a head of its own,
+`calibration.scale` and `.offset` [C], with a fused head `head.scales` [2], `.prototypes`, `.texts` and `.visual` [C J],
+`.seen` and `.frequency` [C], and `backbone.*`, what was learned inside a copy of the backbone as the header's `inside`
+says. A shallow prompt has L = 1. The header stands under `lpt` in the file's metadata.
 """
 
 import json
@@ -27,7 +27,7 @@ from lpt.preprocess import LARGEST_VIEW, Preprocess
 from lpt.prompts import DeepPrompt, PromptPool, ShallowPrompt
 from lpt.tensors import is_intact, read_tensors, to_bytes
 
-FORMAT = 1
+FORMAT = 2
 LARGEST_NUMBER = 1e6
 """Nothing that was learned is larger; what is, is no model, and makes answers that are not finite."""
 
@@ -170,7 +170,8 @@ def read_prompt(path: str | Path) -> PromptFile:
         )
     header = _header(path, metadata["lpt"])
     _check_tensors(path, header, tensors)
-    if not is_intact(json.loads(metadata["lpt"]), tensors):
+    raw = json.loads(metadata["lpt"])
+    if (header.format > 1 or "sha256" in raw) and not is_intact(raw, tensors):
         raise PromptFileError(f"prompt file {path} is damaged: it does not hold what was written (SHA-256)")
     return PromptFile(header, {k: v.float() for k, v in tensors.items()})
 

@@ -132,7 +132,7 @@ def _matched(task: Task, classes: Sequence[str], path: str | Path) -> tuple[Imag
     if sum(k >= 0 for k in ours) < 2:
         raise PromptFileError(
             f"prompt file {path} knows {len(classes)} classes, {task.name} has {len(task.classes)}, and less than two "
-            f"names are the same: for example {', '.join([*classes[:2], *task.classes[:2]])}"
+            f"names are the same: for example {quoted(', '.join([*classes[:2], *task.classes[:2]]))}"
         )
     labels = torch.tensor(ours)[task.test.labels]
     kept = (labels >= 0).nonzero().flatten()

@@ -41,9 +41,9 @@ def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 
 def is_intact(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bool:
-    """Whether both are what was sealed; so is what has no seal."""
+    """Whether both are what was sealed."""
     bare = {key: value for key, value in header.items() if key != "sha256"}
-    return "sha256" not in header or header["sha256"] == seal(bare, tensors)
+    return header.get("sha256") == seal(bare, tensors)
 
 
 def seal(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:

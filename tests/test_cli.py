@@ -118,7 +118,7 @@ def test_inspect_on_a_strangers_file(run_folder, tmp_path, capsys):
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         header = json.loads(file.metadata()["lpt"])
     del header["sha256"]
-    header |= {"metrics": {"nll": None}, "inside": {"kind": "lora", "bottleneck": 4, "rank": 8}}
+    header |= {"format": 1, "metrics": {"nll": None}, "inside": {"kind": "lora", "bottleneck": 4, "rank": 8}}
     tensors["backbone.\x1b[2J"] = tensors["head.weight"].clone()
     save_file(tensors, tmp_path / "p.safetensors", metadata={"lpt": json.dumps(header)})
     code, said, err = lpt(capsys, "inspect", tmp_path / "p.safetensors")
@@ -128,7 +128,7 @@ def test_inspect_on_a_strangers_file(run_folder, tmp_path, capsys):
 def test_inspect_and_list_say_what_there_is(run_folder, capsys):
     code, said, _ = lpt(capsys, "inspect", run_folder / "prompt.safetensors")
     assert code == 0
-    for part in ("format 1", "nano", "classes   10", "pool.tokens", "measured  few"):
+    for part in ("format 2", "nano", "classes   10", "pool.tokens", "measured  few"):
         assert part in said
     for what, part in (
         ("methods", "lpt"), ("backbones", "timm"), ("data", "cifar100-lt"), ("losses", "agcl"),

@@ -26,7 +26,7 @@ def saved(tmp_path):
 def rewrite(path, change=None, header=None, raw=None):
     """The same file with other tensors or another header."""
     tensors = load_file(path)
-    text = json.dumps(read_prompt(path).header.model_dump(mode="json") | (header or {}))
+    text = json.dumps(read_prompt(path).header.model_dump(mode="json") | {"format": 1} | (header or {}))
     if change:
         change(tensors)
     save_file(tensors, path, metadata={"lpt": raw or text})
@@ -56,7 +56,7 @@ def test_the_backbone_is_never_in_the_file(saved):
     path, model = saved
     assert set(load_file(path)) == {"shared.tokens", "pool.tokens", "pool.keys", "pool.centre", "head.weight"}
     header = read_prompt(path).header
-    assert header.format == 1 and header.classes == ["0", "1", "2", "3"]
+    assert header.format == 2 and header.classes == ["0", "1", "2", "3"]
     assert header.counts == [30, 12, 5, 2] and header.backbone.fingerprint == model.backbone.fingerprint
 
 
@@ -92,8 +92,8 @@ def test_truncated_empty_foreign_and_missing_files_are_refused(saved, tmp_path):
 
 
 def test_a_newer_format_is_refused(saved):
-    rewrite(saved[0], header={"format": 2})
-    with pytest.raises(PromptFileError, match="format 2, this lpt reads up to 1"):
+    rewrite(saved[0], header={"format": 3})
+    with pytest.raises(PromptFileError, match="format 3, this lpt reads up to 2"):
         read_prompt(saved[0])
 
 
@@ -179,6 +179,14 @@ def test_a_file_without_a_seal_is_an_older_one(saved):
     rewrite(path, header={"scale": 3.5})
     assert read_prompt(path).header.scale == 3.5
     rewrite(path, header={"scale": 3.5, "sha256": "0" * 64})
+    with pytest.raises(PromptFileError, match=r"does not hold what was written \(SHA-256\)"):
+        read_prompt(path)
+
+
+def test_a_file_of_today_needs_its_seal(saved):
+    """A bit may flip in the very name of the seal."""
+    path, _ = saved
+    path.write_bytes(path.read_bytes().replace(b"sha256", b"sha257"))
     with pytest.raises(PromptFileError, match=r"does not hold what was written \(SHA-256\)"):
         read_prompt(path)
 

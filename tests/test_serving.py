@@ -119,7 +119,7 @@ def test_a_prompt_file_cannot_say_where_data_is(prompt, tmp_path):
     header, tensors = read_prompt(prompt)
     for data in ({"settings": [1]}, {"settings": {"name": "folder", "root": "/etc"}}, {"group_rule": {}},
                  {"settings": {"name": "lists", "train": "/dev/zero"}}):  # fmt: skip
-        text = json.dumps(header.model_dump(mode="json") | {"data": data})
+        text = json.dumps(header.model_dump(mode="json") | {"data": data, "format": 1})
         save_file(tensors, tmp_path / "p.safetensors", metadata={"lpt": text})
         with pytest.raises(LptError, match=r"data\.(name|root|train) is missing"):
             evaluate_prompt(tmp_path / "p.safetensors", {})

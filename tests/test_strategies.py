@@ -375,6 +375,7 @@ def test_a_file_with_something_inside_the_backbone_must_say_what(tmp_path):
         header, tensors = json.loads(file.metadata()["lpt"]), {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
     header["inside"]["kind"] = "norm"
     del header["sha256"]
+    header["format"] = 1
     save_file(tensors, tmp_path / "y.safetensors", {"lpt": json.dumps(header)})
     with pytest.raises(LptError, match="differ in backbone"):
         load_prompt(tmp_path / "y.safetensors", small_backbone())

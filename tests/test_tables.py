@@ -87,8 +87,27 @@ def test_metadata_that_does_not_fit_its_files(tmp_path):
     says("file_name,label\n0.png,a\n1.png,\n", "1 rows without a label")
     says("file_name,x,y\n0.png,a,b\n", r"which holds the label\? Set data.label_column")
     says("name,label\n0.png,a\n", "it needs file_name and a class")
+    says("", "cannot be read as a table .it has no rows")
+    says("file_name,label\n0.png,a\n1.png\n", "row 3 has not as many cells as the first, which has 2")
+    says("file_name,label,label\n0.png,a,a\n", "two columns have one name")
+    says('file_name,label\n0.png,"a\n', "cannot be read as a table")
+    says("file_name,label\n\ufeffgone.png,a\n", r"the first is [^\ufeff]*\?gone\.png")
     (place / "metadata.csv").write_text("file_name,label\n0.png,a\n1.png,a\n2.png,b\n")
     assert lpt.load_task("folder", root=str(place)).facts["left_out"] == ["3.png"]
+
+
+def test_metadata_as_json_that_is_no_table(tmp_path):
+    picture(0).save(tmp_path / "0.png")
+    for text, match in (
+        ('{"a":' * 100_000, "cannot be read as a table"),  # as deep as that crashes readers in C
+        ("[1]\n", "row 1 is no object with a value for each column"),
+        ('{"file_name": "0.png", "label": "a"}\n{"file_name": "0.png"}\n', "1 rows without a label"),
+        ('{"file_name": "0.png", "label": ["a"]}\n', "label is to be the name of a class, and not .'a'."),
+        ('{"file_name": "0\\u0000.png", "label": "a"}\n', "names 1 files that are not there"),
+    ):
+        (tmp_path / "metadata.jsonl").write_text(text)
+        with pytest.raises(DataError, match=match):
+            lpt.load_task("folder", root=str(tmp_path))
 
 
 def parquet(place, name, cells, labels, kind=None):

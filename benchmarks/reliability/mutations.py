@@ -13,8 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from lpt.prompt_file import FORMAT
-
 Tree = dict[str, Any]
 Content = tuple[Tree, bytes]
 """A safetensors file's header, parsed, and its body."""
@@ -236,8 +234,8 @@ def with_lpt(content: bytes, change: Callable[[Tree], Any]) -> bytes:
 
 
 def unsealed(content: bytes) -> bytes:
-    """As somebody would leave it who wants other numbers believed; an old file is no other."""
-    return with_lpt(content, lambda tree: {key: value for key, value in tree.items() if key != "sha256"})
+    """As somebody would leave it who wants other numbers believed: a file of format 1 is no other."""
+    return with_lpt(content, lambda tree: {k: v for k, v in tree.items() if k != "sha256"} | {"format": 1})
 
 
 def lpt_field(content: bytes, rng: random.Random) -> bytes:
@@ -303,6 +301,7 @@ def harmless(content: bytes, rng: random.Random) -> bytes:
 
     def change(tree: Tree) -> Tree | str:
         del tree["sha256"]
+        tree["format"] = 1
         way = rng.randrange(4)
         if way == 0:
             return tree | {rng.choice(("licence", "later", "__class__", "../x")): copy.deepcopy(rng.choice(NASTY[:17]))}
@@ -310,7 +309,7 @@ def harmless(content: bytes, rng: random.Random) -> bytes:
             return json.dumps(dict(sorted(tree.items(), key=lambda pair: rng.random())), indent=rng.choice((1, 4)))
         if way == 2:
             return tree | {"versions": {"lpt": "99"}, "method": "another"}
-        return tree | {"settings": {"a": [1, {"b": None}]}, "data": {"name": "elsewhere"}, "format": FORMAT}
+        return tree | {"settings": {"a": [1, {"b": None}]}, "data": {"name": "elsewhere"}}
 
     return with_lpt(content, change)
 

@@ -1,10 +1,11 @@
 """Tables of one's own images: metadata.csv or .jsonl beside them, parquet files with the images inside, Hub datasets.
 
-They are read through `datasets`; images are decoded when a batch needs them.
+Parquet is read through `datasets`; images are decoded when a batch needs them.
 """
 
-import glob
+import csv
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,20 +37,43 @@ def metadata(place: Path) -> Path | None:
 
 def read_metadata(table: Path, label_column: str | None) -> tuple[list[Path], list[str]]:
     """(files, class names) of a metadata file, row by row. Raises DataError."""
-    kind = "csv" if table.suffix == ".csv" else "json"
-    rows = _load(str(table), kind, data_files={"train": glob.escape(str(table))})["train"]
-    if "file_name" not in rows.column_names:
-        raise DataError(f"{table} has columns {quoted(', '.join(rows.column_names))}: it needs file_name and a class")
-    others = [name for name in rows.column_names if name != "file_name"]
+    try:
+        if not (rows := _rows(table)):
+            raise ValueError("it has no rows")
+    except (OSError, ValueError, RecursionError, csv.Error) as error:
+        raise DataError(f"{table} cannot be read as a table ({quoted(error)})") from None
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    if "file_name" not in columns:
+        raise DataError(f"{table} has columns {quoted(', '.join(columns))}: it needs file_name and a class")
+    others = [name for name in columns if name != "file_name"]
     usual = [name for name in LABELS if name in others]
     label = _column(str(table), "label", label_column, usual or (others if len(others) == 1 else []), others)
-    names = rows[label]
-    if (empty := sum(name is None for name in names)) > 0:
-        raise DataError(f"{table} has {empty} rows without a {label}; every image needs a class")
-    files = [table.parent / str(name) for name in rows["file_name"]]
-    if missing := [path for path in files if not path.is_file()]:
-        raise DataError(f"{table} names {len(missing)} files that are not there, the first is {missing[0]}")
+    names = [row.get(label) for row in rows]
+    if (empty := sum(name is None or name == "" for name in names)) > 0:
+        raise DataError(f"{table} has {empty} rows without a {quoted(label)}; every image needs a class")
+    if odd := next((name for name in names if not isinstance(name, str | int | float)), None):
+        raise DataError(f"{table}: {quoted(label)} is to be the name of a class, and not {quoted(odd)}")
+    files = [table.parent / str(row.get("file_name")) for row in rows]
+    if missing := [path for path in files if "\0" in str(path) or not path.is_file()]:
+        raise DataError(f"{table} names {len(missing)} files that are not there, the first is {quoted(missing[0])}")
     return files, [str(name) for name in names]
+
+
+def _rows(table: Path) -> list[dict[str, Any]]:
+    """The rows of a CSV file with a header, or of a file with a JSON object a line. Raises ValueError, OSError,
+    RecursionError and csv.Error."""
+    with table.open(encoding="utf-8-sig", newline="") as file:
+        if table.suffix == ".csv":
+            columns, *lines = list(csv.reader(file, strict=True)) or [[]]
+            if len(set(columns)) < len(columns):
+                raise ValueError("two columns have one name")
+            if odd := next((i for i, line in enumerate(lines, 2) if line and len(line) != len(columns)), None):
+                raise ValueError(f"row {odd} has not as many cells as the first, which has {len(columns)}")
+            return [dict(zip(columns, line, strict=True)) for line in lines if line]
+        rows = [json.loads(line) for line in file if line.strip()]
+    if odd := next((i for i, row in enumerate(rows, 1) if not isinstance(row, dict)), None):
+        raise ValueError(f"row {odd} is no object with a value for each column")
+    return rows
 
 
 def read_tables(root: str, image_column: str | None, label_column: str | None) -> dict[str, Part]:
