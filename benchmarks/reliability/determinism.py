@@ -127,7 +127,7 @@ def threads(plan: Plan, folder: Path) -> Row:
         places.append(folder / name)
         finished(plan.with_("train.precision=fp32"), places[-1], environment={"OMP_NUM_THREADS": number})
     found, between = differences(places[1], places[2]), differences(places[0], places[1])
-    note = f"one thread and two differ in {', '.join(between)}" if between else "one thread and two: the same bits, too"
-    wrong = f"; two threads twice differ in {', '.join(found)}" if found else ""
+    note = f"twice with two threads: {', '.join(found)} differ" if found else "twice with two threads: the same bits"
+    wrong = f"; with one thread, which nobody promises, others in {', '.join(between)}" if between else ""
     good, seconds = int(not found), time.perf_counter() - began
     return Row("the same with two threads, fp32", 1, good, 1 - good, seconds, note + wrong)
