@@ -14,7 +14,7 @@ from torch import Tensor
 from lpt.errors import quoted
 
 LARGEST_HEADER = 4 * 2**20
-MOST_TENSORS = 10_000
+MOST_TENSORS, MOST_AXES = 10_000, 8
 """A header is parsed whole before it can be looked at, and takes a kilobyte of memory for each tensor that it names."""
 
 
@@ -35,7 +35,10 @@ def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         with safe_open(path, framework="pt") as opened:
             if len(names := list(opened.keys())) > MOST_TENSORS:
                 raise ValueError(f"{len(names):,} tensors, {MOST_TENSORS:,} are the most")
-            return opened.metadata() or {}, {name: opened.get_tensor(name) for name in names}
+            found = {name: opened.get_tensor(name) for name in names}
+            if deep := [name for name, value in found.items() if value.dim() > MOST_AXES]:
+                raise ValueError(f"{deep[0]} has {found[deep[0]].dim()} axes, {MOST_AXES} are the most")
+            return opened.metadata() or {}, found
     except (SafetensorError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(quoted(error) or type(error).__name__) from None
 

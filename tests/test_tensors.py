@@ -38,6 +38,10 @@ def test_a_header_too_long_or_of_too_many_tensors_is_not_read(tmp_path, monkeypa
     save_file({str(i): torch.zeros(1) for i in range(4)}, path)
     with pytest.raises(ValueError, match="4 tensors, 3 are the most"):
         read_tensors(path)
+    header = json.dumps({"deep": {"dtype": "F32", "shape": [1] * 70, "data_offsets": [0, 4]}}).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+    with pytest.raises(ValueError, match="deep has 70 axes, 8 are the most"):  # torch computes with 64 at most
+        read_tensors(path)
 
 
 @pytest.mark.parametrize("content", [b"", b"1234567", b"\0" * 20, struct.pack("<Q", 4) + b"nono", b"PK\x03\x04" * 9])
