@@ -182,7 +182,7 @@ def decoded(file: File, *, least: int = 0) -> Image.Image:
     content = io.BytesIO(file.content) if isinstance(file.content, bytes) else file.content
     try:
         if not isinstance(file.content, bytes) and not os.path.isfile(file.content):
-            raise FileNotFoundError("there is no such file")  # a pipe would be waited for
+            raise FileNotFoundError(f"there is no such file as {file.content}")  # a pipe would be waited for
         with Image.open(content, formats=_formats()) as image:
             scans = 1
             if image.info.get("progressive"):  # each scan goes over the whole image, whatever the draft
