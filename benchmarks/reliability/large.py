@@ -69,9 +69,9 @@ def rows(quick: bool) -> list[Row]:
             steps if level else 0,
             0,
             seconds,
-            f"{early / 2**20:.0f} MiB after step 200, {late / 2**20:.0f} MiB before step {steps:,}: {100 * grown:+.2f} %; "
-            f"between {min(settled) / 2**20:.0f} and {max(settled) / 2**20:.0f} all the while, with a checkpoint every "
-            "2 s and 20 evaluations",
+            f"{early / 2**20:.0f} MiB after step 200, {late / 2**20:.0f} MiB before step {steps:,}: "
+            f"{100 * grown:+.2f} %; between {min(settled) / 2**20:.0f} and {max(settled) / 2**20:.0f} all the while, "
+            "with a checkpoint every 2 s and 20 evaluations",
         ),
         Row("many classes", classes, classes if whole else 0, 0, seconds, "head, samplers, loss and report"),
     ]
