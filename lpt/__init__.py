@@ -11,17 +11,17 @@ Five lines are a program:
 
 from importlib.metadata import version
 
-from lpt.backbones import load_backbone as load_backbone
-from lpt.backbones.base import Backbone as Backbone
-from lpt.classifier import PromptedClassifier as PromptedClassifier
 from lpt.config import load_config as load_config
 from lpt.data import Images as Images
 from lpt.data import Task as Task
 from lpt.data import load_task as load_task
+from lpt.engine.evaluate import evaluate as evaluate
 from lpt.engine.loop import Fit as Fit
 from lpt.errors import LptError as LptError
-from lpt.evaluate import evaluate as evaluate
 from lpt.methods import tune as tune
+from lpt.model.backbones import load_backbone as load_backbone
+from lpt.model.backbones.base import Backbone as Backbone
+from lpt.model.classifier import PromptedClassifier as PromptedClassifier
 from lpt.prompt_file import load_prompt as load_prompt
 from lpt.prompt_file import read_prompt as read_prompt
 from lpt.prompt_file import save_prompt as save_prompt

@@ -1,4 +1,4 @@
-"""The mouth: one command for each door of `run.py` and `serving.py`. Mistakes are one sentence and exit code 2."""
+"""The mouth: one command for each door of `run.py` and `serve/`. Mistakes are one sentence and exit code 2."""
 
 import json
 import shlex
@@ -44,8 +44,8 @@ def fit(
     from lpt.config import check_data, merged, nested, resolve
     from lpt.data import load_task
     from lpt.device import pick_device
-    from lpt.engine.checkpoint import write_whole
-    from lpt.serving import check_loading
+    from lpt.files import write_atomic
+    from lpt.serve.opening import check_loading
     from lpt.suggest import suggest
 
     given = nested(settings or [])
@@ -63,7 +63,7 @@ def fit(
     text += yaml.safe_dump(merged(tree, settings or [])[0], sort_keys=False)
     print(text)
     if save:
-        write_whole(save, text.encode())
+        write_atomic(save, text.encode())
     _train(resolved, out or Path("runs") / (Path(root).name or "folder"), resume)
 
 
@@ -83,7 +83,7 @@ def _train(resolved: Any, out: Path, resume: bool) -> None:
 
 def _found(rows: dict[str, dict[str, Any]], out: Path) -> None:
     """The table of `rows`, of which the last is the run in `out`, and where that run's files are."""
-    from lpt.report import table
+    from lpt.report.markdown import table
 
     print(table(list(rows.items())))
     report = list(rows.values())[-1]
@@ -102,14 +102,14 @@ def evaluate(
 ) -> None:
     """Metrics of a prompt file on a task (by default the one it was trained on)."""
     from lpt.config import nested
-    from lpt.engine.checkpoint import write_whole
-    from lpt.report import table
-    from lpt.serving import evaluate_prompt
+    from lpt.files import write_atomic
+    from lpt.report.markdown import table
+    from lpt.serve.evaluating import evaluate_prompt
 
     metrics = evaluate_prompt(prompt, nested(settings or []), say=print)
     print(table([(metrics["method"], metrics)]))
     if json_file:
-        write_whole(json_file, json.dumps(metrics, indent=1).encode())
+        write_atomic(json_file, json.dumps(metrics, indent=1).encode())
 
 
 @app.command()
@@ -121,8 +121,9 @@ def predict(
 ) -> None:
     """Class names and probabilities; an image that cannot be decoded is named and the others go on (exit 1)."""
     from lpt.config import nested
-    from lpt.engine.checkpoint import write_whole
-    from lpt.serving import check_loading, image_files, open_prompt, predict_files
+    from lpt.files import write_atomic
+    from lpt.serve.opening import check_loading, open_prompt
+    from lpt.serve.predicting import image_files, predict_files
 
     texts = [str(path) for path in images]
     settings = nested([t for t in texts if _is_setting(t)])
@@ -145,7 +146,7 @@ def predict(
             pairs = zip(answer["classes"], answer["probabilities"], strict=True)
             print(f"{answer['image']}  " + "  ".join(f"{quoted(name)} {p:.3f}" for name, p in pairs))
     if json_file:
-        write_whole(json_file, json.dumps(answers, indent=1).encode())
+        write_atomic(json_file, json.dumps(answers, indent=1).encode())
     if any("error" in answer for answer in answers):
         raise typer.Exit(1)
 
@@ -154,7 +155,7 @@ def predict(
 def inspect(prompt: Annotated[Path, typer.Argument(help="a prompt file")]) -> None:
     """What is in a prompt file: method, backbone, classes, sizes, numbers."""
     from lpt.prompt_file import read_prompt
-    from lpt.report import percent
+    from lpt.report.markdown import percent
 
     header, tensors = read_prompt(prompt)
     print(f"{prompt}  format {header.format}, {prompt.stat().st_size:,} bytes")
@@ -179,7 +180,7 @@ def report(
     against: Annotated[list[Path] | None, typer.Option(metavar="RUN", help="another run on the same classes")] = None,
 ) -> None:
     """Write RUN/report.html once more, other runs beside it (--against, up to three times), and print the table."""
-    from lpt.finished import report_again
+    from lpt.run import report_again
 
     _found(report_again(folder, against=against or []), folder)
 
@@ -195,15 +196,18 @@ def doctor(
     """
     from lpt.config import check_data, nested
     from lpt.data import load_task
-    from lpt.doctor import examine
-    from lpt.serving import check_loading
+    from lpt.data.doctor import examine
+    from lpt.model.backbones.labels_seen import overlap_notes
+    from lpt.serve.opening import check_loading
 
     given = nested(settings or [])
     if wrong := sorted(given.keys() - {"data", "backbone"}):
         raise ConfigError([f"{section}: there is no such section here (data, backbone)" for section in wrong])
     check_loading({"backbone": given.get("backbone", {})}, sections=("backbone",))
     task = load_task(**check_data({"name": "folder", "root": root, **given.get("data", {})}))
-    found = examine(task, backbone=given.get("backbone", {}).get("name"))
+    found = examine(task)
+    if backbone := given.get("backbone", {}).get("name"):
+        found.notes += overlap_notes(task.classes, backbone)
     for line in found.facts:
         print(line)
     for kind, lines in (("note", found.notes), ("problem", found.problems)):
@@ -219,11 +223,11 @@ def list_(
     what: Annotated[str | None, typer.Argument(help="methods, backbones, data, losses or configs")] = None,
 ) -> None:
     """What there is."""
-    from lpt.backbones import FAMILIES
     from lpt.data import DATA
     from lpt.errors import did_you_mean
     from lpt.losses import LOSSES
     from lpt.methods import METHODS
+    from lpt.model.backbones import FAMILIES
 
     def first_line(text: str | None) -> str:
         return next(iter((text or "").strip().splitlines()), "")

@@ -12,11 +12,11 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
-from lpt.backbones.clip_text import TEMPLATE
 from lpt.data import DATA, PLACES
+from lpt.data.preprocess import LARGEST_VIEW, Transform
 from lpt.errors import ConfigError, did_you_mean, quoted
 from lpt.methods import METHODS
-from lpt.preprocess import LARGEST_VIEW, Transform
+from lpt.model.backbones.clip_text import TEMPLATE
 from lpt.settings import Seed, settings_of, validated
 
 LONGEST, LARGEST, DEEPEST = 2**16, 100_000, 50

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lpt.longtail import shot_groups
+from lpt.data.longtail import shot_groups
 
 
 def per_class_accuracy(predicted: Tensor, labels: Tensor, num_classes: int) -> Tensor:

@@ -17,15 +17,14 @@ import torch
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, model_validator
 from torch import Tensor
 
-from lpt.adapters import Kind, adapted
-from lpt.backbones.base import Backbone
-from lpt.classifier import PromptedClassifier
-from lpt.engine.checkpoint import write_whole
+from lpt.data.preprocess import LARGEST_VIEW, Preprocess
 from lpt.errors import PromptFileError, quoted
-from lpt.heads import Calibration, CosineHead, FusedHead, Fusion, Head, LinearHead, NeighbourHead
-from lpt.preprocess import LARGEST_VIEW, Preprocess
-from lpt.prompts import DeepPrompt, PromptPool, ShallowPrompt
-from lpt.tensors import is_intact, read_tensors, to_bytes
+from lpt.files import is_intact, read_tensors, to_bytes, write_atomic
+from lpt.model.adapters import Kind, adapted
+from lpt.model.backbones.base import Backbone
+from lpt.model.classifier import PromptedClassifier
+from lpt.model.heads import Calibration, CosineHead, FusedHead, Fusion, Head, LinearHead, NeighbourHead
+from lpt.model.prompts import DeepPrompt, PromptPool, ShallowPrompt
 
 FORMAT = 2
 LARGEST_NUMBER = 1e6
@@ -43,7 +42,7 @@ class BackboneFacts(BaseModel):
 
 
 class Inside(BaseModel):
-    """What is learned inside the backbone: arguments of `lpt.adapters.adapted`."""
+    """What is learned inside the backbone: arguments of `lpt.model.adapters.adapted`."""
 
     kind: Kind
     bottleneck: int = Field(ge=1, le=4096)
@@ -145,7 +144,7 @@ def save_prompt(
             f"prompt file {path} is not written: in {storage} {bad[0]} holds numbers that are not finite or above "
             f"{LARGEST_NUMBER:g}: lower method.lr, or use train.storage=fp32"
         )
-    write_whole(Path(path), to_bytes(tensors, lpt=json.loads(header.model_dump_json())))
+    write_atomic(Path(path), to_bytes(tensors, lpt=json.loads(header.model_dump_json())))
     return header
 
 

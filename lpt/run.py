@@ -7,39 +7,38 @@ import contextlib
 import functools
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lpt.backbones import load_backbone
-from lpt.backbones.base import Backbone, fingerprint_of, read_prototypes
-from lpt.backbones.clip_text import read_templates
-from lpt.backbones.clip_vit import ClipViT
-from lpt.classifier import PromptedClassifier
 from lpt.config import Config, load_config
 from lpt.data import PLACES, load_task
 from lpt.data.task import Task
 from lpt.device import PRECISIONS, peak_memory, pick_device, pick_precision, versions
-from lpt.doctor import labels_seen
-from lpt.engine.checkpoint import write_whole
+from lpt.engine.evaluate import PrefixCache, evaluate, measure, predict
+from lpt.engine.history import History
 from lpt.engine.lock import locked
 from lpt.engine.loop import Fit
 from lpt.engine.processes import together
+from lpt.engine.selection import Best, watched
 from lpt.engine.stopping import Stop
 from lpt.errors import LptError
-from lpt.evaluate import PrefixCache, evaluate, measure, predict
-from lpt.finished import command_of, split_of, write_page
-from lpt.history import History
+from lpt.files import to_bytes, write_atomic
 from lpt.methods import METHODS
+from lpt.methods.supervised import chain
+from lpt.model.backbones import load_backbone
+from lpt.model.backbones.base import Backbone, fingerprint_of, read_prototypes
+from lpt.model.backbones.clip_text import read_templates
+from lpt.model.backbones.clip_vit import ClipViT
+from lpt.model.backbones.labels_seen import labels_seen
+from lpt.model.classifier import PromptedClassifier
 from lpt.prompt_file import DTYPES, beyond_fp16, save_prompt
-from lpt.pseudo_labels import diagnose, read_last_round
-from lpt.report import markdown
-from lpt.selection import Best, watched
-from lpt.stage import chain
-from lpt.tensors import to_bytes
+from lpt.report.finished import Rows, command_of, split_of, write_page
+from lpt.report.markdown import markdown
+from lpt.report.pseudo_labels import diagnose, read_last_round
 
 MADE = ("config.yaml", "checkpoints", "history.jsonl", "prompt.safetensors", "report.json")
 """By what a folder is known to hold a run."""
@@ -148,8 +147,8 @@ def _train(
             _check_new(out, resume)
             check_same()
             history.read()
-            write_whole(out / "config.yaml", config.to_yaml().encode())
-            write_whole(out / "split.json", json.dumps(manifest).encode())
+            write_atomic(out / "config.yaml", config.to_yaml().encode())
+            write_atomic(out / "split.json", json.dumps(manifest).encode())
 
     fit = Fit(
         images=task.train,
@@ -238,9 +237,9 @@ def _train(
         }
         top = model.probabilities(predictions.logits).max(1)
         made = {"labels": predictions.labels, "predicted": top.indices, "confidence": top.values.float()}
-        write_whole(out / "predictions.safetensors", to_bytes(made))
-        write_whole(out / "report.md", markdown(report, classes=task.classes, command=command_of(out)).encode())
-        write_whole(out / "report.json", json.dumps(report, indent=1).encode())
+        write_atomic(out / "predictions.safetensors", to_bytes(made))
+        write_atomic(out / "report.md", markdown(report, classes=task.classes, command=command_of(out)).encode())
+        write_atomic(out / "report.json", json.dumps(report, indent=1).encode())
         write_page(out, test=task.test)
     accelerator.wait_for_everyone()
     return report
@@ -272,3 +271,13 @@ def _backbone(config: Config) -> Backbone:
     elif isinstance(backbone, ClipViT):
         backbone.templates = read_templates(config.prototypes.template)
     return backbone
+
+
+def report_again(out: Path, *, against: Sequence[Path] = ()) -> Rows:
+    """`write_page` once more, with the images if the data is still where the run's config says."""
+    test = None
+    if (out / "config.yaml").exists():
+        with contextlib.suppress(LptError, OSError, ValueError):  # a page without pictures is better than none
+            task = load_task(**load_config(out / "config.yaml").data)
+            test = task.test if task.manifest()["sha256"] == split_of(out).get("sha256") else None
+    return write_page(out, test=test, against=against)

@@ -10,13 +10,13 @@ os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="lpt-tests-")
 import pytest
 import torch
 
-from lpt.backbones import timm_vit
-from lpt.backbones.timm_vit import TimmViT
-from lpt.classifier import PromptedClassifier
 from lpt.config import load_config
 from lpt.data.task import Images, Task
-from lpt.heads import CosineHead
-from lpt.prompts import DeepPrompt, PromptPool
+from lpt.model.backbones import timm_vit
+from lpt.model.backbones.timm_vit import TimmViT
+from lpt.model.classifier import PromptedClassifier
+from lpt.model.heads import CosineHead
+from lpt.model.prompts import DeepPrompt, PromptPool
 from lpt.run import train
 
 ROOT = Path(__file__).parents[1]
@@ -101,7 +101,7 @@ def tower(tmp_path_factory):
     """(open_clip's own small model, the same behind the seam, its name and its weights); its texts are made once."""
     from test_clip_vit import stored
 
-    from lpt.backbones import load_backbone
+    from lpt.model.backbones import load_backbone
 
     model, name, path = stored(tmp_path_factory.mktemp("tower"), name="tower")
     backbone = load_backbone(f"open_clip:{name}", weights=path)

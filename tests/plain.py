@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lpt.backbones.timm_vit import TimmViT
-from lpt.classifier import Output, PromptedClassifier
+from lpt.model.backbones.timm_vit import TimmViT
+from lpt.model.classifier import Output, PromptedClassifier
 
 
 def plain_block(backbone: TimmViT, i: int, tokens: Tensor, prompt: Tensor | None = None) -> Tensor:

@@ -11,9 +11,9 @@ import torch
 from conftest import toy_images, toy_task
 
 from lpt.data.task import Task
+from lpt.engine.history import History
 from lpt.engine.loop import Fit
 from lpt.engine.processes import rank_and_world
-from lpt.history import History
 from lpt.methods import METHODS
 
 COUNTS = (14, 7, 3, 2)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from conftest import prompted as with_prompts
 from conftest import small_backbone
 
-from lpt.adapters import KINDS, AdaptFormer, adapted, auto_bottleneck
+from lpt.model.adapters import KINDS, AdaptFormer, adapted, auto_bottleneck
 
 
 def images(n=3, seed=0):

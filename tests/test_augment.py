@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import toy_images
 
-from lpt.augment import augmented
+from lpt.data.augment import augmented
 
 PIXELS = toy_images(torch.arange(3).repeat(4)).pixels
 SEEDS = list(range(12))

@@ -5,11 +5,11 @@ import torch
 from plain import plain_block
 from safetensors.torch import save_file
 
-from lpt.backbones import FAMILIES, load_backbone, timm_vit
-from lpt.backbones import nano as nano_module
-from lpt.backbones.base import KeyValue, fingerprint_of, read_prototypes
-from lpt.backbones.timm_vit import attend
 from lpt.errors import BackboneError
+from lpt.model.backbones import FAMILIES, load_backbone, timm_vit
+from lpt.model.backbones import nano as nano_module
+from lpt.model.backbones.base import KeyValue, fingerprint_of, read_prototypes
+from lpt.model.backbones.timm_vit import attend
 
 
 def normal(*shape, seed=0):

@@ -5,9 +5,9 @@ import torch
 from conftest import small_backbone, toy_task
 
 import lpt
+from lpt.engine.evaluate import features
+from lpt.engine.history import History
 from lpt.engine.loop import Fit
-from lpt.evaluate import features
-from lpt.history import History
 from lpt.methods import METHODS
 from lpt.prompt_file import load_prompt, save_prompt
 

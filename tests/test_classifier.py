@@ -5,11 +5,11 @@ import torch
 from conftest import images, prompted, small_backbone
 from plain import plain_forward
 
-from lpt.backbones import timm_vit
-from lpt.classifier import PromptedClassifier
 from lpt.errors import LptError
-from lpt.heads import CosineHead
-from lpt.prompts import DeepPrompt, PromptPool
+from lpt.model.backbones import timm_vit
+from lpt.model.classifier import PromptedClassifier
+from lpt.model.heads import CosineHead
+from lpt.model.prompts import DeepPrompt, PromptPool
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_bf16_stays_close_to_fp32():
 
 
 def test_a_large_pool_is_searched_by_an_index_with_the_same_result(monkeypatch):
-    from lpt import classifier
+    from lpt.model import classifier
 
     backbone = small_backbone()
     model = prompted(backbone).only_train().eval()

@@ -13,15 +13,15 @@ from plain import plain_block
 from safetensors.torch import load_file, save_file
 
 from lpt import run
-from lpt.adapters import adapted
-from lpt.backbones import clip_text, load_backbone
-from lpt.backbones.clip_text import read_templates
-from lpt.backbones.clip_vit import ClipViT
 from lpt.config import resolve
 from lpt.errors import BackboneError
-from lpt.heads import CosineHead
 from lpt.methods import METHODS
-from lpt.stage import learner
+from lpt.methods.supervised import learner
+from lpt.model.adapters import adapted
+from lpt.model.backbones import clip_text, load_backbone
+from lpt.model.backbones.clip_text import read_templates
+from lpt.model.backbones.clip_vit import ClipViT
+from lpt.model.heads import CosineHead
 
 open_clip = pytest.importorskip("open_clip")
 

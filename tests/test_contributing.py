@@ -7,7 +7,7 @@ from pathlib import Path
 from lpt import run
 from lpt.config import load_config
 from lpt.methods import METHODS, baselines
-from lpt.serving import evaluate_prompt
+from lpt.serve.evaluating import evaluate_prompt
 
 TEXT = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
 

@@ -13,8 +13,8 @@ from PIL import Image
 
 from lpt.data import load_task
 from lpt.data.cifar import cifar100_lt
+from lpt.data.longtail import count_fingerprint, shot_groups
 from lpt.errors import DataError
-from lpt.longtail import count_fingerprint, shot_groups
 
 
 def test_cifar100_lt_has_the_published_counts(cifar100_root):

@@ -10,7 +10,8 @@ from test_folder import fill, picture
 
 import lpt
 from lpt.cli import main
-from lpt.doctor import examine, label_sets
+from lpt.data.doctor import examine
+from lpt.model.backbones.labels_seen import label_sets, overlap_notes
 
 
 @pytest.fixture
@@ -20,8 +21,12 @@ def folder(tmp_path):
     return tmp_path / "p"
 
 
-def found(folder, **changes):
-    return examine(lpt.load_task("folder", root=str(folder)), **changes)
+def found(folder):
+    return examine(lpt.load_task("folder", root=str(folder)))
+
+
+def overlap(folder, backbone):
+    return "\n".join(overlap_notes(lpt.load_task("folder", root=str(folder)).classes, backbone))
 
 
 def test_a_healthy_folder_has_no_problem(folder):
@@ -85,10 +90,10 @@ def test_the_unlabelled_part_is_examined_too(folder):
 
 
 def test_labels_that_the_backbone_has_seen(folder):
-    notes = "\n".join(found(folder, backbone="timm:deit_tiny_patch16_224.fb_in1k").notes)
+    notes = overlap(folder, "timm:deit_tiny_patch16_224.fb_in1k")
     assert "imagenet-1k, which has 1 of these 3 classes: tench" in notes
-    assert "overlap not checked" in "\n".join(found(folder, backbone="timm:deit_tiny_patch16_224").notes)
-    notes = "\n".join(found(folder, backbone="nano").notes)
+    assert "overlap not checked" in overlap(folder, "timm:deit_tiny_patch16_224")
+    notes = overlap(folder, "nano")
     assert "CIFAR-100" not in notes and "not checked" not in notes  # none of these classes
     assert {"goldfish", "great white shark"} < label_sets("timm:deit_tiny_patch16_224.fb_in1k")["imagenet-1k"]
     (hundred,) = label_sets("nano").values()

@@ -5,7 +5,7 @@ import torch
 from conftest import prompted, small_backbone, toy_images, toy_task
 
 from lpt import evaluate as public_evaluate
-from lpt.evaluate import PrefixCache, features, measure, predict
+from lpt.engine.evaluate import PrefixCache, features, measure, predict
 
 LABELS = torch.arange(7).repeat(5)
 

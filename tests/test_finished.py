@@ -6,7 +6,8 @@ import shutil
 import pytest
 
 from lpt.errors import LptError
-from lpt.finished import report_again, write_page
+from lpt.report.finished import write_page
+from lpt.run import report_again
 
 
 def test_another_run_stands_beside_it(finished, tmp_path):

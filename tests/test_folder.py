@@ -14,9 +14,9 @@ from PIL import Image
 
 import lpt
 from lpt.cli import main
+from lpt.data.preprocess import File, Preprocess, decoded
 from lpt.data.task import Files
 from lpt.errors import DataError
-from lpt.preprocess import File, Preprocess, decoded
 
 
 def picture(seed, height=40, width=60):

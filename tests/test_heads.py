@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lpt.heads import CosineHead, FusedHead, class_means
+from lpt.model.heads import CosineHead, FusedHead, class_means
 
 
 def head(*, num_classes=5, width=16, seed=0):

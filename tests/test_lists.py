@@ -10,8 +10,8 @@ from PIL import Image
 
 from lpt.data import load_task
 from lpt.data.lists import PUBLISHED, read_list, read_unlabeled
+from lpt.data.preprocess import Preprocess
 from lpt.errors import DataError
-from lpt.preprocess import Preprocess
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ def test_a_published_name_holds_what_was_published(tree, tmp_path):
 def test_a_made_tree_with_the_published_counts_is_accepted(tmp_path, monkeypatch):
     """Places-LT by its counts alone: 62,500 lines over 365 classes, checked by total, extremes and fingerprint."""
     from lpt.data import lists as module
-    from lpt.longtail import count_fingerprint
+    from lpt.data.longtail import count_fingerprint
 
     counts = [4980, *np.linspace(310, 6, 363).astype(int).tolist(), 5]
     counts[1] += 62_500 - sum(counts)

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
+from lpt.data.longtail import GROUPS, count_fingerprint, long_tail, shot_groups
 from lpt.errors import DataError
-from lpt.longtail import GROUPS, count_fingerprint, long_tail, shot_groups
 
 # Protocols spec section 2: IF, training images, smallest class, groups (few < 20 | few <= 20), count fingerprint.
 CIFAR100 = [

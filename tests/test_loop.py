@@ -11,15 +11,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
+from lpt.data.preprocess import Preprocess
+from lpt.data.samplers import InstanceBalanced
 from lpt.engine.batches import Progress, Stream
 from lpt.engine.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from lpt.engine.history import History
 from lpt.engine.loop import Fit
 from lpt.engine.optim import lr_at, scaled_lr
 from lpt.errors import TrainingError
-from lpt.history import History
-from lpt.preprocess import Preprocess
-from lpt.samplers import InstanceBalanced
-from lpt.tensors import to_bytes
+from lpt.files import to_bytes
 
 LABELS = torch.arange(3).repeat(8)
 

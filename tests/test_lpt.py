@@ -6,9 +6,9 @@ from conftest import small_backbone, toy_task
 
 import lpt
 from lpt.engine.batches import Progress, draw, seen
+from lpt.engine.history import History
 from lpt.engine.loop import Fit
 from lpt.errors import LptError
-from lpt.history import History
 from lpt.methods import METHODS
 
 SETTINGS = dict(

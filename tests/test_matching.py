@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lpt.matching import KeyIndex, key_usage, kmeans_keys, match
+from lpt.model.matching import KeyIndex, key_usage, kmeans_keys, match
 
 
 def normal(*shape, seed=0):

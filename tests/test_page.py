@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 from test_folder import as_files
 
-from lpt import plots
 from lpt.data import Images
-from lpt.page import html
+from lpt.report import plots
+from lpt.report.page import html
 
 
 def test_it_is_one_file_without_network_or_script(finished):

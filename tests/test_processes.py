@@ -10,13 +10,13 @@ from safetensors.torch import load_file, save_file
 from semi import Killed, normal, semi
 
 from lpt.engine import processes
+from lpt.engine.evaluate import PrefixCache, features, predict
 from lpt.engine.memory import Memory
 from lpt.engine.processes import everywhere, gathered, rank_and_world, summed, together
 from lpt.errors import TrainingError
-from lpt.evaluate import PrefixCache, features, predict
-from lpt.heads import FusedHead
+from lpt.methods.semi_supervised import Opinion
 from lpt.methods.ulfine import Fitting
-from lpt.unlabelled import Opinion
+from lpt.model.heads import FusedHead
 
 SHARED = {"steps": 4, "rounds": 2, "lr": 0.05, "batch_size": 8}
 RUNS = {

@@ -6,10 +6,10 @@ import torch
 from conftest import images, prompted, small_backbone, toy_task
 from safetensors.torch import load_file, save_file
 
-from lpt.backbones import timm_vit
-from lpt.classifier import PromptedClassifier
 from lpt.errors import DiskError, PromptFileError
-from lpt.heads import NeighbourHead
+from lpt.model.backbones import timm_vit
+from lpt.model.classifier import PromptedClassifier
+from lpt.model.heads import NeighbourHead
 from lpt.prompt_file import beyond_fp16, load_prompt, read_prompt, save_prompt
 
 
@@ -232,7 +232,7 @@ def fused(clip, tmp_path):
 
 
 def test_a_fused_head_reloads_to_the_same_bits_with_all_its_state(fused, tower):
-    from lpt.backbones import load_backbone
+    from lpt.model.backbones import load_backbone
 
     path, model = fused
     again = load_prompt(path, load_backbone(tower[2], weights=tower[3]))

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from lpt.errors import LptError
-from lpt.prompts import DeepPrompt, PromptPool
+from lpt.model.prompts import DeepPrompt, PromptPool
 
 
 def seeded(seed=0):

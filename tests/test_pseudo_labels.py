@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from lpt.pseudo_labels import diagnose, read_last_round, write_round
+from lpt.report.pseudo_labels import diagnose, read_last_round, write_round
 
 CLASSES = ("ant", "bee", "cat", "dog", "eel", "fox")
 COUNTS = torch.tensor([5, 90, 40, 2, 30, 8])  # head: bee and cat, tail: ant and dog

@@ -7,8 +7,8 @@ import pytest
 from lpt import run
 from lpt.config import resolve
 from lpt.engine import loop
+from lpt.engine.history import History
 from lpt.errors import LptError
-from lpt.history import History
 
 CONFIG = {
     "backbone": {"name": "untrained:vit_tiny_patch16_224", "image_size": 32},
@@ -158,8 +158,8 @@ def test_zero_shot_trains_nothing_and_leaves_a_whole_run(tmp_path):
     import torch
     from safetensors.torch import save_file
 
-    from lpt.backbones import load_backbone
     from lpt.data import load_task
+    from lpt.model.backbones import load_backbone
 
     names = list(load_task("digits-lt").classes)
     rows = torch.randn(10, load_backbone("nano").feature_width, generator=torch.Generator().manual_seed(0))

@@ -4,8 +4,8 @@ from itertools import pairwise
 import pytest
 import torch
 
+from lpt.data.samplers import ClassBalanced, InstanceBalanced, InstancePerStep, instance_weight
 from lpt.errors import DataError
-from lpt.samplers import ClassBalanced, InstanceBalanced, InstancePerStep, instance_weight
 
 LABELS = torch.repeat_interleave(torch.arange(5), torch.tensor([23, 9, 4, 2, 1]))
 

@@ -4,7 +4,7 @@ import statistics
 
 import pytest
 
-from lpt.selection import watched
+from lpt.engine.selection import watched
 
 
 def line(accuracy, phase="semi"):

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from conftest import toy_task
 from semi import COUNTS, FAST, Killed, cross_entropy, normal, semi, semi_task, unit
 
-from lpt.heads import FusedHead
 from lpt.losses import loss_by_name
-from lpt.methods import semi as methods
-from lpt.unlabelled import Opinion
+from lpt.methods import daso as methods
+from lpt.methods.semi_supervised import Opinion
+from lpt.model.heads import FusedHead
 
 PRIOR = [math.log(n / sum(COUNTS)) for n in COUNTS]
 

@@ -12,7 +12,8 @@ from lpt.config import resolve
 from lpt.data import load_task
 from lpt.errors import LptError, PromptFileError
 from lpt.prompt_file import read_prompt
-from lpt.serving import evaluate_prompt, open_prompt
+from lpt.serve.evaluating import evaluate_prompt
+from lpt.serve.opening import open_prompt
 
 BACKBONE = {"name": "untrained:vit_tiny_patch16_224"}
 

@@ -9,15 +9,15 @@ import torch.nn.functional as F
 from conftest import images, small_backbone, toy_task
 
 import lpt
+from lpt.engine.evaluate import features
+from lpt.engine.history import History
 from lpt.engine.loop import Fit
 from lpt.engine.optim import lr_at
 from lpt.errors import BackboneError, ConfigError, LptError
-from lpt.evaluate import features
-from lpt.heads import Calibration
-from lpt.history import History
 from lpt.losses import log_prior
 from lpt.methods import METHODS
 from lpt.methods.decoupled import temperature
+from lpt.model.heads import Calibration
 from lpt.prompt_file import load_prompt, save_prompt
 
 COUNTS = (30, 12, 5, 2)
@@ -399,7 +399,7 @@ def test_zero_shot_is_the_nearest_prototype_by_name():
 
 def test_real_text_prototypes_classify_cifar100(cifar100_root, deit_tiny_weights):
     """33.0 per cent zero-shot at 224 px on all 10,000 test images; here every fortieth of them."""
-    from lpt.backbones.base import read_prototypes
+    from lpt.model.backbones.base import read_prototypes
 
     path = deit_tiny_weights.parent / "cifar100_text_prototypes_deit_tiny.safetensors"
     backbone = lpt.load_backbone("timm:deit_tiny_patch16_224", weights=deit_tiny_weights)
@@ -412,7 +412,7 @@ def test_real_text_prototypes_classify_cifar100(cifar100_root, deit_tiny_weights
 def test_a_file_of_prototypes_that_is_none(tmp_path):
     from safetensors.torch import save_file
 
-    from lpt.backbones.base import read_prototypes
+    from lpt.model.backbones.base import read_prototypes
 
     with pytest.raises(BackboneError, match="does not exist"):
         read_prototypes(tmp_path / "absent")

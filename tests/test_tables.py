@@ -10,8 +10,8 @@ import torch
 from test_folder import picture, png
 
 import lpt
+from lpt.data.preprocess import Preprocess
 from lpt.errors import DataError
-from lpt.preprocess import Preprocess
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])

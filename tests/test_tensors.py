@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lpt import tensors
-from lpt.tensors import is_intact, read_tensors, to_bytes
+from lpt import files as tensors
+from lpt.files import is_intact, read_tensors, to_bytes
 
 FOUND = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor(7), "c": torch.zeros(0, 4), "d": torch.ones(2) > 0}
 

@@ -13,12 +13,12 @@ from conftest import real, toy_task
 from safetensors import safe_open
 from semi import COUNTS, FAST, UNLABELLED, Killed, cross_entropy, normal, semi, semi_task, unit
 
-from lpt.backbones import load_backbone
-from lpt.backbones.base import read_prototypes
-from lpt.heads import FusedHead
 from lpt.methods import METHODS
+from lpt.methods.semi_supervised import Opinion
 from lpt.methods.ulfine import Fitting, orthogonality
-from lpt.unlabelled import Opinion
+from lpt.model.backbones import load_backbone
+from lpt.model.backbones.base import read_prototypes
+from lpt.model.heads import FusedHead
 
 STATE = ("prototypes", "visual", "seen", "frequency")
 SETTINGS = {k: v for k, v in FAST.items() if k != "bottleneck"} | {"adapter_dim": 4, "tau": 0.4}

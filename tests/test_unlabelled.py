@@ -14,12 +14,12 @@ from test_folder import fill
 from lpt import run
 from lpt.config import resolve
 from lpt.data import load_task
+from lpt.data.preprocess import Preprocess
 from lpt.engine import batches
 from lpt.engine.clock import Clock
+from lpt.engine.history import History
 from lpt.errors import LptError
-from lpt.history import History
-from lpt.preprocess import Preprocess
-from lpt.serving import evaluate_prompt
+from lpt.serve.evaluating import evaluate_prompt
 
 
 def prototyped(**changes):

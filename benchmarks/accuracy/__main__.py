@@ -30,7 +30,7 @@ import yaml
 from safetensors.numpy import load_file
 
 from lpt.config import load_config
-from lpt.engine.checkpoint import load_checkpoint, save_checkpoint, write_whole
+from lpt.engine.checkpoint import load_checkpoint, save_checkpoint, write_atomic
 
 HERE = Path(__file__).parent
 RUNS = Path("runs/accuracy")
@@ -113,13 +113,13 @@ def commit_of_the_package() -> str:
 
 
 def write(place: Path, suite: str, rows: list[dict[str, Any]], results: list[dict[str, Any]]) -> None:
-    write_whole(place, json.dumps(results, indent=1).encode())
-    write_whole(place.with_suffix(".md"), table(suite, rows, results).encode())
+    write_atomic(place, json.dumps(results, indent=1).encode())
+    write_atomic(place.with_suffix(".md"), table(suite, rows, results).encode())
     out = io.StringIO()
     lines = csv.writer(out, lineterminator="\n")
     lines.writerow(["method", "seed", *COLUMNS, *FACTS])
     lines.writerows([[r["method"], r["seed"], *(r.get(c) for c in (*COLUMNS, *FACTS))] for r in results])
-    write_whole(place.with_suffix(".csv"), out.getvalue().encode())
+    write_atomic(place.with_suffix(".csv"), out.getvalue().encode())
 
 
 def compared(suite: str, results: list[dict[str, Any]], one: str, other: str) -> str:
@@ -189,7 +189,7 @@ def share_phase1(source: Path, out: Path, config: str, overrides: list[str]) -> 
     state = load_checkpoint(source / place, run_hash=theirs.run_hash(*identity))
     assert state is not None and state.finished, f"{source / place} is not a finished phase"
     save_checkpoint(out / place, state, run_hash=ours.run_hash(*identity))
-    write_whole(out / "config.yaml", ours.to_yaml().encode())
+    write_atomic(out / "config.yaml", ours.to_yaml().encode())
 
 
 def phase1_settings(method: dict[str, Any]) -> dict[str, Any]:

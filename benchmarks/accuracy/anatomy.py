@@ -16,7 +16,7 @@ from benchmarks.accuracy.__main__ import interval
 from lpt.config import nested
 from lpt.data import Images, load_task
 from lpt.metrics import summarise
-from lpt.serving import open_prompt
+from lpt.serve.opening import open_prompt
 
 
 def main() -> None:

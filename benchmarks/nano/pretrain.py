@@ -22,11 +22,11 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from lpt.backbones import load_backbone
-from lpt.backbones.nano import FILE, PREPROCESS, architecture
 from lpt.data.cifar import cifar100_lt
 from lpt.device import pick_device, pick_precision
-from lpt.engine.checkpoint import write_whole
+from lpt.files import write_atomic
+from lpt.model.backbones import load_backbone
+from lpt.model.backbones.nano import FILE, PREPROCESS, architecture
 
 CLASSES = 100
 
@@ -93,9 +93,9 @@ def main() -> None:
     weights = {k: v.detach().cpu().half().contiguous() for k, v in student.vit.state_dict().items()}
     labels = json.dumps([name.replace("_", " ").lower() for name in task.classes])
     content = to_bytes(weights, {"made": f"benchmarks.nano.pretrain, {given.epochs} epochs", "labels": labels})
-    write_whole(given.out / FILE.name, content)
+    write_atomic(given.out / FILE.name, content)
     if given.install:
-        write_whole(FILE, content)
+        write_atomic(FILE, content)
     student.eval()
     result: dict[str, Any] = {"epochs": given.epochs, "seconds": round(spent), "bytes": len(content)}
     with torch.no_grad():
@@ -137,7 +137,7 @@ def teacher_features(given: argparse.Namespace, images: Tensor, device: torch.de
             tokens = teacher.block(i, tokens)
         found.append(teacher.pool(tokens).half().cpu())
     features = torch.cat(found)
-    write_whole(place, to_bytes({"features": features}))
+    write_atomic(place, to_bytes({"features": features}))
     return features
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from benchmarks.reliability.row import Row
 from lpt.device import versions
-from lpt.engine.checkpoint import write_whole
+from lpt.files import write_atomic
 
 THEMES = ("kills", "faults", "hostile", "numbers", "processes", "large", "determinism")
 """Modules of this package; each has `rows(quick) -> list[Row]`."""
@@ -40,7 +40,7 @@ def main() -> None:
             before = json.loads(given.json.read_text()) if given.json.exists() else []
             kept = [row for row in before if row["theme"] != theme]
             fresh = [{"theme": theme, **row._asdict(), "passed": row.passed, **facts} for row in found]
-            write_whole(given.json, json.dumps([*kept, *fresh], indent=1).encode())
+            write_atomic(given.json, json.dumps([*kept, *fresh], indent=1).encode())
 
 
 def line(row: Row) -> str:

@@ -140,7 +140,7 @@ def backbone() -> Any:
     """A tiny ViT with a projection to a joint space, always the same."""
     import torch
 
-    from lpt.backbones import timm_vit
+    from lpt.model.backbones import timm_vit
 
     small = timm_vit.untrained("vit_tiny_patch16_224", image_size=32, depth=2, embed_dim=32, num_heads=2)
     small.projection = torch.randn(32, 16, generator=torch.Generator().manual_seed(5))
@@ -151,10 +151,10 @@ def models() -> dict[str, Any]:
     """A model of every sort that a prompt file can hold."""
     import torch
 
-    from lpt.adapters import adapted
-    from lpt.classifier import PromptedClassifier
-    from lpt.heads import Calibration, CosineHead, FusedHead, LinearHead, NeighbourHead
-    from lpt.prompts import DeepPrompt, PromptPool, ShallowPrompt
+    from lpt.model.adapters import adapted
+    from lpt.model.classifier import PromptedClassifier
+    from lpt.model.heads import Calibration, CosineHead, FusedHead, LinearHead, NeighbourHead
+    from lpt.model.prompts import DeepPrompt, PromptPool, ShallowPrompt
 
     bare, classes = backbone(), ("ant", "bee", "cat", "dog")
     generator = torch.Generator().manual_seed(0)
@@ -228,12 +228,12 @@ def resumed(folder: Path, bare: Any, *, killed_at: int | None = None) -> Any:
     import torch
     import torch.nn.functional as F
 
-    from lpt.classifier import PromptedClassifier
+    from lpt.data.samplers import InstanceBalanced
     from lpt.data.task import Images
     from lpt.engine.batches import Stream
     from lpt.engine.loop import Fit
-    from lpt.heads import CosineHead
-    from lpt.samplers import InstanceBalanced
+    from lpt.model.classifier import PromptedClassifier
+    from lpt.model.heads import CosineHead
 
     pixels = torch.randint(0, 255, (12, 3, 16, 16), generator=torch.Generator().manual_seed(2)).to(torch.uint8)
     images = Images(pixels, torch.arange(4).repeat(3), tuple(str(i) for i in range(12)))
@@ -269,7 +269,7 @@ class Trials:
     def __post_init__(self) -> None:
         import torch
 
-        from lpt.preprocess import File, Preprocess
+        from lpt.data.preprocess import File, Preprocess
 
         self.bare = backbone()
         self.prompts = {path.stem: path.read_bytes() for path in sorted((self.folder / "prompts").iterdir())}
@@ -354,7 +354,7 @@ class Trials:
     def prototypes(self, rng: random.Random) -> str:
         import torch
 
-        from lpt.backbones.base import read_prototypes
+        from lpt.model.backbones.base import read_prototypes
 
         path = self.place / "prototypes.safetensors"
         path.write_bytes(mutations.safetensors((self.folder / "prototypes.safetensors").read_bytes(), rng))
@@ -379,7 +379,7 @@ class Trials:
     def weights(self, rng: random.Random) -> str:
         import torch
 
-        from lpt.backbones.timm_vit import check_fit, read_weights
+        from lpt.model.backbones.timm_vit import check_fit, read_weights
 
         path, wanted = self.place / "weights.safetensors", self.bare.vit.state_dict()
         path.write_bytes(mutations.safetensors((self.folder / "weights.safetensors").read_bytes(), rng))
@@ -400,7 +400,7 @@ class Trials:
         return "read"
 
     def image(self, rng: random.Random) -> str:
-        from lpt.preprocess import File, Preprocess
+        from lpt.data.preprocess import File, Preprocess
 
         if self.seed < len(_bombs()):
             name, content = _bombs()[self.seed]
@@ -578,12 +578,12 @@ def by_command_line(quick: bool) -> Row:
 
 def on_nano(path: Path) -> Path:
     """A prompt file for the backbone that comes with the package, and for digits."""
-    from lpt.backbones import load_backbone
-    from lpt.classifier import PromptedClassifier
     from lpt.data import load_task
-    from lpt.heads import CosineHead
+    from lpt.model.backbones import load_backbone
+    from lpt.model.classifier import PromptedClassifier
+    from lpt.model.heads import CosineHead
+    from lpt.model.prompts import DeepPrompt
     from lpt.prompt_file import save_prompt
-    from lpt.prompts import DeepPrompt
 
     bare, task = load_backbone("nano"), load_task("digits-lt")
     head = CosineHead(num_classes=10, width=bare.feature_width, scale=20.0)

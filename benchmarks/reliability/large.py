@@ -19,8 +19,8 @@ from lpt import run
 from lpt.config import resolve
 from lpt.data import DATA, Task
 from lpt.data.lists import own_lists
+from lpt.data.samplers import ClassBalanced
 from lpt.data.task import Files
-from lpt.samplers import ClassBalanced
 
 STARTS_WITHIN = 20.0
 GROWS_BY = 0.02

@@ -19,18 +19,18 @@ from torch import Tensor
 
 from benchmarks.reliability.hostile import backbone
 from benchmarks.reliability.row import Row
-from lpt.classifier import PromptedClassifier
 from lpt.config import resolve
+from lpt.data.samplers import InstanceBalanced
 from lpt.data.task import Images, Task
 from lpt.engine.batches import Stream
 from lpt.engine.checkpoint import load_checkpoint
 from lpt.engine.loop import Fit
 from lpt.errors import LptError, TrainingError
-from lpt.heads import CosineHead
 from lpt.methods import METHODS, tune
+from lpt.model.classifier import PromptedClassifier
+from lpt.model.heads import CosineHead
 from lpt.prompt_file import read_prompt
 from lpt.run import train
-from lpt.samplers import InstanceBalanced
 
 STEPS, PER_EPOCH = 10, 4
 RATES = (("sgd", 0.3), ("sgd", 0.99), ("adamw", 0.3), ("adamw", 0.99))

@@ -213,11 +213,11 @@ def digits_as_files(folder: Path) -> None:
     from PIL import Image
     from sklearn.datasets import load_digits
 
-    from lpt.backbones import load_backbone
-    from lpt.classifier import PromptedClassifier
     from lpt.data import load_task
-    from lpt.evaluate import features
-    from lpt.heads import CosineHead, class_means
+    from lpt.engine.evaluate import features
+    from lpt.model.backbones import load_backbone
+    from lpt.model.classifier import PromptedClassifier
+    from lpt.model.heads import CosineHead, class_means
 
     pixels, labels = (np.asarray(part) for part in load_digits(return_X_y=True))
     for k in range(10):

@@ -27,13 +27,13 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.accuracy.__main__ import processor
-from lpt.backbones.timm_vit import TimmViT, untrained
-from lpt.classifier import PromptedClassifier
 from lpt.device import pick_device, pick_precision, versions
-from lpt.engine.checkpoint import write_whole
-from lpt.heads import CosineHead
+from lpt.files import write_atomic
 from lpt.losses import GCL
-from lpt.prompts import DeepPrompt, PromptPool
+from lpt.model.backbones.timm_vit import TimmViT, untrained
+from lpt.model.classifier import PromptedClassifier
+from lpt.model.heads import CosineHead
+from lpt.model.prompts import DeepPrompt, PromptPool
 from tests.plain import plain_forward
 
 CLASSES = 100
@@ -78,7 +78,7 @@ def main() -> None:
         result["bf16"] = compare(exact, half, given.batch, given.pairs, device)
         show("bf16 against published in fp32", result["bf16"])
     if given.json:
-        write_whole(given.json, json.dumps(result, indent=1).encode())
+        write_atomic(given.json, json.dumps(result, indent=1).encode())
 
 
 def model_on(backbone: TimmViT) -> PromptedClassifier:

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lpt.augment import Augmenter, augmented
+from lpt.data.augment import Augmenter, augmented
+from lpt.data.preprocess import decoded
 from lpt.data.task import Files, Images
-from lpt.preprocess import decoded
 
 
 def balanced(

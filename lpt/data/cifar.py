@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lpt.data.longtail import GroupRule, Profile, long_tail
+from lpt.data.preprocess import File, decoded
 from lpt.data.task import Images, Task, hold_out
 from lpt.errors import DataError
-from lpt.longtail import GroupRule, Profile, long_tail
-from lpt.preprocess import File, decoded
 from lpt.settings import Count, Seed
 
 ClassOrder = Literal["label", "seed"]

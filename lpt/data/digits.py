@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 
+from lpt.data.longtail import long_tail
 from lpt.data.task import Images, Task, hold_out
-from lpt.longtail import long_tail
 from lpt.settings import Count, Seed
 
 TEST_PER_CLASS = 60

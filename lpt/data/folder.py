@@ -16,11 +16,11 @@ import torch
 from pydantic import Field
 
 from lpt.data.lists import read_unlabeled
+from lpt.data.longtail import shot_groups
+from lpt.data.preprocess import decoded
 from lpt.data.tables import PARTS, Part, metadata, read_metadata, read_tables
 from lpt.data.task import Files, Task, hold_out, of_each_class
 from lpt.errors import DataError
-from lpt.longtail import shot_groups
-from lpt.preprocess import decoded
 from lpt.settings import Count, Seed
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm", ".pgm", ".jp2")

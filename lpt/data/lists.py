@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lpt.data.longtail import GroupRule, count_fingerprint
 from lpt.data.task import Files, Task, hold_out
 from lpt.errors import DataError, quoted
-from lpt.longtail import GroupRule, count_fingerprint
 from lpt.settings import Count, Seed
 
 

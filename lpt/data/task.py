@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lpt.data.preprocess import File
 from lpt.errors import DataError
-from lpt.preprocess import File
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from lpt.augment import augmented
-from lpt.preprocess import Preprocess
+from lpt.data.augment import augmented
+from lpt.data.preprocess import Preprocess
 
 
 class Batch(NamedTuple):

@@ -1,7 +1,6 @@
 """Checkpoints for resuming: one safetensors file a phase, written whole or not at all, never pickled."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -10,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lpt.errors import DiskError, TrainingError, quoted
-from lpt.tensors import is_intact, read_tensors, to_bytes
+from lpt.errors import TrainingError, quoted
+from lpt.files import is_intact, read_tensors, to_bytes, write_atomic
 
 
 class Checkpoint(NamedTuple):
@@ -27,31 +26,11 @@ class Checkpoint(NamedTuple):
     flops: int = 0
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write under a temporary name, flush to the disk, rename: a kill leaves the old file or the new one.
-
-    Raises DiskError where it cannot be written, a full disk for example.
-    """
-    fresh = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with fresh.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            fresh.replace(path)
-        finally:
-            fresh.unlink(missing_ok=True)
-    except OSError as error:
-        raise DiskError(path, error) from error
-
-
 def save_checkpoint(path: Path, checkpoint: Checkpoint, *, run_hash: str) -> None:
     header = {"run": run_hash, **{k: getattr(checkpoint, k) for k in ("step", "finished", "seconds", "flops")}}
     parts = {"model": checkpoint.tensors, "moment": checkpoint.moments, "memory": checkpoint.memory}
     tensors = {f"{part}/{k}": v for part, of in parts.items() for k, v in of.items()}
-    write_whole(path, to_bytes(tensors, lpt_checkpoint=header))
+    write_atomic(path, to_bytes(tensors, lpt_checkpoint=header))
 
 
 def load_checkpoint(path: Path, *, run_hash: str) -> Checkpoint | None:

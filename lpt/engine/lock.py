@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
-from lpt.engine.checkpoint import write_whole
 from lpt.errors import LptError
+from lpt.files import write_atomic
 
 
 @contextlib.contextmanager
@@ -33,7 +33,7 @@ def locked(folder: Path) -> Iterator[None]:
         for half in (*folder.glob(".*.tmp"), *folder.glob("checkpoints/.*.tmp")):  # of nobody who lives
             half.unlink(missing_ok=True)
         mine = {"process": os.getpid(), "host": platform.node(), "since": datetime.now().isoformat(" ", "seconds")}
-        write_whole(told, json.dumps(mine).encode())
+        write_atomic(told, json.dumps(mine).encode())
         yield
     finally:
         with contextlib.suppress(OSError):  # a disk that fails has been told of, or will be

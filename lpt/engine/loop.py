@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lpt.data.preprocess import Preprocess
 from lpt.engine.batches import Batch, Images, InOrder, Progress, Stream, draw, seen
 from lpt.engine.checkpoint import (
     Checkpoint,
@@ -28,13 +29,12 @@ from lpt.engine.checkpoint import (
     unreadable,
 )
 from lpt.engine.clock import Clock
+from lpt.engine.history import History
 from lpt.engine.memory import Memory
 from lpt.engine.optim import Optimizer, Warmup, lr_at, make_optimizer
 from lpt.engine.processes import averaged, everywhere, gathered, rank_and_world, summed
 from lpt.engine.stopping import Stop, Stopped
 from lpt.errors import TrainingError
-from lpt.history import History
-from lpt.preprocess import Preprocess
 
 Part = Mapping[str, Tensor]
 Step = Callable[[Any, dict[str, Batch], Progress], Part | Iterator[Part]]
@@ -55,7 +55,7 @@ class Fit:
     history: History = field(default_factory=History)
     checkpoints: Path | None = None
     feature_cache: Path | None = None
-    """A folder for features of fixed views, which several runs may share (`lpt.evaluate.features`)."""
+    """A folder for features of fixed views, which several runs may share (`lpt.engine.evaluate.features`)."""
     run_hash: str = ""
     dtype: torch.dtype = torch.float32
     checkpoint_seconds: float = 30.0

@@ -4,12 +4,12 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lpt.backbones.base import Backbone
-from lpt.classifier import PromptedClassifier
 from lpt.data.task import Task
 from lpt.engine.loop import Fit
 from lpt.errors import ConfigError, LptError, did_you_mean
-from lpt.methods import baselines, decoupled, lpt, pre_finetune, semi, two_stage, ulfine
+from lpt.methods import baselines, daso, decoupled, finessl, fixmatch, lpt, pre_finetune, two_stage, ulfine
+from lpt.model.backbones.base import Backbone
+from lpt.model.classifier import PromptedClassifier
 from lpt.settings import settings_of, validated
 
 
@@ -30,9 +30,9 @@ def _with_another(tune: Callable[..., PromptedClassifier]) -> Callable[..., Prom
 METHODS: dict[str, Callable[..., PromptedClassifier]] = {
     "lpt": lpt.tune,
     "ulfine": ulfine.tune,
-    "fixmatch": semi.fixmatch,
-    "finessl": semi.finessl,
-    "daso": semi.daso,
+    "fixmatch": fixmatch.fixmatch,
+    "finessl": finessl.finessl,
+    "daso": daso.daso,
     "two_stage": _with_another(two_stage.tune),
     "pre_finetune": _with_another(pre_finetune.tune),
     "decoupled": _with_another(decoupled.tune),

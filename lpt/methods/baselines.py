@@ -7,16 +7,16 @@ from typing import Literal
 
 import torch.nn.functional as F
 
-from lpt.backbones.base import Backbone
-from lpt.classifier import PromptedClassifier
 from lpt.data.task import Task
 from lpt.engine.loop import Fit
 from lpt.engine.optim import Optimizer, Warmup
 from lpt.errors import LptError
-from lpt.heads import CosineHead, NeighbourHead, class_means
 from lpt.losses import LossName
-from lpt.settings import Count, Positive, Scale, Share
-from lpt.stage import HeadStart, Tuning, everything, head_features, learner, train_stage
+from lpt.methods.supervised import HeadStart, Tuning, everything, head_features, learner, train_stage
+from lpt.model.backbones.base import Backbone
+from lpt.model.classifier import PromptedClassifier
+from lpt.model.heads import CosineHead, NeighbourHead, class_means
+from lpt.settings import Count, FractionBelowOne, Positive, Scale
 
 
 def zero_shot(task: Task, backbone: Backbone, fit: Fit, *, scale: Scale = 100.0) -> PromptedClassifier:
@@ -62,8 +62,8 @@ def linear_probe(
     tau: float = 1.0,
     scale: Scale = 25.0,
     optimizer: Optimizer = "adamw",
-    lr: Share = 1e-3,
-    weight_decay: Share = 0.01,
+    lr: FractionBelowOne = 1e-3,
+    weight_decay: FractionBelowOne = 0.01,
     warmup: Warmup = "linear",
 ) -> PromptedClassifier:
     """A classifier on the frozen features of the test views: computed once, no augmentation, natural sampling.
@@ -106,11 +106,11 @@ def fine_tune(
     rank: Positive = 8,
     tau: float = 1.0,
     gamma: float = 2.0,
-    beta: Share = 0.9999,
+    beta: FractionBelowOne = 0.9999,
     margin: float = 0.5,
     optimizer: Optimizer = "sgd",
-    lr: Share = 0.01,
-    weight_decay: Share = 5e-4,
+    lr: FractionBelowOne = 0.01,
+    weight_decay: FractionBelowOne = 5e-4,
     warmup: Warmup = "linear",
 ) -> PromptedClassifier:
     """The head and one of eight things together: prompts, biases, norms, adapters, LoRA, everything, nothing else.

@@ -10,17 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lpt.backbones.base import Backbone
-from lpt.classifier import PromptedClassifier
 from lpt.data.task import Task
+from lpt.engine.evaluate import predict
 from lpt.engine.loop import Fit
 from lpt.engine.processes import averaged
 from lpt.errors import LptError
-from lpt.evaluate import predict
-from lpt.heads import Calibration, CosineHead, LinearHead
 from lpt.losses import Weighted, log_prior
-from lpt.settings import Positive, Share
-from lpt.stage import Second, chain, head_features, train_stage
+from lpt.methods.supervised import Second, chain, head_features, train_stage
+from lpt.model.backbones.base import Backbone
+from lpt.model.classifier import PromptedClassifier
+from lpt.model.heads import Calibration, CosineHead, LinearHead
+from lpt.settings import FractionBelowOne, Positive
 
 Adjustment = Literal["crt", "lws", "marc", "tau_norm", "posthoc_la", "temperature"]
 
@@ -36,8 +36,8 @@ def tune(
     tau: float = 1.0,
     rho: float = 1.2,
     epochs: Positive = 10,
-    lr: Share = 1e-2,
-    weight_decay: Share = 5e-4,
+    lr: FractionBelowOne = 1e-2,
+    weight_decay: FractionBelowOne = 5e-4,
 ) -> PromptedClassifier:
     """`first`, a method's name and settings, then one of
 

@@ -15,20 +15,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lpt.backbones.base import Backbone
-from lpt.classifier import PromptedClassifier
+from lpt.data.samplers import ClassBalanced, InstanceBalanced, InstancePerStep, instance_weight
 from lpt.data.task import Task
 from lpt.engine.batches import Batch, Progress, Stream
+from lpt.engine.evaluate import features
 from lpt.engine.loop import Fit
 from lpt.engine.optim import Optimizer, Warmup, scaled_lr
 from lpt.errors import LptError
-from lpt.evaluate import features
-from lpt.heads import CosineHead, class_means
 from lpt.losses import GCL, CrossEntropy, LogitAdjusted, cloud_noise
-from lpt.matching import class_keys, key_usage, kmeans_keys
-from lpt.prompts import DeepPrompt, PromptPool
-from lpt.samplers import ClassBalanced, InstanceBalanced, InstancePerStep, instance_weight
-from lpt.settings import Positive, Scale, Share
+from lpt.model.backbones.base import Backbone
+from lpt.model.classifier import PromptedClassifier
+from lpt.model.heads import CosineHead, class_means
+from lpt.model.matching import class_keys, key_usage, kmeans_keys
+from lpt.model.prompts import DeepPrompt, PromptPool
+from lpt.settings import FractionBelowOne, Positive, Scale
 
 COLLAPSED = 3.0
 """A key perplexity below this is reported as a collapse: almost all images share the same prompts."""
@@ -45,8 +45,8 @@ def tune(
     topk: Positive = 2,
     epochs: tuple[int, int] = (40, 40),
     optimizer: Optimizer = "sgd",
-    lr: tuple[Share, Share] = (0.02, 0.02),
-    weight_decay: Share = 0.01,
+    lr: tuple[FractionBelowOne, FractionBelowOne] = (0.02, 0.02),
+    weight_decay: FractionBelowOne = 0.01,
     warmup: Warmup = "linear",
     loss: Literal["agcl", "gcl", "la", "ce"] = "agcl",
     agcl_form: Literal["code", "paper"] = "code",
@@ -55,8 +55,8 @@ def tune(
     scale: Scale = 20.0,
     margin: float = 0.1,
     noise: float = 0.5,
-    label_smoothing: Share = 0.1,
-    head_dropout: Share = 0.1,
+    label_smoothing: FractionBelowOne = 0.1,
+    head_dropout: FractionBelowOne = 0.1,
     head_init: Literal["random", "class_mean"] = "random",
     beta: float = 0.5,
     eta0: float = 0.5,

@@ -8,15 +8,15 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
-from lpt.augment import Augmenter
-from lpt.backbones.base import Backbone
-from lpt.classifier import PromptedClassifier
+from lpt.data.augment import Augmenter
 from lpt.data.balanced import balanced
 from lpt.data.task import Task
 from lpt.engine.loop import Fit
 from lpt.errors import LptError
-from lpt.settings import Count, Positive, Share
-from lpt.stage import Second, chain, everything, train_stage
+from lpt.methods.supervised import Second, chain, everything, train_stage
+from lpt.model.backbones.base import Backbone
+from lpt.model.classifier import PromptedClassifier
+from lpt.settings import Count, FractionBelowOne, Positive
 
 
 def tune(
@@ -31,7 +31,7 @@ def tune(
     augmenter: Augmenter = "trivial",
     include_original: bool = False,
     stage1_train: Literal["head", "all"] = "all",
-    stage1_lr: Share = 1e-2,
+    stage1_lr: FractionBelowOne = 1e-2,
     then: Mapping[str, Any] = {"name": "fine_tune", "loss": "ce"},
 ) -> PromptedClassifier:
     """Cross-entropy on `views` augmented views of `per_class` images of every class, drawn with repetition where a

@@ -8,14 +8,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
-from lpt.backbones.base import Backbone
-from lpt.classifier import PromptedClassifier
 from lpt.data.task import Task
 from lpt.engine.loop import Fit
 from lpt.errors import LptError
 from lpt.losses import LossName
-from lpt.settings import Count, Share
-from lpt.stage import Second, chain, head_features, train_stage
+from lpt.methods.supervised import Second, chain, head_features, train_stage
+from lpt.model.backbones.base import Backbone
+from lpt.model.classifier import PromptedClassifier
+from lpt.settings import Count, FractionBelowOne
 
 LONG = 5
 """Epochs of cross-entropy in stage 2 after which little of stage 1 is left (measured: strategies, section 4)."""
@@ -30,8 +30,8 @@ def tune(
     epochs_stage1: Count = 10,
     stage1_train: Literal["head", "last_block"] = "head",
     stage1_loss: LossName = "ldam_cb",
-    stage1_lr: Share = 1e-2,
-    beta: Share = 0.9999,
+    stage1_lr: FractionBelowOne = 1e-2,
+    beta: FractionBelowOne = 0.9999,
     margin: float = 0.5,
     stage2_loss: Literal["ce", "la"] | None = None,
     then: Mapping[str, Any] = {"name": "fine_tune", "epochs": 3, "loss": "ce"},

@@ -18,19 +18,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lpt.adapters import auto_bottleneck
-from lpt.backbones.base import Backbone
-from lpt.classifier import PromptedClassifier
 from lpt.data.task import Task
 from lpt.engine.loop import Fit
 from lpt.engine.optim import Optimizer, Warmup
 from lpt.engine.processes import rank_and_world, summed
 from lpt.errors import LptError
-from lpt.heads import FusedHead, Fusion
 from lpt.losses import log_prior
-from lpt.settings import Count, Part, Positive, Scale, Share, Threshold, Weight
-from lpt.stage import HeadStart, Tuning, around, starting_rows
-from lpt.unlabelled import Fitted, Opinion, Plan, agreement, train_semi
+from lpt.methods.semi_supervised import Fitted, Opinion, Plan, agreement, train_semi
+from lpt.methods.supervised import HeadStart, Tuning, around, starting_rows
+from lpt.model.adapters import auto_bottleneck
+from lpt.model.backbones.base import Backbone
+from lpt.model.classifier import PromptedClassifier
+from lpt.model.heads import FusedHead, Fusion
+from lpt.settings import Count, Fraction, FractionBelowOne, Positive, Scale, Threshold, Weight
 
 RECURSIVE = 1e-3
 """The largest `mu` with which recursive prototypes have helped."""
@@ -47,10 +47,10 @@ def tune(
     rank: Positive = 8,
     proto_space: Literal["joint", "features"] = "joint",
     proto_mode: Literal["anchored", "recursive"] = "anchored",
-    mu: Part = 0.1,
-    visual_ema: Share = 0.9,
+    mu: Fraction = 0.1,
+    visual_ema: FractionBelowOne = 0.9,
     pu_estimator: Literal["soft", "masked", "histogram"] = "soft",
-    pu_ema: Share = 0.99,
+    pu_ema: FractionBelowOne = 0.99,
     proto_center: bool = False,
     orth_weight: Weight = 0.1,
     orth_on: Literal["updated_prototypes", "visual_prototypes", "learnable_text"] = "updated_prototypes",
@@ -59,7 +59,7 @@ def tune(
     learn_scales: bool = False,
     head_init: HeadStart = "prototypes",
     fusion: Fusion = "scale",
-    eta: Part = 0.5,
+    eta: Fraction = 0.5,
     daso_temperature: Scale = 0.3,
     fuse_pseudo_labels: bool = True,
     fuse_train: bool = False,
@@ -75,10 +75,10 @@ def tune(
     strong_views: Positive = 1,
     cached_views: Count = 0,
     micro_batches: Positive = 1,
-    weight_ema: Share = 0.0,
+    weight_ema: FractionBelowOne = 0.0,
     optimizer: Optimizer = "sgd",
-    lr: Share = 0.01,
-    weight_decay: Share = 5e-4,
+    lr: FractionBelowOne = 0.01,
+    weight_decay: FractionBelowOne = 5e-4,
     warmup: Warmup = "linear",
 ) -> PromptedClassifier:
     """The light tuning and where it starts:

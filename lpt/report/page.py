@@ -14,12 +14,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lpt import plots
+from lpt.data.longtail import GROUPS
+from lpt.data.preprocess import decoded
 from lpt.data.task import Files, Images
 from lpt.errors import DataError
-from lpt.longtail import GROUPS
-from lpt.preprocess import decoded
-from lpt.report import alone_line, cost_line, percent, pseudo_label_line, watched_line
+from lpt.report import plots
+from lpt.report.markdown import alone_line, cost_line, percent, pseudo_label_line, watched_line
 
 WORST, SHOWN, SIDE = 10, 5, 72
 

@@ -10,10 +10,10 @@ from typing import Any
 
 from safetensors import safe_open
 
-from lpt.backbones.base import fingerprint_of
-from lpt.backbones.timm_vit import TimmViT, read_weights
+from lpt.data.preprocess import Preprocess
 from lpt.errors import BackboneError
-from lpt.preprocess import Preprocess
+from lpt.model.backbones.base import fingerprint_of
+from lpt.model.backbones.timm_vit import TimmViT, read_weights
 
 FILE = Path(__file__).parent / "nano.safetensors"
 PATCH = 4

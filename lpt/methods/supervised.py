@@ -10,21 +10,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lpt.adapters import Kind, adapted, auto_bottleneck
-from lpt.backbones.base import Backbone
-from lpt.classifier import PromptedClassifier
+from lpt.data.longtail import shot_groups
+from lpt.data.samplers import ClassBalanced, InstanceBalanced
 from lpt.data.task import Files, Images, Task
 from lpt.engine.batches import Batch, Progress, Stream
+from lpt.engine.evaluate import features
 from lpt.engine.loop import Fit
 from lpt.engine.optim import Optimizer, Warmup, scaled_lr
 from lpt.engine.processes import averaged
 from lpt.errors import LptError
-from lpt.evaluate import features
-from lpt.heads import CosineHead, Head, LinearHead, class_means
-from lpt.longtail import shot_groups
 from lpt.losses import LossName, loss_by_name
-from lpt.prompts import DeepPrompt, ShallowPrompt
-from lpt.samplers import ClassBalanced, InstanceBalanced
+from lpt.model.adapters import Kind, adapted, auto_bottleneck
+from lpt.model.backbones.base import Backbone
+from lpt.model.classifier import PromptedClassifier
+from lpt.model.heads import CosineHead, Head, LinearHead, class_means
+from lpt.model.prompts import DeepPrompt, ShallowPrompt
 
 Tuning = Literal["head", "vpt_shallow", "vpt_deep", "bias", "norm", "adaptformer", "lora", "full"]
 HeadStart = Literal["random", "class_mean", "prototypes"]

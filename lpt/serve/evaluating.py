@@ -1,45 +1,22 @@
-"""Doors of a prompt file: open it on its backbone, evaluate it on a task, predict images."""
+"""A prompt file evaluated on a task: the one it was trained on, or another, whose classes are matched by name."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 
-from lpt.backbones import load_backbone
-from lpt.classifier import PromptedClassifier
 from lpt.config import check_data
 from lpt.data import PLACES, load_task
-from lpt.data.folder import SUFFIXES
+from lpt.data.longtail import GroupRule
 from lpt.data.task import Files, Images, Task
-from lpt.device import PRECISIONS, pick_device, pick_precision, versions
-from lpt.errors import ConfigError, DataError, PromptFileError, did_you_mean, quoted
-from lpt.evaluate import measure, predict
-from lpt.longtail import GroupRule
-from lpt.preprocess import File
-from lpt.prompt_file import Header, load_prompt, read_prompt
-
-
-def open_prompt(
-    path: str | Path,
-    *,
-    weights: str | None = None,
-    name: str | None = None,
-    precision: str | None = None,
-    device: str = "auto",
-) -> tuple[PromptedClassifier, Header]:
-    """The model of a prompt file, its backbone loaded by the name in the file (or from `weights`)."""
-    header, _ = read_prompt(path)
-    where = pick_device(device)
-    wanted = name or header.backbone.name
-    if not name and wanted.startswith("untrained:"):  # any architecture, of any size, for the asking
-        raise PromptFileError(f"prompt file {path} is for {quoted(wanted)}: give backbone.name if you want that made")
-    backbone = load_backbone(wanted, weights=weights, image_size=header.backbone.image_size)
-    backbone.preprocess = header.preprocess
-    chosen = pick_precision(precision or header.precision, where)
-    return load_prompt(path, backbone.to(PRECISIONS[chosen])).to(where), header
+from lpt.device import versions
+from lpt.engine.evaluate import measure, predict
+from lpt.errors import DataError, PromptFileError, quoted
+from lpt.prompt_file import Header, read_prompt
+from lpt.serve.opening import check_loading, open_prompt
 
 
 def evaluate_prompt(
@@ -139,68 +116,3 @@ def _matched(task: Task, classes: Sequence[str], path: str | Path) -> tuple[Imag
     if len(kept) == 0:
         raise PromptFileError(f"{task.name} has no test image of a class that prompt file {path} knows")
     return replace(task.test.subset(kept.tolist()), labels=labels[kept]), shift
-
-
-def check_loading(settings: Mapping[str, Mapping[str, Any]], *, sections: Sequence[str]) -> None:
-    """What evaluate and predict understand: where the backbone is, and how to compute. Raises ConfigError."""
-    known = {"backbone": ("name", "weights"), "train": ("precision", "device")}
-    mistakes = [
-        f"{k}: there is no such section here ({', '.join(sections)})" for k in sorted(settings.keys() - set(sections))
-    ]
-    for section, keys in known.items():
-        for key, value in settings.get(section, {}).items():
-            if key not in keys:
-                mistakes.append(f"{section}.{key}: not a setting here ({', '.join(keys)}){did_you_mean(key, keys)}")
-            elif not isinstance(value, str) or (key == "precision" and value not in ("auto", *PRECISIONS)):
-                mistakes.append(f"{section}.{key}: got {value!r}")
-    if mistakes:
-        raise ConfigError(mistakes)
-
-
-def predict_files(
-    model: PromptedClassifier, paths: Sequence[Path], *, topk: int = 5, batch_size: int = 32
-) -> Iterator[dict[str, Any]]:
-    """For each image `{"image", "classes", "probabilities"}`, or `{"image", "error"}` where it cannot be read."""
-    device, preprocess = next(model.parameters()).device, model.backbone.preprocess
-    topk = min(topk, len(model.classes))
-
-    def cut(some: Sequence[Path]) -> torch.Tensor:
-        return preprocess.cut([File(str(path), path) for path in some])
-
-    for first in range(0, len(paths), batch_size):
-        part = paths[first : first + batch_size]
-        answers: list[dict[str, Any]] = [{"image": str(path)} for path in part]
-        try:
-            views = [cut(part)]
-        except DataError:  # one of them, or more: find out which
-            views = []
-            for path, answer in zip(part, answers, strict=True):
-                try:
-                    views.append(cut([path]))
-                except DataError as error:
-                    answer["error"] = str(error)
-        good = [a for a in answers if "error" not in a]
-        if good:
-            with torch.no_grad():
-                batch = preprocess.normalised(torch.cat(views).to(device), dtype=model.backbone.dtype)
-                top = model.probabilities(model(batch).logits).topk(topk)
-            for answer, values, ids in zip(good, top.values.tolist(), top.indices.tolist(), strict=True):
-                answer["classes"] = [model.classes[i] for i in ids]
-                answer["probabilities"] = values
-        yield from answers
-
-
-def image_files(paths: Sequence[Path]) -> list[Path]:
-    """Files as they are, folders as the images inside them, sorted. Raises DataError for a path that is not there."""
-    found: list[Path] = []
-    for path in paths:
-        if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.name.lower().endswith(SUFFIXES) and p.is_file())
-            if not inside:
-                raise DataError(f"folder {path} holds no image")
-            found += inside
-        elif path.exists():
-            found.append(path)
-        else:
-            raise DataError(f"image {path} does not exist")
-    return found

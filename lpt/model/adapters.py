@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lpt.backbones.base import Backbone
+from lpt.model.backbones.base import Backbone
 
 Kind = Literal["bias", "norm", "adaptformer", "lora", "full"]
 

@@ -7,14 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lpt.config import load_config
-from lpt.data import load_task
 from lpt.data.task import Files, Images
-from lpt.engine.checkpoint import write_whole
+from lpt.engine.history import History
 from lpt.errors import LptError
-from lpt.history import History
-from lpt.page import html
-from lpt.tensors import read_tensors
+from lpt.files import read_tensors, write_atomic
+from lpt.report.page import html
 
 Rows = dict[str, dict[str, Any]]
 
@@ -78,15 +75,5 @@ def write_page(out: Path, *, test: Images | Files | None = None, against: Sequen
         )
     except KeyError as error:
         raise LptError(f"{out} was written by another version of lpt: its report has no {error}") from None
-    write_whole(out / "report.html", text.encode())
+    write_atomic(out / "report.html", text.encode())
     return {**others, name(out): report}
-
-
-def report_again(out: Path, *, against: Sequence[Path] = ()) -> Rows:
-    """`write_page` once more, with the images if the data is still where the run's config says."""
-    test = None
-    if (out / "config.yaml").exists():
-        with contextlib.suppress(LptError, OSError, ValueError):  # a page without pictures is better than none
-            task = load_task(**load_config(out / "config.yaml").data)
-            test = task.test if task.manifest()["sha256"] == split_of(out).get("sha256") else None
-    return write_page(out, test=test, against=against)

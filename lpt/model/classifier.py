@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lpt.backbones.base import Backbone, KeyValue, Prompt
-from lpt.heads import Calibration, CosineHead, Head
-from lpt.matching import KeyIndex, match
-from lpt.prompts import DeepPrompt, PromptPool, ShallowPrompt
+from lpt.model.backbones.base import Backbone, KeyValue, Prompt
+from lpt.model.heads import Calibration, CosineHead, Head
+from lpt.model.matching import KeyIndex, match
+from lpt.model.prompts import DeepPrompt, PromptPool, ShallowPrompt
 
 INDEX_FROM = 10_000
 """Keys from which a FAISS index beats a matrix product for few queries (LPT spec: none at a pool's 20 to 100)."""
@@ -29,7 +29,7 @@ class Output(NamedTuple):
 
 class PromptedClassifier(nn.Module):
     """`classes` names the rows of the head. What trains are prompts, keys and head, and of the backbone only what
-    `lpt.adapters` has put there or thawed (`backbone.learned`).
+    `lpt.model.adapters` has put there or thawed (`backbone.learned`).
 
     `calibration` scales and shifts the head's logits. `query_head` (ours, not LPT's) is the head of phase 1, kept for
     the query: in eval mode the two passes that LPT needs anyway both give an opinion, and the logits are their mean.

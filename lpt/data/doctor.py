@@ -8,14 +8,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from lpt.backbones import nano
+from lpt.data.longtail import shot_groups
+from lpt.data.preprocess import decoded
 from lpt.data.task import Files, Images, Task
 from lpt.errors import DataError
-from lpt.longtail import shot_groups
-from lpt.preprocess import decoded
-
-LABELLED = {"in1k": "imagenet-1k", "in12k": "imagenet-12k", "in21k": "imagenet-21k-goog", "in22k": "imagenet-22k"}
-"""What a timm tag says about labels seen, and timm's name of that label set."""
 
 
 @dataclass
@@ -27,14 +23,12 @@ class Findings:
     problems: list[str] = field(default_factory=list)
 
 
-def examine(task: Task, *, backbone: str | None = None) -> Findings:
-    """Looks at every image once. `backbone` is a name such as timm:deit_tiny_patch16_224.fb_in1k, for label overlap."""
-    found = Findings()
-    _tail(task, found)
-    _images(task, found)
-    if backbone:
-        _labels(task.classes, backbone, found)
-    return found
+def examine(task: Task) -> Findings:
+    """Looks at every image once."""
+    findings = Findings()
+    _tail(task, findings)
+    _images(task, findings)
+    return findings
 
 
 def _parts(task: Task) -> dict[str, Images | Files]:
@@ -120,38 +114,6 @@ def _digests(part: Images | Files) -> Iterator[tuple[bytes | str, int]]:
 
     with ThreadPoolExecutor() as pool:
         yield from pool.map(one, range(len(part)))
-
-
-def _labels(classes: Sequence[str], backbone: str, found: Findings) -> None:
-    if not label_sets(backbone):
-        found.notes.append(f"what labels {backbone} was trained with is not in its name: overlap not checked")
-    for name, shared in labels_seen(classes, backbone).items():
-        found.notes.append(
-            f"{backbone} was trained with the labels of {name}, which has {len(shared)} of these {len(classes)} "
-            f"classes: {_some(shared)}; accuracy on them is not that of unseen labels"
-        )
-
-
-def labels_seen(classes: Sequence[str], backbone: str) -> dict[str, list[str]]:
-    """Those of `classes` that the backbone has been trained to tell apart: label set → names, where there are any."""
-    sets = label_sets(backbone).items()
-    seen = {name: [c for c in classes if c.replace("_", " ").lower() in labels] for name, labels in sets}
-    return {name: shared for name, shared in seen.items() if shared}
-
-
-def label_sets(backbone: str) -> dict[str, set[str]]:
-    """The label sets that a backbone was trained with, as far as its name says so: name → labels in lower case."""
-    if backbone == "nano":
-        return {"CIFAR-100": nano.labels()}
-    from timm.data.imagenet_info import ImageNetInfo
-
-    tag = backbone.rpartition(".")[2].lower() if "." in backbone else ""
-    sets: dict[str, set[str]] = {}
-    for name in (name for short, name in LABELLED.items() if short in tag):
-        info = ImageNetInfo(name)
-        names = (info.label_name_to_description(label) for label in info.label_names())
-        sets[name] = {word.strip().lower() for text in names for word in text.split(",")}
-    return sets
 
 
 def _counted(task: Task, classes: Sequence[int]) -> str:

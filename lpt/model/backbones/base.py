@@ -14,9 +14,9 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
+from lpt.data.preprocess import Preprocess
 from lpt.errors import BackboneError, did_you_mean, quoted
-from lpt.preprocess import Preprocess
-from lpt.tensors import read_tensors
+from lpt.files import read_tensors
 
 
 class KeyValue(NamedTuple):
@@ -45,9 +45,9 @@ class Backbone(nn.Module, ABC):
     reads: int | None
     """How many leading tokens `pool` reads: 1 where it reads CLS alone, None where it reads all."""
     learned: frozenset[str] = frozenset()
-    """Names of the parameters in it that are not frozen: none, unless `lpt.adapters` made this copy."""
+    """Names of the parameters in it that are not frozen: none, unless `lpt.model.adapters` made this copy."""
     recipe: Mapping[str, Any] | None = None
-    """The arguments that `lpt.adapters.adapted` made this copy with, to make it again."""
+    """The arguments that `lpt.model.adapters.adapted` made this copy with, to make it again."""
     compute: torch.dtype | None = None
     """Its precision where that is not the one of all its parameters, since learned ones are kept in fp32."""
     projection: Tensor | None

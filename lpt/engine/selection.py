@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from lpt.classifier import PromptedClassifier
 from lpt.engine.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, unreadable
+from lpt.model.classifier import PromptedClassifier
 
 LAST = 20
 """Evaluations that a mean or median is taken over (ACR and DARP report the mean of the last 20, DASO their median)."""

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lpt.backbones.base import Backbone, KeyValue, Prompt, fingerprint_of
+from lpt.data.preprocess import Preprocess
 from lpt.errors import BackboneError, did_you_mean, quoted
-from lpt.preprocess import Preprocess
-from lpt.tensors import read_tensors
+from lpt.files import read_tensors
+from lpt.model.backbones.base import Backbone, KeyValue, Prompt, fingerprint_of
 
 SUPPORTED = (
     "plain timm VisionTransformer models: vit_*, deit_*, deit3_*, vit_*_dinov2, vit_*_reg4_dinov2, "

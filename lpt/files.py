@@ -1,7 +1,8 @@
-"""Tensor files, our own and strangers': opened with limits, and sealed so that damage shows."""
+"""Files on disk: written whole or not at all; tensor files opened with limits, and sealed so that damage shows."""
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,31 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from lpt.errors import quoted
+from lpt.errors import DiskError, quoted
 
 LARGEST_HEADER = 4 * 2**20
 MOST_TENSORS, MOST_AXES = 10_000, 8
 """A header is parsed whole before it can be looked at, and takes a kilobyte of memory for each tensor that it names."""
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write under a temporary name, flush to the disk, rename: a kill leaves the old file or the new one.
+
+    Raises DiskError where it cannot be written, a full disk for example.
+    """
+    fresh = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with fresh.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            fresh.replace(path)
+        finally:
+            fresh.unlink(missing_ok=True)
+    except OSError as error:
+        raise DiskError(path, error) from error
 
 
 def to_bytes(tensors: Mapping[str, Tensor], **header: Any) -> bytes:

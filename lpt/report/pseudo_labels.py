@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lpt.engine.checkpoint import write_whole
+from lpt.data.longtail import shot_groups
 from lpt.errors import TrainingError, quoted
-from lpt.longtail import shot_groups
+from lpt.files import write_atomic
 from lpt.metrics import calibration_error
 
 BINS = 10
@@ -48,7 +48,7 @@ def write_round(
         table = pa.concat_tables([before.filter(before["step"].to_numpy() < int(noted["step"].min())), table])
     buffer = io.BytesIO()
     pq.write_table(table, buffer)
-    write_whole(path, buffer.getvalue())
+    write_atomic(path, buffer.getvalue())
 
 
 def read_last_round(path: Path, classes: Sequence[str]) -> tuple[dict[str, Tensor], int]:

@@ -12,14 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lpt.classifier import PromptedClassifier
 from lpt.data.task import Files, Images
-from lpt.engine.checkpoint import write_whole
 from lpt.engine.processes import everywhere, gathered, rank_and_world
-from lpt.heads import FusedHead
-from lpt.matching import key_usage
+from lpt.files import read_tensors, to_bytes, write_atomic
 from lpt.metrics import summarise
-from lpt.tensors import read_tensors, to_bytes
+from lpt.model.classifier import PromptedClassifier
+from lpt.model.heads import FusedHead
+from lpt.model.matching import key_usage
 
 ALONE = ("accuracy", "class_accuracy", "many", "medium", "few", "worst_class", "geometric_mean", "harmonic_mean", "ece")
 """What is said of a head by itself."""
@@ -135,7 +134,7 @@ def features(
     found = [model.query(model.prefix(_views(model, images, part))) for part in _mine(images).split(batch_size)]
     whole = gathered(torch.cat(found), len(images)).cpu()
     if place and rank_and_world()[0] == 0:
-        write_whole(place, to_bytes({"features": whole}))
+        write_atomic(place, to_bytes({"features": whole}))
     return whole
 
 

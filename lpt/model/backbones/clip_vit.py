@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lpt.backbones.base import fingerprint_of
-from lpt.backbones.clip_text import TEMPLATE, Texts
-from lpt.backbones.timm_vit import (
+from lpt.data.preprocess import Preprocess
+from lpt.errors import BackboneError, did_you_mean
+from lpt.model.backbones.base import fingerprint_of
+from lpt.model.backbones.clip_text import TEMPLATE, Texts
+from lpt.model.backbones.timm_vit import (
     TimmViT,
     check_fit,
     download_errors,
@@ -23,8 +25,6 @@ from lpt.backbones.timm_vit import (
     refuse_unserved_module,
     set_size,
 )
-from lpt.errors import BackboneError, did_you_mean
-from lpt.preprocess import Preprocess
 
 SUPPORTED = (
     "open_clip's own ViTs that read the class token (ViT-B-16, ViT-L-14, ...), and plain timm ViTs with one matrix or "

@@ -13,16 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lpt.classifier import PromptedClassifier
+from lpt.data.samplers import InstanceBalanced
 from lpt.data.task import Files, Images, Task
 from lpt.engine.batches import Batch, Progress, Stream
 from lpt.engine.loop import Fit
 from lpt.engine.optim import Optimizer, Warmup
 from lpt.engine.processes import rank_and_world
 from lpt.errors import LptError
-from lpt.pseudo_labels import diagnose, write_round
-from lpt.samplers import InstanceBalanced
-from lpt.stage import Tuning, everything
+from lpt.methods.supervised import Tuning, everything
+from lpt.model.classifier import PromptedClassifier
+from lpt.report.pseudo_labels import diagnose, write_round
 
 
 class Opinion(NamedTuple):

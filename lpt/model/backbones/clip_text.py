@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lpt.backbones.timm_vit import check_fit, read_weights
 from lpt.errors import BackboneError
+from lpt.model.backbones.timm_vit import check_fit, read_weights
 
 TEMPLATE = "a photo of a {}"
 TEXTS = 256

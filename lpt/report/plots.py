@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from lpt.longtail import GROUPS, shot_groups
+from lpt.data.longtail import GROUPS, shot_groups
 
 COLOURS = {"many": "#2f6690", "medium": "#e09f3e", "few": "#b23a48"}
 INK, FAINT, OTHER = "#22303c", "#d9dee3", "#7d8b97"

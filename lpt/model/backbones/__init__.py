@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from lpt.backbones.base import Backbone
 from lpt.errors import BackboneError, did_you_mean
+from lpt.model.backbones.base import Backbone
 
 FAMILIES = {
     "nano": "a small ViT at 32 px that comes with lpt, distilled from DeiT-Tiny on CIFAR-100: no download",
@@ -19,7 +19,7 @@ def load_backbone(name: str, *, weights: str | Path | None = None, image_size: i
     `weights` is a local safetensors file that is used instead of a download; `image_size` interpolates the
     position embedding. Raises BackboneError.
     """
-    from lpt.backbones import clip_vit, nano, timm_vit
+    from lpt.model.backbones import clip_vit, nano, timm_vit
 
     if name == "nano":
         if weights:

@@ -1,0 +1,45 @@
+"""Which classes a backbone has been trained to tell apart, as far as its name says so."""
+
+from collections.abc import Sequence
+
+from lpt.model.backbones import nano
+
+LABELLED = {"in1k": "imagenet-1k", "in12k": "imagenet-12k", "in21k": "imagenet-21k-goog", "in22k": "imagenet-22k"}
+"""What a timm tag says about labels seen, and timm's name of that label set."""
+
+
+def labels_seen(classes: Sequence[str], backbone: str) -> dict[str, list[str]]:
+    """Those of `classes` that the backbone has been trained to tell apart: label set → names, where there are any."""
+    sets = label_sets(backbone).items()
+    seen = {name: [c for c in classes if c.replace("_", " ").lower() in labels] for name, labels in sets}
+    return {name: shared for name, shared in seen.items() if shared}
+
+
+def label_sets(backbone: str) -> dict[str, set[str]]:
+    """The label sets that a backbone was trained with, as far as its name says so: name → labels in lower case."""
+    if backbone == "nano":
+        return {"CIFAR-100": nano.labels()}
+    from timm.data.imagenet_info import ImageNetInfo
+
+    tag = backbone.rpartition(".")[2].lower() if "." in backbone else ""
+    sets: dict[str, set[str]] = {}
+    for name in (name for short, name in LABELLED.items() if short in tag):
+        info = ImageNetInfo(name)
+        names = (info.label_name_to_description(label) for label in info.label_names())
+        sets[name] = {word.strip().lower() for text in names for word in text.split(",")}
+    return sets
+
+
+def overlap_notes(classes: Sequence[str], backbone: str) -> list[str]:
+    """A sentence for each label set of the backbone that shares names with `classes`, or one that says that its name
+    does not tell which labels it was trained with."""
+    if not label_sets(backbone):
+        return [f"what labels {backbone} was trained with is not in its name: overlap not checked"]
+    notes = []
+    for name, shared in labels_seen(classes, backbone).items():
+        more = f", and {len(shared) - 5} more" if len(shared) > 5 else ""
+        notes.append(
+            f"{backbone} was trained with the labels of {name}, which has {len(shared)} of these {len(classes)} "
+            f"classes: {', '.join(shared[:5])}{more}; accuracy on them is not that of unseen labels"
+        )
+    return notes
