@@ -233,10 +233,7 @@ def list_(
         return next(iter((text or "").strip().splitlines()), "")
 
     shelves: dict[str, dict[str, str]] = {
-        "methods": {
-            k: first_line(sys.modules[f.__module__].__doc__ if f.__name__ == "tune" else f.__doc__)
-            for k, f in METHODS.items()
-        },
+        "methods": {name: first_line(method.description) for name, method in METHODS.items()},
         "backbones": FAMILIES,
         "data": {k: first_line(f.__doc__) for k, f in DATA.items()},
         "losses": LOSSES,

@@ -19,8 +19,10 @@ from lpt.methods import METHODS
 from lpt.model.backbones.clip_text import TEMPLATE
 from lpt.settings import Seed, settings_of, validated
 
-LONGEST, LARGEST, DEEPEST = 2**16, 100_000, 50
+MAX_LETTERS, MAX_VALUES, MAX_DEPTH = 2**16, 100_000, 50
 """Letters and values in a config, and how deep they may be nested."""
+STORED_SPELLING = {("la_on", "labeled"): "labelled"}
+"""Values of methods' settings as checkpoints and prompt files of format 2 spell them."""
 
 
 class BackboneSettings(BaseModel):
@@ -85,12 +87,17 @@ class Config(BaseModel):
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(), sort_keys=False)
 
+    def stored_method_settings(self) -> dict[str, Any]:
+        """The method's settings as prompt files and hashes have them, which keep the spelling of their format."""
+        return {key: value for key, value in _as_stored(self.method).items() if key != "name"}
+
     def run_hash(self, split_sha256: str, backbone: str) -> str:
         """What a checkpoint must agree with: every setting that moves a number, the split and the weights.
 
         Neither the places of files nor the device nor how often checkpoints are written are.
         """
         parts = self.model_dump()
+        parts["method"] = {"name": self.method["name"], **self.stored_method_settings()}
         for part, key in (
             ("backbone", "weights"),
             ("train", "device"),
@@ -122,9 +129,8 @@ def resolve(raw: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
     """Checks a config given as nested dicts, fills in every default, and returns it. Raises ConfigError."""
     tree, mistakes = merged(raw, overrides)
     resolved: dict[str, Any] = {}
-    for section, table in (("data", DATA), ("method", METHODS)):
-        settings, wrong = _named(section, tree.get(section), table)
-        resolved[section] = settings
+    for section, check in (("data", _data_section), ("method", _method_section)):
+        resolved[section], wrong = check(tree.get(section))
         mistakes += wrong
     for section, model in (
         ("backbone", BackboneSettings),
@@ -161,7 +167,7 @@ def merged(raw: Mapping[str, Any], overrides: Sequence[str]) -> tuple[dict[str, 
 
 def check_data(given: Mapping[str, Any]) -> dict[str, Any]:
     """The `data` section alone, checked and filled in. Raises ConfigError."""
-    settings, mistakes = _named("data", dict(given), DATA)
+    settings, mistakes = _data_section(dict(given))
     if mistakes:
         raise ConfigError(mistakes)
     return settings
@@ -179,21 +185,44 @@ def nested(overrides: Sequence[str]) -> dict[str, dict[str, Any]]:
     return tree
 
 
-def _named(section: str, given: Any, table: Mapping[str, Callable[..., Any]]) -> tuple[dict[str, Any], list[str]]:
+def _named_section(
+    section: str, given: Any, functions: Mapping[str, Callable[..., Any]]
+) -> tuple[dict[str, Any], list[str]]:
+    """(name and settings of one of `functions`, checked and filled in; what is wrong with them)."""
     if not isinstance(given, dict) or "name" not in given:
-        return {}, [f"{section}.name is missing: one of {', '.join(table)}"]
+        return {}, [f"{section}.name is missing: one of {', '.join(functions)}"]
     name = given["name"]
-    if not isinstance(name, str) or name not in table:
-        return {}, [
-            f"{section}.name: {quoted(repr(name))} is unknown ({', '.join(table)}){did_you_mean(str(name)[:99], table)}"
-        ]
+    if not isinstance(name, str) or name not in functions:
+        hint = did_you_mean(str(name)[:99], functions)
+        return {}, [f"{section}.name: {quoted(repr(name))} is unknown ({', '.join(functions)}){hint}"]
     rest = {key: value for key, value in given.items() if key != "name"}
-    settings, mistakes = validated(section, settings_of(table[name]), rest)
-    for key in ("then", "first") if table is METHODS else ():  # a method's settings inside another's
-        if isinstance(settings.get(key), dict):
-            settings[key], wrong = _named(f"{section}.{key}", settings[key], METHODS)
-            mistakes += wrong
-    return {"name": name, **(settings if isinstance(settings, dict) else {})}, mistakes
+    settings, mistakes = validated(section, settings_of(functions[name]), rest)
+    return {"name": name, **settings}, mistakes
+
+
+def _data_section(given: Any) -> tuple[dict[str, Any], list[str]]:
+    return _named_section("data", given, DATA)
+
+
+def _method_section(given: Any, section: str = "method") -> tuple[dict[str, Any], list[str]]:
+    """The method, and those inside it."""
+    settings, mistakes = _named_section(section, given, {name: method.build for name, method in METHODS.items()})
+    inner = METHODS[settings["name"]].inner if settings else None
+    if inner and isinstance(settings.get(inner), dict):
+        settings[inner], wrong = _method_section(settings[inner], f"{section}.{inner}")
+        mistakes += wrong
+    return settings, mistakes
+
+
+def _as_stored(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a method, and of those inside it, in the spelling of STORED_SPELLING."""
+    stored = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            stored[key] = _as_stored(value)
+        else:
+            stored[key] = STORED_SPELLING.get((key, value), value) if isinstance(value, str) else value
+    return stored
 
 
 def _override(tree: dict[str, Any], text: str) -> str | None:
@@ -227,19 +256,21 @@ class _Plain(yaml.SafeLoader):
 def _yaml(text: str) -> Any:
     """What `text` says. Raises ValueError where it is not YAML, or so much that it can be no config: aliases of aliases
     make gigabytes of a few lines."""
-    if len(text) > LONGEST:
-        raise ValueError(f"{len(text)} letters, {LONGEST} are the most")
+    if len(text) > MAX_LETTERS:
+        raise ValueError(f"{len(text)} letters, {MAX_LETTERS} are the most")
     try:
         found = _Plain(text).get_single_data()
     except (yaml.YAMLError, RecursionError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(error if isinstance(error, yaml.YAMLError) else type(error).__name__) from None
-    left, waiting = LARGEST, [(found, 0)]
+    left, waiting = MAX_VALUES, [(found, 0)]
     while waiting:
         part, depth = waiting.pop()
         inside = [*part, *part.values()] if isinstance(part, dict) else part if isinstance(part, list | tuple) else ()
         left -= 1 + len(inside)
-        if left < 0 or depth > DEEPEST or (isinstance(part, int) and part.bit_length() > 64):
-            raise ValueError(f"more than {LARGEST} values, deeper than {DEEPEST}, or a number of more than 64 bits")
+        if left < 0 or depth > MAX_DEPTH or (isinstance(part, int) and part.bit_length() > 64):
+            raise ValueError(
+                f"more than {MAX_VALUES} values, deeper than {MAX_DEPTH}, or a number of more than 64 bits"
+            )
         waiting += [(one, depth + 1) for one in inside]
     return found
 

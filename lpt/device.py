@@ -41,6 +41,15 @@ def versions() -> dict[str, str]:
     return {"python": sys.version.split()[0], **{name: version(name) for name in names}}
 
 
+def used_memory(device: torch.device) -> int:
+    """Bytes that this process holds now: on the GPU where it runs there, else its resident set."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    import psutil
+
+    return psutil.Process().memory_info().rss
+
+
 def peak_memory(device: torch.device) -> int:
     """Peak bytes of this process: on the GPU where it ran there, else its resident set."""
     if device.type == "cuda":

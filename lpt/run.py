@@ -1,14 +1,14 @@
-"""Door: a whole run from a config.
+"""A whole run: from a config to a folder with a prompt file, a report and its page; or in this process, without any.
 
-Here device, precision, processes, history, evaluation and the out-folder are bound once, for every method.
+`train` is the story: prepare, open the folder, build the recipe, follow it, measure, write. Device, precision,
+processes, history and evaluation are bound here, once for every method.
 """
 
 import contextlib
-import functools
 import json
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +18,19 @@ from lpt.config import Config, load_config
 from lpt.data import PLACES, load_task
 from lpt.data.task import Task
 from lpt.device import PRECISIONS, peak_memory, pick_device, pick_precision, versions
-from lpt.engine.evaluate import PrefixCache, evaluate, measure, predict
+from lpt.engine.batches import Progress
+from lpt.engine.evaluate import Predictions, PrefixCache, evaluate, measure, predict
 from lpt.engine.history import History
 from lpt.engine.lock import locked
-from lpt.engine.loop import Fit
-from lpt.engine.processes import together
+from lpt.engine.loop import follow
+from lpt.engine.processes import naming_lost_peers, rank_and_world
 from lpt.engine.selection import Best, watched
+from lpt.engine.session import Log, OnStep, Session, total_cost
 from lpt.engine.stopping import Stop
 from lpt.errors import LptError
 from lpt.files import to_bytes, write_atomic
-from lpt.methods import METHODS
-from lpt.methods.supervised import chain
-from lpt.model.backbones import load_backbone
+from lpt.methods import build_recipe, nested_methods
+from lpt.model.backbones import load_backbone, random_backbone
 from lpt.model.backbones.base import Backbone, fingerprint_of, read_prototypes
 from lpt.model.backbones.clip_text import read_templates
 from lpt.model.backbones.clip_vit import ClipViT
@@ -40,13 +41,10 @@ from lpt.report.finished import Rows, command_of, split_of, write_page
 from lpt.report.markdown import markdown
 from lpt.report.pseudo_labels import diagnose, read_last_round
 
-MADE = ("config.yaml", "checkpoints", "history.jsonl", "prompt.safetensors", "report.json")
+RUN_FILES = ("config.yaml", "checkpoints", "history.jsonl", "prompt.safetensors", "report.json")
 """By what a folder is known to hold a run."""
-WATCHED = ("accuracy", "class_accuracy", "many", "medium", "few", "ece")
-NO_EPOCHS = {"decoupled", "class_mean", "knn", "zero_shot"}
-"""Methods that end otherwise than with a phase of epochs."""
-Say = Callable[[str], None]
-Show = Callable[[str, int, int, str], None]
+EPOCH_METRICS = ("accuracy", "class_accuracy", "many", "medium", "few", "ece")
+"""What the history says of an evaluation after an epoch."""
 
 
 def train(
@@ -54,223 +52,392 @@ def train(
     out: str | Path,
     *,
     resume: bool = False,
-    say: Say = lambda text: None,
-    show: Show = lambda phase, step, steps, text: None,
+    say: Log = lambda text: None,
+    show: OnStep = lambda phase, step, steps, rates: None,
 ) -> dict[str, Any]:
-    """Runs the method and fills `out`; returns the report.
+    """Runs the method of `config` and fills the folder `out`; returns the report. `say` takes lines of text for people,
+    `show` the running numbers.
 
     Raises LptError, and Stopped when Ctrl-C or SIGTERM has ended it: in a phase with a checkpoint.
     """
-    stop = Stop()
-    with contextlib.ExitStack() as held:
-        held.enter_context(stop.listening())
-        held.enter_context(together())
-        return _train(config, Path(out), resume, stop, held, say, show)
+    began, stop, out = time.perf_counter(), Stop(), Path(out)
+    with stop.listening(), naming_lost_peers():
+        check_out(out, resume=resume)  # at once, and again when the folder is locked
+        setup = prepare(config)
+        with open_run(setup, out, resume=resume) as folder:
+            session = bind(setup, folder, stop, say, show)
+            for line in setup.remarks():
+                session.log(line)
+            recipe = build_recipe(config.method, setup.task, setup.backbone, session)
+            model = follow(recipe, session)
+            results = measure_run(setup, folder, session, model)
+            if setup.is_main:
+                write_results(setup, folder, session, results, began)
+            setup.accelerator.wait_for_everyone()
+    return results.report
 
 
-def _train(
-    config: Config, out: Path, resume: bool, stop: Stop, held: contextlib.ExitStack, say: Say, show: Show
-) -> dict[str, Any]:
+def tune(
+    task: Task,
+    backbone: Backbone,
+    *,
+    method: str = "lpt",
+    batch_size: int = 256,
+    seed: int = 0,
+    say: Log = lambda text: None,
+    **settings: Any,
+) -> PromptedClassifier:
+    """Adapts `backbone` to `task` in this process, without a run folder. `settings` are the method's own; `say` takes
+    lines of text for people.
+
+    Raises LptError for an unknown method, ConfigError for settings that it does not have or take, all at once.
+    """
+    session = Session(
+        images=task.train,
+        preprocess=backbone.preprocess,
+        batch_size=batch_size,
+        seed=seed,
+        dtype=backbone.dtype,
+        log=say,
+    )
+    recipe = build_recipe({"name": method, **settings}, task, backbone, session)
+    model = follow(recipe, session)
+    model.group_rule = task.group_rule
+    return model.only_train().eval()
+
+
+# What a run stands on, before anything is written.
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """Everything that a config names, found and checked."""
+
+    config: Config
+    task: Task
+    backbone: Backbone
+    device: torch.device
+    precision: str
+    manifest: dict[str, Any]
+    """Of the split; its hash says whether a resumed run is on the same images."""
+    run_hash: str
+    """Of every setting that moves a number, the split and the weights: what checkpoints must agree with."""
+    labels_seen: dict[str, list[str]]
+    """Those of the classes that the backbone has been trained to tell apart, by label set."""
+    accelerator: Any
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes."""
+        return self.accelerator.is_main_process
+
+    def identity_of(self, config: Config) -> str:
+        """The run hash of another config on this split and these weights."""
+        return config.run_hash(self.manifest["sha256"], _weights_identity(self.backbone, self.precision))
+
+    def remarks(self) -> Iterator[str]:
+        """What a run says of its data and its backbone before it trains."""
+        yield from self.task.summary_lines()
+        for name, shared in self.labels_seen.items():
+            yield (
+                f"warning: {self.backbone.name} has seen {len(shared)} of these {len(self.task.classes)} classes as "
+                f"labels of {name}"
+            )
+
+
+def prepare(config: Config, *, read_weights: bool = True) -> Setup:
+    """Finds device, data and backbone of a config; without `read_weights` the backbone has random ones, and nothing is
+    downloaded. Raises LptError for what cannot be run."""
     from accelerate import Accelerator
 
-    began = time.perf_counter()
     device = pick_device(config.train.device)
     accelerator = Accelerator(cpu=device.type == "cpu")
-    main, world = accelerator.is_main_process, accelerator.num_processes
-    if out.exists() and not out.is_dir():
-        raise LptError(f"--out {out} is a file: give a folder")
-    _check_new(out, resume)  # at once, and again when the folder is locked
+    world = rank_and_world()[1]
     if config.train.batch_size % world:
         raise LptError(
             f"train.batch_size {config.train.batch_size} cannot be shared by {world} processes: use a multiple"
         )
-
     task = load_task(**config.data)
+    _check_selection(config, task)
     precision = pick_precision(config.train.precision, device)
-    backbone = _backbone(config).to(device, PRECISIONS[precision])
+    backbone = open_backbone(config, read_weights=read_weights).to(device, PRECISIONS[precision])
     if config.train.compile:
         backbone.compile_blocks()
     manifest = task.manifest()
-    identity = (manifest["sha256"], f"{backbone.fingerprint} in {precision}")
-    if backbone.prototypes:
-        identity = (identity[0], f"{identity[1]} with prototypes {fingerprint_of(backbone.prototypes.items())}")
-    elif isinstance(backbone, ClipViT):
-        identity = (identity[0], f"{identity[1]} with texts {backbone.templates}")
-    run_hash = config.run_hash(*identity)
+    return Setup(
+        config=config,
+        task=task,
+        backbone=backbone,
+        device=device,
+        precision=precision,
+        manifest=manifest,
+        run_hash=config.run_hash(manifest["sha256"], _weights_identity(backbone, precision)),
+        labels_seen=labels_seen(task.classes, backbone.name),
+        accelerator=accelerator,
+    )
 
-    def check_same() -> None:
-        if (out / "config.yaml").exists() and load_config(out / "config.yaml").run_hash(*identity) != run_hash:
-            raise LptError(
-                f"--out {out} holds a run with other settings: use those in {out / 'config.yaml'}, or another --out"
-            )
-        if split_of(out).get("sha256", manifest["sha256"]) != manifest["sha256"]:
-            raise LptError(f"--out {out} holds a run on other images than there are now: give another --out")
 
-    check_same()
-    for line in task.described():
-        say(line)
-    seen = labels_seen(task.classes, backbone.name)
-    for name, shared in seen.items():
-        say(f"warning: {backbone.name} has seen {len(shared)} of these {len(task.classes)} classes as labels of {name}")
-
-    if config.train.select == "best_val" and task.val is None:
+def _check_selection(config: Config, task: Task) -> None:
+    """Raises LptError where the best epoch cannot be chosen."""
+    if config.train.select != "best_val":
+        return
+    if task.val is None:
         raise LptError(
             "train.select=best_val needs held-out images: set data.val_per_class, or give the data a val part"
         )
-    methods = list(chain(config.method))
-    if config.train.select == "best_val" and (without := NO_EPOCHS & {of["name"] for of in methods}):
+    without = [name for name, method in nested_methods(config.method) if not method.ends_in_epochs]
+    if without:
         raise LptError(f"train.select=best_val: {min(without)} does not end with epochs to choose from, use last")
-    best = Best(out / "checkpoints", run_hash, writes=main)
-    cache, feature_cache = PrefixCache(), Path(folder) if (folder := config.train.feature_cache) else None
-
-    def held_out(model: PromptedClassifier, progress: Any) -> dict[str, Any]:
-        if task.val is None:
-            return {}
-        metrics = evaluate(model, task.val, task.counts, group_rule=task.group_rule, cache=cache)
-        if config.train.select == "best_val":
-            best.offer(model, progress.phase, progress.step + 1, metrics["class_accuracy"])
-        return {"val": {k: metrics[k] for k in WATCHED}}
-
-    def after_epoch(model: PromptedClassifier, progress: Any) -> dict[str, Any]:
-        found = held_out(model, progress)
-        if progress.epochs - progress.epoch <= config.train.watch_test:
-            metrics = evaluate(model, task.test, task.counts, group_rule=task.group_rule)
-            found["test"] = {k: metrics[k] for k in WATCHED}
-        return found
-
-    history = History(out / "history.jsonl" if main else None)
-
-    @functools.cache  # a method of two steps has two bindings of the loop, and either may be the first to start
-    def begin() -> None:
-        if main:
-            held.enter_context(locked(out))
-            _check_new(out, resume)
-            check_same()
-            history.read()
-            write_atomic(out / "config.yaml", config.to_yaml().encode())
-            write_atomic(out / "split.json", json.dumps(manifest).encode())
-
-    fit = Fit(
-        images=task.train,
-        preprocess=backbone.preprocess,
-        batch_size=config.train.batch_size,
-        seed=config.train.seed,
-        history=history,
-        checkpoints=out / "checkpoints",
-        feature_cache=feature_cache,
-        run_hash=run_hash,
-        dtype=PRECISIONS[precision],
-        checkpoint_seconds=config.train.checkpoint_seconds,
-        on_start=begin,
-        on_epoch=after_epoch,
-        count_flops=not config.train.compile,
-        stop=stop,
-        audit=out / "pseudo_labels.parquet",
-        say=say if main else lambda text: None,
-        show=show if main else lambda phase, step, steps, text: None,
-    )
-    settings = {key: value for key, value in config.method.items() if key != "name"}
-    model = METHODS[config.method["name"]](task, backbone, fit, **settings)
-    fit.start()
-
-    phases = [phase for phase, cost in fit.cost.items() if cost["steps"]]
-    selection = "last" if config.train.select == "last" else best.restore(model, phases[-1])
-    # What is evaluated is what is stored: rounded first, so that the file reloads to the same bits.
-    storage = config.train.storage
-    if storage == "fp16" and (large := beyond_fp16(model)):
-        say(f"warning: {large} holds numbers beyond fp16's 65504; the prompt file is stored in fp32")
-        storage = "fp32"
-    model.round_to(DTYPES[storage])
-    model.only_train().eval()
-    predictions = predict(model, task.test, folder=feature_cache)
-    metrics = measure(model, predictions, task.counts, group_rule=task.group_rule)
-    data = {
-        "name": task.name,
-        "variant": task.facts.get("variant"),
-        "imbalance_factor": task.imbalance_factor,
-        "split_sha256": manifest["sha256"],
-        "counts": task.counts.tolist(),
-        "group_rule": task.group_rule,
-    }
-    report = {
-        **metrics,
-        "method": config.method["name"],
-        "selection": selection,
-        "scale": model.head.scale,
-        "backbone": {"name": backbone.name, "fingerprint": backbone.fingerprint},
-        "data": data,
-        "seed": config.train.seed,
-        "precision": precision,
-        "trainable_parameters": model.trainable_parameters,
-        "cost": {key: sum(of[key] for of in fit.cost.values()) for key in ("steps", "images", "flops")},
-        "absent_classes": task.absent_classes(),
-        "skipped_images": list(task.facts.get("skipped", ())),
-        "labels_seen": {name: len(shared) for name, shared in seen.items()},
-        "versions": versions(),
-    }
-    if main:
-        spent = sum(fit.seconds_before.values()) + time.perf_counter() - began
-        save_prompt(
-            out / "prompt.safetensors",
-            model,
-            method=config.method["name"],
-            counts=task.counts,
-            storage=storage,
-            settings=settings,
-            precision=precision,
-            data={
-                **data,
-                "labelled_sha256": (replace(task, unlabeled=None).manifest() if task.unlabeled else manifest)["sha256"],
-                "settings": {k: v for k, v in config.data.items() if k not in PLACES},
-            },
-            metrics={k: metrics[k] for k in (*WATCHED, "nll")},
-            versions=versions(),
-        )
-        if told := _pseudo_labels(out / "pseudo_labels.parquet", task):
-            report["pseudo_labels"] = told
-        if seen_on_test := watched(fit.history.lines):
-            report["watched"] = seen_on_test
-        report |= {
-            "prompt_bytes": (out / "prompt.safetensors").stat().st_size,
-            "seconds": round(spent, 1),
-            "peak_memory_bytes": peak_memory(device),
-        }
-        top = model.probabilities(predictions.logits).max(1)
-        made = {"labels": predictions.labels, "predicted": top.indices, "confidence": top.values.float()}
-        write_atomic(out / "predictions.safetensors", to_bytes(made))
-        write_atomic(out / "report.md", markdown(report, classes=task.classes, command=command_of(out)).encode())
-        write_atomic(out / "report.json", json.dumps(report, indent=1).encode())
-        write_page(out, test=task.test)
-    accelerator.wait_for_everyone()
-    return report
 
 
-def _pseudo_labels(path: Path, task: Task) -> dict[str, Any] | None:
-    """What the last round of pseudo-labels was like, if there was one."""
-    if not path.exists() or task.unlabeled is None:
-        return None
-    noted, number = read_last_round(path, task.classes)
-    every = task.unlabeled.labels
-    known = torch.bincount(every, minlength=len(task.classes)) if bool((every >= 0).all()) else None
-    return {"round": number, **diagnose(noted, noted["truth"], task.counts, known)}
-
-
-def _check_new(out: Path, resume: bool) -> None:
-    if not resume and any((out / name).exists() for name in MADE):
-        raise LptError(f"--out {out} already holds a run: add --resume to go on with it, or give another folder")
-
-
-def _backbone(config: Config) -> Backbone:
-    settings = config.backbone.model_dump()
-    transform, min_area, flip = (settings.pop(key) for key in ("transform", "min_area", "flip"))
-    backbone = load_backbone(**settings)
-    pixels = backbone.preprocess.as_published(transform).with_(flip=flip)
-    backbone.preprocess = pixels if min_area is None else pixels.with_(min_area=min_area)
+def open_backbone(config: Config, *, read_weights: bool = True) -> Backbone:
+    """The backbone of a config, in fp32 on the CPU, with its pixels and class prototypes. Raises BackboneError."""
+    settings = config.backbone
+    if read_weights:
+        backbone = load_backbone(settings.name, weights=settings.weights, image_size=settings.image_size)
+    else:
+        backbone = random_backbone(settings.name, image_size=settings.image_size)
+    preprocess = backbone.preprocess.as_published(settings.transform).with_(flip=settings.flip)
+    if settings.min_area is not None:
+        preprocess = preprocess.with_(min_area=settings.min_area)
+    backbone.preprocess = preprocess
     if config.prototypes.weights:
         backbone.prototypes = read_prototypes(Path(config.prototypes.weights))
     elif isinstance(backbone, ClipViT):
         backbone.templates = read_templates(config.prototypes.template)
     return backbone
+
+
+def _weights_identity(backbone: Backbone, precision: str) -> str:
+    """What of the backbone moves a run's numbers, as a text."""
+    identity = f"{backbone.fingerprint} in {precision}"
+    if backbone.prototypes:
+        return f"{identity} with prototypes {fingerprint_of(backbone.prototypes.items())}"
+    if isinstance(backbone, ClipViT):
+        return f"{identity} with texts {backbone.templates}"
+    return identity
+
+
+# The folder of a run.
+
+
+def check_out(out: Path, *, resume: bool) -> None:
+    """Raises LptError where `out` cannot become, or be gone on with as, a run's folder."""
+    if out.exists() and not out.is_dir():
+        raise LptError(f"--out {out} is a file: give a folder")
+    if not resume and any((out / name).exists() for name in RUN_FILES):
+        raise LptError(f"--out {out} already holds a run: add --resume to go on with it, or give another folder")
+
+
+class RunFolder:
+    """The folder of one run: nothing is written before `take`, which locks it for this process."""
+
+    def __init__(self, out: Path, setup: Setup, *, resume: bool, until_closed: contextlib.ExitStack) -> None:
+        self.out, self.setup, self.resume = out, setup, resume
+        self.checkpoints = out / "checkpoints"
+        self.pseudo_labels = out / "pseudo_labels.parquet"
+        self.history = History(out / "history.jsonl" if setup.is_main else None)
+        self.best = Best(self.checkpoints, setup.run_hash, writes=setup.is_main)
+        self._until_closed, self._taken = until_closed, False
+
+    def check_same_run(self) -> None:
+        """Raises LptError where the folder holds a run with other settings, weights or images."""
+        config_file = self.out / "config.yaml"
+        if config_file.exists() and self.setup.identity_of(load_config(config_file)) != self.setup.run_hash:
+            raise LptError(
+                f"--out {self.out} holds a run with other settings: use those in {config_file}, or another --out"
+            )
+        sha256 = self.setup.manifest["sha256"]
+        if split_of(self.out).get("sha256", sha256) != sha256:
+            raise LptError(f"--out {self.out} holds a run on other images than there are now: give another --out")
+
+    def take(self) -> None:
+        """Locks the folder, looks at it once more, and says in it what is run; a second time nothing happens."""
+        if self._taken or not self.setup.is_main:
+            return
+        self._taken = True
+        self._until_closed.enter_context(locked(self.out))
+        # Another run may have begun here, or ended, while this one was loading.
+        check_out(self.out, resume=self.resume)
+        self.check_same_run()
+        self.history.read()
+        write_atomic(self.out / "config.yaml", self.setup.config.to_yaml().encode())
+        write_atomic(self.out / "split.json", json.dumps(self.setup.manifest).encode())
+
+
+@contextlib.contextmanager
+def open_run(setup: Setup, out: Path, *, resume: bool) -> Iterator[RunFolder]:
+    """The folder `out` for this run, and its lock from the moment that the run takes it until the end."""
+    with contextlib.ExitStack() as until_closed:
+        folder = RunFolder(out, setup, resume=resume, until_closed=until_closed)
+        folder.check_same_run()
+        yield folder
+
+
+def bind(setup: Setup, folder: RunFolder, stop: Stop, say: Log, show: OnStep) -> Session:
+    """The session of a run in `folder`. Only the main process speaks and writes."""
+    settings = setup.config.train
+    session = Session(
+        images=setup.task.train,
+        preprocess=setup.backbone.preprocess,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        dtype=PRECISIONS[setup.precision],
+        history=folder.history,
+        checkpoints=folder.checkpoints,
+        checkpoint_seconds=settings.checkpoint_seconds,
+        feature_cache=Path(settings.feature_cache) if settings.feature_cache else None,
+        run_hash=setup.run_hash,
+        pseudo_labels=folder.pseudo_labels,
+        count_flops=not settings.compile,
+        stop=stop,
+        on_start=folder.take,
+        on_epoch=EpochMetrics(setup, folder),
+    )
+    return replace(session, log=say, on_step=show) if setup.is_main else session
+
+
+class EpochMetrics:
+    """After an epoch: metrics on the held-out images, of which `best` keeps the best epoch where the config wants it,
+    and in the last epochs, where it wants that, on the test set, which nothing is chosen by."""
+
+    def __init__(self, setup: Setup, folder: RunFolder) -> None:
+        self.task, self.settings, self.cache = setup.task, setup.config.train, PrefixCache()
+        self.best = folder.best if self.settings.select == "best_val" else None
+
+    def __call__(self, model: PromptedClassifier, progress: Progress) -> dict[str, Any]:
+        task, measured = self.task, {}
+        if task.val is not None:
+            metrics = evaluate(model, task.val, task.counts, group_rule=task.group_rule, cache=self.cache)
+            if self.best:
+                self.best.offer(model, progress.phase, progress.step + 1, metrics["class_accuracy"])
+            measured["val"] = {key: metrics[key] for key in EPOCH_METRICS}
+        if progress.epochs - progress.epoch <= self.settings.watch_test:
+            metrics = evaluate(model, task)
+            measured["test"] = {key: metrics[key] for key in EPOCH_METRICS}
+        return measured
+
+
+# What came of it.
+
+
+@dataclass(frozen=True)
+class Results:
+    """A trained model, what it predicts on the test set, the precision of its prompt file, and the report, to which the
+    process that writes adds sizes, seconds and memory."""
+
+    model: PromptedClassifier
+    predictions: Predictions
+    storage: str
+    report: dict[str, Any]
+
+
+def measure_run(setup: Setup, folder: RunFolder, session: Session, model: PromptedClassifier) -> Results:
+    """Chooses the weights and evaluates them. What is evaluated is what is stored: they are rounded first, so that the
+    file reloads to the same bits."""
+    task, settings = setup.task, setup.config.train
+    selection = "last"
+    if settings.select == "best_val":
+        trained = [phase for phase, cost in session.costs.items() if cost.steps]
+        selection = folder.best.restore(model, trained[-1])
+    storage = settings.storage
+    if storage == "fp16" and (name := beyond_fp16(model)):
+        session.log(f"warning: {name} holds numbers beyond fp16's 65504; the prompt file is stored in fp32")
+        storage = "fp32"
+    model.round_to(DTYPES[storage])
+    model.only_train().eval()
+    predictions = predict(model, task.test, folder=session.feature_cache)
+    metrics = measure(model, predictions, task.counts, group_rule=task.group_rule)
+    report = {
+        **metrics,
+        "method": setup.config.method["name"],
+        "selection": selection,
+        "scale": model.head.scale,
+        "backbone": {"name": setup.backbone.name, "fingerprint": setup.backbone.fingerprint},
+        "data": data_facts(setup),
+        "seed": settings.seed,
+        "precision": setup.precision,
+        "trainable_parameters": model.trainable_parameters,
+        "cost": asdict(total_cost(session.costs.values())),
+        "absent_classes": task.absent_classes(),
+        "skipped_images": list(task.facts.get("skipped", ())),
+        "labels_seen": {name: len(shared) for name, shared in setup.labels_seen.items()},
+        "versions": versions(),
+    }
+    return Results(model, predictions, storage, report)
+
+
+def data_facts(setup: Setup) -> dict[str, Any]:
+    """What report and prompt file say of the data."""
+    task = setup.task
+    return {
+        "name": task.name,
+        "variant": task.facts.get("variant"),
+        "imbalance_factor": task.imbalance_factor,
+        "split_sha256": setup.manifest["sha256"],
+        "counts": task.counts.tolist(),
+        "group_rule": task.group_rule,
+    }
+
+
+def write_results(setup: Setup, folder: RunFolder, session: Session, results: Results, began: float) -> None:
+    """Prompt file, predictions, report and page; completes the report."""
+    out, report, classes = folder.out, results.report, setup.task.classes
+    spent = sum(session.seconds_before.values()) + time.perf_counter() - began
+    write_prompt(setup, out / "prompt.safetensors", results)
+    if pseudo_labels := summarize_pseudo_labels(folder.pseudo_labels, setup.task):
+        report["pseudo_labels"] = pseudo_labels
+    if on_test := watched(session.history.lines):
+        report["watched"] = on_test
+    report |= {
+        "prompt_bytes": (out / "prompt.safetensors").stat().st_size,
+        "seconds": round(spent, 1),
+        "peak_memory_bytes": peak_memory(setup.device),
+    }
+    top = results.model.probabilities(results.predictions.logits).max(1)
+    predicted = {
+        "labels": results.predictions.labels,
+        "predicted": top.indices,
+        "confidence": top.values.float(),
+    }
+    write_atomic(out / "predictions.safetensors", to_bytes(predicted))
+    write_atomic(out / "report.md", markdown(report, classes=classes, command=command_of(out)).encode())
+    write_atomic(out / "report.json", json.dumps(report, indent=1).encode())
+    write_page(out, test=setup.task.test)
+
+
+def write_prompt(setup: Setup, path: Path, results: Results) -> None:
+    """The prompt file, with what was measured."""
+    config, task = setup.config, setup.task
+    labeled_sha256 = setup.manifest["sha256"]
+    if task.unlabeled:  # the unlabeled images need not be at hand when the file is evaluated
+        labeled_sha256 = replace(task, unlabeled=None).manifest()["sha256"]
+    save_prompt(
+        path,
+        results.model,
+        method=config.method["name"],
+        counts=task.counts,
+        storage=results.storage,
+        settings=config.stored_method_settings(),
+        precision=setup.precision,
+        data={
+            **data_facts(setup),
+            "labelled_sha256": labeled_sha256,
+            "settings": {key: value for key, value in config.data.items() if key not in PLACES},
+        },
+        metrics={key: results.report[key] for key in (*EPOCH_METRICS, "nll")},
+        versions=versions(),
+    )
+
+
+def summarize_pseudo_labels(path: Path, task: Task) -> dict[str, Any] | None:
+    """What the last round of pseudo-labels was like, if there was one."""
+    if not path.exists() or task.unlabeled is None:
+        return None
+    notes, number = read_last_round(path, task.classes)
+    labels = task.unlabeled.labels
+    true_counts = torch.bincount(labels, minlength=len(task.classes)) if bool((labels >= 0).all()) else None
+    return {"round": number, **diagnose(notes, notes["truth"], task.counts, true_counts)}
 
 
 def report_again(out: Path, *, against: Sequence[Path] = ()) -> Rows:

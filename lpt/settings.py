@@ -1,10 +1,12 @@
 """Settings: the schema of a function's keyword arguments is its signature, and every mistake gets a sentence."""
 
 import inspect
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Annotated, Any, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, create_model
 
 from lpt.errors import did_you_mean, quoted
 
@@ -20,15 +22,55 @@ Scale = Annotated[float, Field(gt=0)]
 Threshold = Annotated[float, Field(gt=0, le=1)]
 
 
+def renamed(old: str, new: str) -> BeforeValidator:
+    """Of a setting whose value `old` is spelled `new` now: it is read with a warning."""
+
+    def respelled(value: Any, info: ValidationInfo) -> Any:
+        if value != old:
+            return value
+        warnings.warn(
+            f"{info.field_name}={old} is spelled {new} now; lpt 0.3 will not read it", FutureWarning, stacklevel=2
+        )
+        return new
+
+    return BeforeValidator(respelled)
+
+
+@dataclass(frozen=True)
+class Without:
+    """On a parameter that is a group of settings: fields that this function does not offer."""
+
+    names: tuple[str, ...]
+
+
 def settings_of(function: Callable[..., Any]) -> type[BaseModel]:
-    """The keyword arguments of a `tune` or of a dataset function, as a schema."""
+    """The keyword arguments of a method or of a dataset function, as a schema. A parameter whose type is a dataclass is
+    a group of settings: its fields stand in the schema by themselves, with the defaults of the parameter's default."""
     hints = get_type_hints(function, include_extras=True)
-    fields: dict[str, Any] = {}
+    schema: dict[str, Any] = {}
     for name, parameter in inspect.signature(function).parameters.items():
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY or name == "root":
+        if is_dataclass(parameter.default):
+            schema |= _group_fields(hints[name], parameter.default)
+        elif parameter.kind is inspect.Parameter.KEYWORD_ONLY or name == "root":
             default = ... if parameter.default is inspect.Parameter.empty else parameter.default
-            fields[name] = (hints[name], default)
-    return create_model(function.__name__, __config__=ConfigDict(extra="forbid", allow_inf_nan=False), **fields)
+            schema[name] = (hints[name], default)
+    return create_model(function.__name__, __config__=ConfigDict(extra="forbid", allow_inf_nan=False), **schema)
+
+
+def _group_fields(hint: Any, default: Any) -> dict[str, tuple[Any, Any]]:
+    hidden = {name for mark in getattr(hint, "__metadata__", ()) if isinstance(mark, Without) for name in mark.names}
+    hints = get_type_hints(type(default), include_extras=True)
+    return {f.name: (hints[f.name], getattr(default, f.name)) for f in fields(default) if f.name not in hidden}
+
+
+def call_with(function: Callable[..., Any], *arguments: Any, settings: Mapping[str, Any]) -> Any:
+    """Calls `function` with settings as its schema has them: those of a group become the group again."""
+    keywords = dict(settings)
+    for name, parameter in inspect.signature(function).parameters.items():
+        if is_dataclass(parameter.default):
+            given = {f.name: keywords.pop(f.name) for f in fields(parameter.default) if f.name in keywords}
+            keywords[name] = replace(parameter.default, **given)  # type: ignore[type-var]
+    return function(*arguments, **keywords)
 
 
 def validated(section: str, model: type[BaseModel], given: Any) -> tuple[dict[str, Any], list[str]]:

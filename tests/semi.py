@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 from conftest import toy_images, toy_task
+from support.training import bind, recipe_of, with_steps
 
 from lpt.data.task import Task
 from lpt.engine.history import History
-from lpt.engine.loop import Fit
+from lpt.engine.loop import follow
+from lpt.engine.phase import Phase, Step
 from lpt.engine.processes import rank_and_world
-from lpt.methods import METHODS
+from lpt.engine.session import Session
 
 COUNTS = (14, 7, 3, 2)
 UNLABELLED = (9, 11, 5, 6)
@@ -54,33 +56,51 @@ class Seen:
 
 
 @dataclass
-class Watched(Fit):
-    """Keeps what every step saw, or dies in one."""
+class Watched:
+    """What every step of a recipe's phases saw; or the recipe dies in one."""
 
+    session: Session
     killed_at: int | None = None
     keep: bool = False
     seen: list[Seen] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
-    streams: Any = None
+    phase: Any = None
 
-    def __call__(self, phase, model, step, streams, **rest):
+    @property
+    def streams(self) -> Any:
+        return self.phase.streams
+
+    @property
+    def memory(self) -> Any:
+        return self.phase.memory
+
+    @property
+    def history(self) -> History:
+        return self.session.history
+
+    @property
+    def costs(self) -> Any:
+        return self.session.costs
+
+    def step_of(self, phase: Phase) -> Step:
+        self.phase = phase
+
         def watched(model, batches, progress):
             if progress.step == self.killed_at:
                 raise Killed
             before = copy.deepcopy(model) if self.keep else None
             logged: dict[str, float] = {}
-            found = step(model, batches, progress)
-            for part in (found,) if isinstance(found, dict) else found:
+            terms = phase.step(model, batches, progress)
+            for part in (terms,) if isinstance(terms, dict) else terms:
                 for name, value in part.items():
                     logged[name] = logged.get(name, 0.0) + value.item()
                 yield part
             self.losses.append(logged["loss"])
             if self.keep:
-                grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-                self.seen.append(Seen(before, batches, logged, grads))
+                gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+                self.seen.append(Seen(before, batches, logged, gradients))
 
-        self.streams = streams
-        super().__call__(phase, model, watched, streams, **rest)
+        return watched
 
 
 def semi(
@@ -95,20 +115,21 @@ def semi(
     keep=False,
     **settings,
 ):
-    """(model, fit, what was said) of a method; `folder` for checkpoints and the table of pseudo-labels."""
+    """(model, what was watched, what was said) of a method; `folder` for checkpoints and the table of pseudo-labels."""
     task, said = task or semi_task(), []
     main = rank_and_world()[0] == 0
-    fit = Watched(
-        task.train,
-        backbone.preprocess,
-        batch_size,
+    session = bind(
+        task,
+        backbone,
+        batch_size=batch_size,
         seed=seed,
         history=History(folder / "history.jsonl" if folder and main else None),
         checkpoints=folder / "checkpoints" if folder else None,
-        audit=folder / "pseudo_labels.parquet" if folder else None,
+        pseudo_labels=folder / "pseudo_labels.parquet" if folder else None,
         checkpoint_seconds=0.0,
-        killed_at=killed_at,
-        keep=keep,
-        say=said.append,
+        log=said.append,
     )
-    return METHODS[method](task, backbone, fit, **settings), fit, said
+    watched = Watched(session, killed_at, keep)
+    recipe = recipe_of(method, task, backbone, session, **settings)
+    model = follow(with_steps(recipe, watched.step_of), session)
+    return model, watched, said

@@ -3,19 +3,18 @@
 import pytest
 import torch
 from conftest import small_backbone, toy_task
+from support.training import bind, train
 
 import lpt
 from lpt.engine.evaluate import features
 from lpt.engine.history import History
-from lpt.engine.loop import Fit
-from lpt.methods import METHODS
 from lpt.prompt_file import load_prompt, save_prompt
 
 
 def probed(task=None, backbone=None, folder=None, **settings):
     task, backbone, history = task or toy_task(), backbone or small_backbone(), History()
-    fit = Fit(task.train, backbone.preprocess, 16, history=history, feature_cache=folder)
-    model = METHODS["linear_probe"](task, backbone, fit, **settings)
+    session = bind(task, backbone, batch_size=16, history=history, feature_cache=folder)
+    model = train("linear_probe", task, backbone, session, **settings)
     return model.only_train().eval(), history
 
 
@@ -49,8 +48,8 @@ def test_a_linear_probe_is_logistic_regression():
     task, backbone = toy_task((60, 30, 10)), small_backbone(width=8)
     mixed = task.train.labels[torch.randperm(100, generator=torch.Generator().manual_seed(0))]
     task = replace(task, train=replace(task.train, labels=mixed))
-    fit = Fit(task.train, backbone.preprocess, 100)
-    model = METHODS["linear_probe"](task, backbone, fit, epochs=3000, lr=0.05, weight_decay=0.0)
+    session = bind(task, backbone, batch_size=100)
+    model = train("linear_probe", task, backbone, session, epochs=3000, lr=0.05, weight_decay=0.0)
     found = features(model, task.train)
     theirs = LogisticRegression(C=1e8, max_iter=20_000, tol=1e-8).fit(found.numpy(), mixed.numpy())
     best = -torch.tensor(theirs.predict_log_proba(found.numpy())).gather(1, mixed[:, None]).mean().item()
@@ -81,15 +80,15 @@ def test_its_prompt_file_reloads_to_the_same_bits(tmp_path, head):
 
 def test_class_means_and_neighbours_by_slow_loops():
     task, backbone = toy_task((9, 6, 4, 3)), small_backbone()
-    fit = Fit(task.train, backbone.preprocess, 8)
-    plain = METHODS["class_mean"](task, backbone, fit)
-    train, test = features(plain, task.train), features(plain, task.test)
-    unit = [row / row.norm() for row in train]
+    session = bind(task, backbone, batch_size=8)
+    plain = train("class_mean", task, backbone, session)
+    train_features, test = features(plain, task.train), features(plain, task.test)
+    unit = [row / row.norm() for row in train_features]
     means = [sum(u for u, y in zip(unit, task.train.labels, strict=True) if y == k) for k in range(4)]
     for row, logits in zip(test, plain.head(test), strict=True):
         wanted = torch.stack([row @ m / row.norm() / m.norm() for m in means])
         torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-5)
-    near = METHODS["knn"](task, backbone, fit, k=5, temperature=0.1)
+    near = train("knn", task, backbone, session, k=5, temperature=0.1)
     for row, logits in zip(test, near.head(test), strict=True):
         cosines = torch.stack([row @ u / row.norm() for u in unit])
         votes = torch.zeros(4)
@@ -102,17 +101,17 @@ def test_class_means_and_neighbours_by_slow_loops():
 def test_every_tuning_learns(tuning):
     task = toy_task((40, 20, 10, 5), test_per_class=20)
     backbone, history = small_backbone(width=64), History()
-    fit = Fit(task.train, backbone.preprocess, 16, history=history)
+    session = bind(task, backbone, batch_size=16, history=history)
     settings = {"epochs": 8, "optimizer": "adamw", "lr": 1e-3 if tuning == "full" else 1e-2}
-    model = METHODS["fine_tune"](task, backbone, fit, tuning=tuning, head_init="random", **settings)
+    model = train("fine_tune", task, backbone, session, tuning=tuning, head_init="random", **settings)
     assert history.lines[-1]["loss"] < 0.8 * history.lines[0]["loss"]
     assert lpt.evaluate(model, task.test, task.counts)["accuracy"] > 0.5  # chance is 0.25
 
 
 def test_a_shallow_prompt_goes_through_all_blocks():
     backbone = small_backbone()
-    fit = Fit(toy_task().train, backbone.preprocess, 8)
-    model = METHODS["fine_tune"](toy_task(), backbone, fit, tuning="vpt_shallow", epochs=1, prompt_length=3).eval()
+    session = bind(toy_task(), backbone, batch_size=8)
+    model = train("fine_tune", toy_task(), backbone, session, tuning="vpt_shallow", epochs=1, prompt_length=3).eval()
     views = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         tokens = torch.cat([backbone.embed(views), model.shared.tokens.expand(2, -1, -1)], dim=1)

@@ -103,7 +103,7 @@ def test_the_constant_keys_and_values_of_a_frozen_prompt_are_never_stale():
         model.shared.tokens.add_(torch.randn_like(model.shared.tokens))
         after = model(views).logits
     fresh = prompted(backbone, pool=False).only_train().eval()
-    fresh.load_adapted(model.adapted())
+    fresh.load_learned_state(model.learned_state())
     assert not torch.allclose(before, after, atol=1e-3)
     assert torch.equal(fresh(views).logits, after)
 

@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from conftest import toy_task
 from plain import plain_block
 from safetensors.torch import load_file, save_file
+from support.training import bind, recipe_of
 
 from lpt import run
 from lpt.config import resolve
 from lpt.errors import BackboneError
-from lpt.methods import METHODS
-from lpt.methods.supervised import learner
-from lpt.model.adapters import adapted
+from lpt.methods.supervised import build_model
+from lpt.model.adapters import with_adapter
 from lpt.model.backbones import clip_text, load_backbone
 from lpt.model.backbones.clip_text import read_templates
 from lpt.model.backbones.clip_vit import ClipViT
@@ -175,7 +175,7 @@ def test_the_fingerprint_is_of_tower_projection_and_activation(tmp_path, small, 
 @pytest.mark.parametrize("kind", ["adaptformer", "lora", "norm", "full"])
 def test_adapters_start_at_the_identity_and_copy_no_tower(clip, kind):
     clip.class_prototypes(CLASSES)
-    inside = adapted(clip, kind)
+    inside = with_adapter(clip, kind)
     assert "projection" not in inside.learned and not inside.projection.requires_grad
     torch.testing.assert_close(feature(inside, views()), feature(clip, views()), rtol=1e-5, atol=1e-5)
     assert torch.equal(inside.class_prototypes(CLASSES), clip.class_prototypes(CLASSES))
@@ -281,16 +281,14 @@ def test_the_similarity_head_gives_open_clips_zero_shot_logits(small, clip):
     logits, expected = 100 * head(feature(clip, views(16))), 100 * image @ text.T
     torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
     assert torch.equal(logits.argmax(1), expected.argmax(1))
-    model = METHODS["zero_shot"](toy_task(), clip, None)
+    model = recipe_of("zero_shot", toy_task(), clip).model
     assert torch.equal(100 * model(views(16)).logits, logits)
 
 
 @pytest.mark.parametrize("tuning", ["head", "vpt_deep", "adaptformer"])
 def test_a_head_starts_at_texts_brought_back_to_the_features(clip, tuning):
-    class Fit:
-        seed = 0
-
-    model = learner(toy_task(), clip, Fit(), tuning=tuning, head="cosine", scale=25, head_init="prototypes")
+    task = toy_task()
+    model = build_model(task, clip, bind(task, clip), tuning=tuning, head="cosine", scale=25, head_init="prototypes")
     expected = F.normalize(clip.class_prototypes(CLASSES) @ clip.projection.T, dim=1)
     torch.testing.assert_close(F.normalize(model.head.weight, dim=1), expected)
 

@@ -31,7 +31,7 @@ def test_every_config_resolves_and_says_how_it_was_run(path):
 
 def test_defaults_are_those_of_the_signature():
     settings = resolve(RAW).method
-    for name, parameter in inspect.signature(METHODS["lpt"]).parameters.items():
+    for name, parameter in inspect.signature(METHODS["lpt"].build).parameters.items():
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
             default = list(parameter.default) if isinstance(parameter.default, tuple) else parameter.default
             assert settings[name] == default

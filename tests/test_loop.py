@@ -16,8 +16,11 @@ from lpt.data.samplers import InstanceBalanced
 from lpt.engine.batches import Progress, Stream
 from lpt.engine.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from lpt.engine.history import History
-from lpt.engine.loop import Fit
+from lpt.engine.loop import follow, run_phase
 from lpt.engine.optim import lr_at, scaled_lr
+from lpt.engine.phase import Phase, Recipe, checked_recipe
+from lpt.engine.session import Cost, Session
+from lpt.engine.step_memory import StepMemory
 from lpt.errors import TrainingError
 from lpt.files import to_bytes
 
@@ -32,11 +35,15 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.zeros(3, 3 * 8 * 8))
         self.register_buffer("centre", torch.zeros(2))
 
-    def adapted(self):
+    def learned_state(self):
         return self.state_dict()
 
-    def load_adapted(self, tensors):
+    def load_learned_state(self, tensors):
         self.load_state_dict(tensors)
+
+    def only_train(self, *prefixes):
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name.startswith(prefixes))
 
 
 def step(model, batches, progress):
@@ -46,22 +53,23 @@ def step(model, batches, progress):
     return {"loss": nn.functional.cross_entropy(logits, batch.labels)}
 
 
+def session(folder=None, **changes):
+    settings = {"images": toy_images(LABELS), "preprocess": Preprocess(size=8), "batch_size": 4, "checkpoints": folder}
+    return Session(**(settings | changes))
+
+
+def phase(name="phase1", step=step, *, streams=None, **changes):
+    streams = streams or {"all": Stream(InstanceBalanced(LABELS, batch_size=4, seed=0))}
+    settings = {"steps": 11, "steps_per_epoch": 4, "optimizer": "adamw", "lr": 1e-2, "weight_decay": 0.01}
+    return Phase(name=name, trains=("weight",), step=step, streams=streams, **(settings | changes))
+
+
 def fit(folder=None, *, steps=11, optimizer="adamw", lr=1e-2, step=step, model=None, **changes):
-    bound = Fit(
-        images=toy_images(LABELS),
-        preprocess=Preprocess(size=8),
-        batch_size=4,
-        checkpoints=folder,
-        history=History(folder.parent / "history.jsonl" if folder else None),
-        run_hash="a",
-        **changes,
-    )
+    """(the model after a phase, its session)."""
+    history = History(folder.parent / "history.jsonl" if folder else None)
+    bound = session(folder, history=history, run_hash="a", **changes)
     model = model or Linear()
-    sampler = InstanceBalanced(LABELS, batch_size=4, seed=0)
-    bound(
-        "phase1", model, step, {"all": Stream(sampler)},
-        steps=steps, steps_per_epoch=4, optimizer=optimizer, lr=lr, weight_decay=0.01,
-    )  # fmt: skip
+    run_phase(phase(step=step, steps=steps, optimizer=optimizer, lr=lr), model, bound)
     return model, bound
 
 
@@ -242,8 +250,10 @@ def test_randomness_is_a_function_of_seed_phase_step_and_name_alone():
 
 def test_a_value_that_is_made_once_is_not_made_again(tmp_path):
     _, bound = fit(tmp_path / "c")
-    first = bound.once("queries", lambda: torch.tensor([1.0, 2.0]))
-    assert torch.equal(bound.once("queries", lambda: torch.zeros(2)), first)
+    first = bound.once("queries", bound.images, lambda: torch.tensor([1.0, 2.0]))
+    assert torch.equal(bound.once("queries", bound.images, lambda: torch.zeros(2)), first)
+    other = toy_images(LABELS, seed=5)  # of other images it is another value
+    assert torch.equal(bound.once("queries", other, lambda: torch.zeros(2)), torch.zeros(2))
 
 
 def test_learning_rates_of_both_schedules():
@@ -288,14 +298,15 @@ def seen(rank=0, world=1, *, seed=0, images=None, **streams):
         found.append(batches)
         return {"loss": sum(batch.views.float().mean() for batch in batches.values()) * model.weight.sum()}
 
-    bound = Fit(images or toy_images(LABELS), Preprocess(size=8), 4, seed=seed)
+    bound = session(seed=seed, **({"images": images} if images else {}))
     sampler = InstanceBalanced(LABELS, batch_size=4, seed=0)
     given = {name: Stream(sampler, **rest) for name, rest in streams.items()}
+    three = phase("p", watching, streams=given, steps=3, steps_per_epoch=3, optimizer="sgd", lr=0.0, weight_decay=0.0)
     with (
         patch("lpt.engine.loop.rank_and_world", lambda: (rank, world)),
-        patch("lpt.engine.loop._shared", lambda g, n: n),
+        patch("lpt.engine.loop._mean_over_processes", lambda gradients, numbers: numbers),
     ):
-        bound("p", Linear(), watching, given, steps=3, steps_per_epoch=3, optimizer="sgd", lr=0.0, weight_decay=0.0)
+        run_phase(three, Linear(), bound)
     return found
 
 
@@ -357,46 +368,33 @@ def test_a_stream_may_have_images_and_features_of_its_own():
         assert torch.equal(torch.stack(shares, 1).flatten(0, 1), batches["some"].views)
 
 
-def noting(model, batches, progress):
-    bound = noting.fit
-    (batch,) = batches.values()
-    bound.memory.note(rows=batch.rows, step=torch.full((4,), progress.step))
-    old = bound.memory.state.get("sum", torch.zeros(()))
-    bound.memory.state["sum"] = old + batch.views.mean()
-    return {**step(model, batches, progress), "third": torch.tensor(1 / 3)}
-
-
 @pytest.mark.parametrize("killed_at", [2, 5, 8])
 def test_what_a_phase_remembers_survives_a_kill_within_an_epoch(tmp_path, killed_at):
     def run(folder, dies=None):
-        taken = []
+        taken, memory = [], StepMemory()
 
         def remembering(model, batches, progress):
             if progress.step == dies:
                 raise Killed
-            return noting(model, batches, progress)
+            (batch,) = batches.values()
+            memory.note(rows=batch.rows, step=torch.full((4,), progress.step))
+            memory.tensors["sum"] = memory.tensors.get("sum", torch.zeros(())) + batch.views.mean()
+            return {**step(model, batches, progress), "third": torch.tensor(1 / 3)}
 
-        noting.fit = bound = Fit(
-            toy_images(LABELS),
-            Preprocess(size=8),
-            4,
-            checkpoints=folder,
+        bound = session(
+            folder,
             history=History(folder.parent / f"{folder.name}.jsonl"),
             checkpoint_seconds=0.0,
-            on_epoch=lambda model, progress: taken.append(bound.memory.take()) or {},
+            on_epoch=lambda model, progress: taken.append(memory.take_notes()) or {},
         )
-        model, sampler = Linear(), InstanceBalanced(LABELS, batch_size=4, seed=0)
-        bound(
-            "p", model, remembering, {"all": Stream(sampler)},
-            steps=10, steps_per_epoch=4, optimizer="adamw", lr=0.1, weight_decay=0.0,
-        )  # fmt: skip
-        return bound, taken
+        run_phase(phase("p", remembering, steps=10, lr=0.1, weight_decay=0.0, memory=memory), Linear(), bound)
+        return bound, memory, taken
 
-    whole, expected = run(tmp_path / "whole")
+    whole, memory, expected = run(tmp_path / "whole")
     with pytest.raises(Killed):
         run(tmp_path / "killed", killed_at)
-    again, taken = run(tmp_path / "killed")
-    assert torch.equal(again.memory.state["sum"], whole.memory.state["sum"]) and again.cost == whole.cost
+    again, again_memory, taken = run(tmp_path / "killed")
+    assert torch.equal(again_memory.tensors["sum"], memory.tensors["sum"]) and again.costs == whole.costs
     for one, two in zip(expected[-len(taken) :], taken, strict=True):
         assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
     assert taken[-1]["step"].tolist() == 4 * [8] + 4 * [9] and len(taken) == 3 - killed_at // 4
@@ -406,30 +404,15 @@ def test_what_a_phase_remembers_survives_a_kill_within_an_epoch(tmp_path, killed
     assert lines[0] == lines[1] and len(lines[0]) == 3
 
 
-def test_a_phase_begins_with_nothing_to_remember(tmp_path):
-    def check(model, batches, progress):
-        if progress.step == 0:
-            assert not bound.memory.state and not bound.memory.sums
-        bound.memory.state["old"] = torch.zeros(2)
-        return step(model, batches, progress)
-
-    bound = Fit(toy_images(LABELS), Preprocess(size=8), 4, checkpoints=tmp_path)
-    for phase in ("one", "two"):
-        bound(
-            phase, Linear(), check, {"all": Stream(InstanceBalanced(LABELS, batch_size=4, seed=0))},
-            steps=2, steps_per_epoch=2, optimizer="sgd", lr=0.1, weight_decay=0.0,
-        )  # fmt: skip
-
-
 def test_operations_are_counted_once_and_change_no_bit():
     """The logits are one product [4 192] [192 3] and its gradient in the weight: 2 · 4 · 192 · 3 each."""
     counted, bound = fit()
     plain, other = fit(count_flops=False)
-    assert bound.cost == {"phase1": {"steps": 11, "images": 44, "flops": 11 * 2 * (2 * 4 * 192 * 3)}}
-    assert other.cost == {"phase1": {"steps": 11, "images": 44, "flops": 0}}
+    assert bound.costs == {"phase1": Cost(steps=11, images=44, flops=11 * 2 * (2 * 4 * 192 * 3))}
+    assert other.costs == {"phase1": Cost(steps=11, images=44, flops=0)}
     assert torch.equal(counted.weight, plain.weight)
     _, again = fit(step=in_parts)
-    assert again.cost == bound.cost
+    assert again.costs == bound.costs
 
 
 def test_a_resumed_and_a_finished_phase_cost_what_an_undisturbed_one_does(tmp_path):
@@ -438,11 +421,11 @@ def test_a_resumed_and_a_finished_phase_cost_what_an_undisturbed_one_does(tmp_pa
             raise Killed
         return step(model, batches, progress)
 
-    cost = fit()[1].cost
+    costs = fit()[1].costs
     with pytest.raises(Killed):
         fit(tmp_path / "c", step=dying, checkpoint_seconds=0.0)
-    assert fit(tmp_path / "c")[1].cost == cost
-    assert fit(tmp_path / "c")[1].cost == cost
+    assert fit(tmp_path / "c")[1].costs == costs
+    assert fit(tmp_path / "c")[1].costs == costs
 
 
 def test_features_of_views_are_counted_and_their_cost_is_kept(tmp_path):
@@ -454,16 +437,16 @@ def test_features_of_views_are_counted_and_their_cost_is_kept(tmp_path):
     torch.nn.init.normal_(model.weight, generator=torch.Generator().manual_seed(0))
 
     def made():
-        bound = Fit(images, Preprocess(size=8), 4, checkpoints=tmp_path)
-        return bound, bound.once("weak", lambda: bound.view_features("weak", model, images))
+        bound = session(tmp_path)
+        return bound, bound.view_features("weak", model, images)
 
     bound, first = made()
     assert first.shape == (24, 3) and not torch.equal(first, bound.view_features("strong", model, images, strong=True))
-    assert bound.cost["weak"] == {"steps": 0, "images": 24, "flops": 24 * 2 * 192 * 3}
+    assert bound.costs["weak"] == Cost(steps=0, images=24, flops=24 * 2 * 192 * 3)
     again, second = made()
-    assert torch.equal(first, second) and again.cost["weak"] == bound.cost["weak"]
-    other = bound.view_features("another", model, images)
-    assert not torch.equal(other, first) and torch.equal(other, bound.view_features("another", model, images))
+    assert torch.equal(first, second) and again.costs["weak"] == bound.costs["weak"]
+    other = session().view_features("another", model, images)
+    assert not torch.equal(other, first) and torch.equal(other, session().view_features("another", model, images))
 
 
 def test_features_of_views_do_not_depend_on_the_number_of_processes():
@@ -472,12 +455,12 @@ def test_features_of_views_do_not_depend_on_the_number_of_processes():
             return views.flatten(1)
 
     images = toy_images(torch.arange(4).repeat(75))
-    bound = Fit(images, Preprocess(size=8), 4)
+    bound = session(images=images)
     whole = bound.view_features("weak", Model(), images, strong=True)
     for rank in range(2):
         with (
-            patch("lpt.engine.loop.rank_and_world", lambda rank=rank: (rank, 2)),
-            patch("lpt.engine.loop.gathered", lambda mine, total: mine),
+            patch("lpt.engine.session.rank_and_world", lambda rank=rank: (rank, 2)),
+            patch("lpt.engine.session.all_gather_rows", lambda mine, total: mine),
         ):
             mine = bound.view_features("weak", Model(), images, strong=True)
         assert torch.equal(mine[:150], whole[rank::2])  # of the last batch only what is there
@@ -485,21 +468,82 @@ def test_features_of_views_do_not_depend_on_the_number_of_processes():
 
 def test_the_seconds_of_features_that_a_killed_run_has_computed_are_kept(tmp_path):
     def made():
-        bound = Fit(toy_images(LABELS), Preprocess(size=8), 4, checkpoints=tmp_path)
-        bound.once("queries", lambda: (time.sleep(0.05), torch.zeros(2))[1])
+        bound = session(tmp_path)
+        bound.once("queries", bound.images, lambda: (time.sleep(0.05), torch.zeros(2))[1])
         return bound
 
     assert made().seconds_before == {"queries": 0.0}  # this process has spent them, and knows
     again = made()
     assert 0.05 <= again.seconds_before["queries"] < 10
-    again.once("queries", lambda: torch.zeros(2))
+    again.once("queries", again.images, lambda: torch.zeros(2))
     assert again.seconds_before["queries"] >= 0.05
 
 
 def test_processes_that_see_different_checkpoints_are_told(tmp_path):
     fit(tmp_path / "c")
     with (
-        patch("lpt.engine.loop.summed", lambda mine: mine + 5),
+        patch("lpt.engine.phase_state.all_reduce_sum", lambda mine: mine + 5),
         pytest.raises(TrainingError, match="a disk that all see"),
     ):
         fit(tmp_path / "c")
+
+
+# Recipes.
+
+
+def test_a_phase_is_asked_for_when_the_one_before_is_done():
+    """What a method does between two phases sees the model as the first has left it."""
+    weights = []
+
+    def phases(model):
+        yield phase("one")
+        weights.append(model.weight.clone())
+        yield phase("two")
+
+    model = Linear()
+    assert follow(Recipe(model, phases(model)), session()) is model
+    assert torch.equal(weights[0], fit()[0].weight) and not torch.equal(weights[0], model.weight)
+
+
+def test_a_finished_phase_is_loaded_before_the_next_is_asked_for(tmp_path):
+    weights = []
+
+    def phases(model):
+        yield phase("one")
+        weights.append(model.weight.clone())
+        yield phase("two")
+
+    for _ in range(2):
+        model = Linear()
+        follow(Recipe(model, phases(model)), session(tmp_path))
+        weights.append(model.weight.clone())
+    between, end, between_again, end_again = weights
+    assert torch.equal(between, between_again) and torch.equal(end, end_again)
+
+
+@pytest.mark.parametrize("returned", [None, Linear(), (phase(name) for name in "ab")])
+def test_what_is_no_recipe_is_refused(returned):
+    """A generator that nobody consumes would train nothing, and nobody would know."""
+    with pytest.raises(
+        TrainingError, match=r"method mine returned a \w+, which trains nothing: return Recipe\(model, ph"
+    ):
+        checked_recipe("mine", returned)
+
+
+def test_a_recipe_of_anything_but_phases_is_refused():
+    with pytest.raises(TrainingError, match="a recipe yields phases, and not generator"):
+        follow(Recipe(Linear(), [(phase(name) for name in "ab")]), session())
+
+
+def test_a_recipe_without_phases_or_steps_trains_nothing():
+    started = []
+    bound = session(on_start=lambda: started.append(True))
+    model = Linear()
+    follow(Recipe(model), bound)
+    follow(Recipe(model, [phase(steps=0)]), bound)
+    assert started and not bound.costs and not model.weight.any()
+
+
+def test_a_phase_of_fewer_than_no_steps_is_refused():
+    with pytest.raises(TrainingError, match="phase phase1 of -1 steps"):
+        phase(steps=-1)

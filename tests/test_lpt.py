@@ -3,13 +3,12 @@
 import pytest
 import torch
 from conftest import small_backbone, toy_task
+from support.training import bind, recipe_of, train
 
 import lpt
-from lpt.engine.batches import Progress, draw, seen
+from lpt.engine.batches import Progress, draw, to_views
 from lpt.engine.history import History
-from lpt.engine.loop import Fit
 from lpt.errors import LptError
-from lpt.methods import METHODS
 
 SETTINGS = dict(
     prompt_length=2, prefix_blocks=2, pool_size=4, topk=2, epochs=(2, 2), optimizer="adamw", lr=(5e-3, 5e-3)
@@ -19,8 +18,8 @@ SETTINGS = dict(
 def tuned(task=None, backbone=None, *, seed=0, batch_size=8, **changes):
     history, said = History(), []
     task, backbone = task or toy_task(), backbone or small_backbone()
-    fit = Fit(task.train, backbone.preprocess, batch_size, seed=seed, history=history, say=said.append)
-    return METHODS["lpt"](task, backbone, fit, **(SETTINGS | changes)), history, said
+    session = bind(task, backbone, batch_size=batch_size, seed=seed, history=history, log=said.append)
+    return train("lpt", task, backbone, session, **(SETTINGS | changes)), history, said
 
 
 def test_no_backbone_tensor_changes_by_one_bit():
@@ -45,8 +44,8 @@ def test_phase_2_freezes_the_shared_prompt_and_starts_from_the_head_of_phase_1()
 
 def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not():
     first, again, other = tuned()[0], tuned()[0], tuned(seed=1)[0]
-    for name, value in first.adapted().items():
-        assert torch.equal(value, again.adapted()[name])
+    for name, value in first.learned_state().items():
+        assert torch.equal(value, again.learned_state()[name])
     assert not torch.equal(first.pool.tokens, other.pool.tokens)
 
 
@@ -91,7 +90,7 @@ def test_a_class_without_training_images_is_kept():
     task = toy_task((20, 0, 6, 3))
     model, _, _ = tuned(task, epochs=(1, 1), head_init="class_mean")
     assert model.head.weight.shape[0] == 4
-    assert all(torch.isfinite(v).all() for v in model.adapted().values())
+    assert all(torch.isfinite(v).all() for v in model.learned_state().values())
 
 
 def test_what_cannot_be_served_is_refused_before_training():
@@ -149,35 +148,26 @@ def test_one_step_has_the_gradients_of_the_formula():
     from lpt.losses import GCL, cloud_noise
 
     task, backbone = toy_task(), small_backbone()
-    taken = {}
-
-    class Once(Fit):
-        def __call__(self, phase, model, step, streams, **settings):
-            if phase == "phase1":
-                return super().__call__(phase, model, step, streams, **settings)
-            progress = Progress(phase, 3, 12, 4, self.seed)
-            drawn = draw(streams, progress, self.images, self.preprocess)
-            batches = seen(drawn, self.preprocess, torch.device("cpu"), self.dtype)
-            for part in step(model, batches, progress):
-                part["loss"].backward()
-            taken.update(model=model, batches=batches, progress=progress)
-            taken["mine"] = {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
-            model.zero_grad(set_to_none=True)
-            raise StopIteration
-
-    fit = Once(task.train, backbone.preprocess, 8)
-    with pytest.raises(StopIteration):
-        METHODS["lpt"](task, backbone, fit, **(SETTINGS | dict(head_dropout=0.0, query_centering="mean")))
-    model, progress = taken["model"], taken["progress"]
+    session = bind(task, backbone)
+    recipe = recipe_of("lpt", task, backbone, session, **(SETTINGS | dict(head_dropout=0.0, query_centering="mean")))
+    model, (_, phase2) = recipe.model, recipe.phases
+    model.only_train(*phase2.trains)
+    progress = Progress("phase2", 3, 12, 4, session.seed)
+    drawn = draw(phase2.streams, progress, session.images, session.preprocess)
+    batches = to_views(drawn, session.preprocess, torch.device("cpu"), session.dtype)
+    for part in phase2.step(model, batches, progress):
+        part["loss"].backward()
+    mine = {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
     total = 0.0
     for stream, gammas, weight in (("balanced", (0.0, 4.0), 1.0), ("instance", (0.5, 8.0), 0.5)):
-        batch = taken["batches"][stream]
+        batch = batches[stream]
         output = model(batch.views)
         cloud = cloud_noise(progress.normal(f"cloud/{stream}", 8, 4))
         a = GCL(task.counts, 20.0, 0.1, 0.5, *gammas)(output.logits, batch.labels, cloud)
         total = total + weight * (a - 0.5 * output.similarity.sum(1).mean())
     total.backward()
     theirs = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
-    assert theirs.keys() == taken["mine"].keys() == {"pool.tokens", "pool.keys", "head.weight"}
+    assert theirs.keys() == mine.keys() == {"pool.tokens", "pool.keys", "head.weight"}
     for name, gradient in theirs.items():
-        torch.testing.assert_close(taken["mine"][name], gradient, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(mine[name], gradient, rtol=1e-4, atol=1e-6)

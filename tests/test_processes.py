@@ -11,10 +11,10 @@ from semi import Killed, normal, semi
 
 from lpt.engine import processes
 from lpt.engine.evaluate import PrefixCache, features, predict
-from lpt.engine.memory import Memory
-from lpt.engine.processes import everywhere, gathered, rank_and_world, summed, together
+from lpt.engine.processes import all_agree, all_gather_rows, all_reduce_sum, naming_lost_peers, rank_and_world
+from lpt.engine.step_memory import StepMemory
 from lpt.errors import TrainingError
-from lpt.methods.semi_supervised import Opinion
+from lpt.methods.semi_supervised import PseudoLabels
 from lpt.methods.ulfine import Fitting
 from lpt.model.heads import FusedHead
 
@@ -43,7 +43,7 @@ def fitted(rank, world):
         head.texts.copy_(normal(40, 16, seed=2))
         head.prototypes.copy_(head.texts)
     kept = probability.amax(1) > 0.15
-    found = Opinion(*(whole[rank::world] for whole in (probability, kept, kept.float())), {})
+    found = PseudoLabels(*(whole[rank::world] for whole in (probability, kept, kept.float())), {})
     done = Fitting(mu=0.4, pu_estimator="masked")(head, feature[rank::world], labels[rank::world], found)
     done.commit()
     return {**head.state_dict(), "loss": done.loss, "gradient": done.gradient}
@@ -65,15 +65,15 @@ def work(rank, folder, port):
     accelerator = Accelerator(cpu=True)
     assert rank_and_world() == (rank, 2) == (accelerator.process_index, accelerator.num_processes)
 
-    assert summed(torch.tensor([1.0 + rank, 5.0])).tolist() == [3.0, 10.0]
+    assert all_reduce_sum(torch.tensor([1.0 + rank, 5.0])).tolist() == [3.0, 10.0]
     for total in (1, 4, 5):
         whole = torch.arange(2 * total).view(total, 2)
-        assert torch.equal(gathered(whole[rank::2], total), whole)
+        assert torch.equal(all_gather_rows(whole[rank::2], total), whole)
     flags = torch.tensor([True, False, False, True])
-    assert torch.equal(gathered(flags[rank::2], 4), flags)
-    assert everywhere(True) and not everywhere(rank == 0) and not everywhere(False)
+    assert torch.equal(all_gather_rows(flags[rank::2], 4), flags)
+    assert all_agree(True) and not all_agree(rank == 0) and not all_agree(False)
     save_file(of_one_image(), folder / f"one-{rank}.safetensors")
-    memory = Memory()
+    memory = StepMemory()
     memory.note(rows=torch.arange(6)[rank::2])
     assert memory.take()["rows"].tolist() == [0, 1, 2, 3, 4, 5]
 
@@ -93,10 +93,10 @@ def work(rank, folder, port):
 
 
 def keep(model, fit, path):
-    cost = [sum(of[key] for of in fit.cost.values()) for key in ("steps", "images", "flops")]
+    cost = [sum(getattr(cost, key) for cost in fit.costs.values()) for key in ("steps", "images", "flops")]
     found = {"losses": torch.tensor([line["loss"] for line in fit.history.lines]), "cost": torch.tensor(cost)}
-    found |= {name: value.detach().contiguous() for name, value in model.adapted().items()}
-    save_file(found | {f"memory/{name}": value for name, value in fit.memory.tensors().items()}, path)
+    found |= {name: value.detach().contiguous() for name, value in model.learned_state().items()}
+    save_file(found | {f"memory/{name}": value for name, value in fit.memory.stored().items()}, path)
 
 
 @pytest.fixture(scope="module")
@@ -151,13 +151,16 @@ def test_a_process_may_have_no_image_to_predict(two):
 
 def test_it_is_said_that_another_process_is_gone(monkeypatch):
     gone = RuntimeError("[gloo/transport/tcp/pair.cc:561] Connection closed by peer")
-    with pytest.raises(RuntimeError, match="pair"), together():  # of one process it would say nothing
+    with pytest.raises(RuntimeError, match="pair"), naming_lost_peers():  # of one process it would say nothing
         raise gone
     monkeypatch.setattr(processes, "rank_and_world", lambda: (1, 2))
     for error in (gone, torch.distributed.DistBackendError("NCCL")):
-        with pytest.raises(TrainingError, match=r"another of the 2 processes has ended: .* --resume"), together():
+        with (
+            pytest.raises(TrainingError, match=r"another of the 2 processes has ended: .* --resume"),
+            naming_lost_peers(),
+        ):
             raise error
-    with pytest.raises(RuntimeError, match="shapes"), together():
+    with pytest.raises(RuntimeError, match="shapes"), naming_lost_peers():
         raise RuntimeError("shapes do not match")
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from lpt import run
 from lpt.config import resolve
-from lpt.engine import loop
+from lpt.engine import phase_state, session
 from lpt.engine.history import History
 from lpt.errors import LptError
 
@@ -53,7 +53,8 @@ def test_a_run_resumed_between_its_phases_cost_what_an_undisturbed_one_does(tmp_
 
 def test_checkpoints_are_as_frequent_as_the_config_says(tmp_path, monkeypatch):
     written = []
-    monkeypatch.setattr(loop, "save_checkpoint", lambda path, checkpoint, run_hash: written.append(checkpoint.step))
+    for module in (phase_state, session):
+        monkeypatch.setattr(module, "save_checkpoint", lambda path, state, run_hash: written.append(state.step))
     for seconds, steps in ((0, [1, 2, 3]), (60, [3])):
         settings = ["data.imbalance_factor=200", "method.epochs=1", "train.select=last", "train.batch_size=80"]
         run.train(resolve(CONFIG, [*settings, f"train.checkpoint_seconds={seconds}"]), tmp_path / str(seconds))

@@ -65,7 +65,7 @@ def test_presets_differ_exactly_where_they_should(cifar100_root, preset):
 def test_a_mismatched_tail_and_more_than_there_is(cifar100_root):
     task = load_task("cifar100-semi", root=str(cifar100_root), gamma_u=20, shape="reversed", preset="simpro")
     found = np.bincount(task.unlabeled.labels.numpy())
-    assert found.tolist() == semi_counts(100, 400, 20)[::-1] and "12719 unlabelled" in task.described()[0]
+    assert found.tolist() == semi_counts(100, 400, 20)[::-1] and "12719 unlabelled" in task.summary_lines()[0]
     hashes = {task.manifest()["sha256"], load_task("cifar100-semi", root=str(cifar100_root)).manifest()["sha256"]}
     assert len(hashes) == 2
     with pytest.raises(DataError, match=r"needs 50 labelled and 460 unlabelled images, 500 are there: lower data\.m1"):

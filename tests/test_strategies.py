@@ -7,15 +7,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import images, small_backbone, toy_task
+from support.training import bind, recipe_of
 
 import lpt
 from lpt.engine.evaluate import features
 from lpt.engine.history import History
-from lpt.engine.loop import Fit
+from lpt.engine.loop import follow
 from lpt.engine.optim import lr_at
+from lpt.engine.phase import Recipe
 from lpt.errors import BackboneError, ConfigError, LptError
 from lpt.losses import log_prior
-from lpt.methods import METHODS
 from lpt.methods.decoupled import temperature
 from lpt.model.heads import Calibration
 from lpt.prompt_file import load_prompt, save_prompt
@@ -29,19 +30,18 @@ def trained(method, task=None, backbone=None, spy=None, checkpoints=None, **sett
     task, backbone = task or toy_task(COUNTS), backbone or small_backbone()
     history, said = History(), []
 
-    class Spied(Fit):
-        def __call__(self, phase, model, *args, **kwargs):
-            if self.before is not None:
-                self.start()
-                self.go_before(model)
-            before = {k: v.clone() for k, v in model.state_dict().items()}
-            super().__call__(phase, model, *args, **kwargs)
+    def watched(recipe):
+        for phase in recipe.phases or ():
+            recipe.model.only_train(*phase.trains)
+            before = {k: v.clone() for k, v in recipe.model.state_dict().items()}
+            yield phase
             if spy:
-                (stream, *_) = args[1].values()
-                spy(phase, before, {k: v.clone() for k, v in model.state_dict().items()}, stream)
+                (stream, *_) = phase.streams.values()
+                spy(phase.name, before, {k: v.clone() for k, v in recipe.model.state_dict().items()}, stream)
 
-    fit = Spied(task.train, backbone.preprocess, 8, history=history, checkpoints=checkpoints, say=said.append)
-    model = METHODS[method](task, backbone, fit, **settings)
+    session = bind(task, backbone, history=history, checkpoints=checkpoints, log=said.append)
+    recipe = recipe_of(method, task, backbone, session, **settings)
+    model = follow(Recipe(recipe.model, watched(recipe)), session)
     return model.only_train().eval(), history.lines, said
 
 
@@ -82,7 +82,7 @@ def test_without_stage_1_it_is_the_plain_method(method):
     settings = {"tuning": "vpt_deep", "loss": "ce", **FAST}
     plain, _, _ = trained("fine_tune", **settings)
     same, _, _ = trained(method, epochs_stage1=0, then={"name": "fine_tune", **settings})
-    assert all(torch.equal(v, same.adapted()[k]) for k, v in plain.adapted().items())
+    assert all(torch.equal(v, same.learned_state()[k]) for k, v in plain.learned_state().items())
     other, _, _ = trained(method, epochs_stage1=2, then={"name": "fine_tune", **settings})
     assert not torch.equal(plain.head.weight, other.head.weight)
 
@@ -204,7 +204,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path):
         trained("two_stage", spy=kill, checkpoints=tmp_path, epochs_stage1=3, then=then)
     again, _, said = trained("two_stage", checkpoints=tmp_path, epochs_stage1=3, then=then)
     assert "reweighted: finished before" in said
-    assert all(torch.equal(v, again.adapted()[k]) for k, v in whole.adapted().items())
+    assert all(torch.equal(v, again.learned_state()[k]) for k, v in whole.learned_state().items())
 
 
 # After training.

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from conftest import real, toy_task
 from safetensors import safe_open
 from semi import COUNTS, FAST, UNLABELLED, Killed, cross_entropy, normal, semi, semi_task, unit
+from support.training import recipe_of
 
-from lpt.methods import METHODS
-from lpt.methods.semi_supervised import Opinion
+from lpt.methods.semi_supervised import PseudoLabels
 from lpt.methods.ulfine import Fitting, orthogonality
 from lpt.model.backbones import load_backbone
 from lpt.model.backbones.base import read_prototypes
@@ -40,14 +40,14 @@ def fresh_head(num_classes=5, width=8, **more):
 def opinion(logits, tau=0.0):
     probability = logits.softmax(1)
     kept = probability.amax(1) >= tau
-    return Opinion(probability, kept, kept.float(), {"linear": probability})
+    return PseudoLabels(probability, kept, kept.float(), {"linear": probability})
 
 
 def followed(head, joint, labels, found, *, mode="anchored", mu=0.1, rho=0.9, estimator="soft", m=0.99, center=False):
     """The state after a step, class by class in double precision; differentiable in `joint` and `head.texts`."""
     num_classes = len(head.weight)
     votes, number = torch.zeros(num_classes, dtype=torch.double), 0
-    for p, kept in zip(found.probability.double(), found.kept.tolist(), strict=True):
+    for p, kept in zip(found.probability.double(), found.mask.tolist(), strict=True):
         if estimator == "soft" or kept:
             number += 1
             for k in range(num_classes):
@@ -100,7 +100,7 @@ def test_at_the_start_similarities_are_open_clips_zero_shot_logits(tower):
         fused = before.eval()(views).logits
     torch.testing.assert_close(similarity, 100 * image @ text.T, rtol=1e-3, atol=1e-3)
     assert torch.equal(fused.argmax(1), (image @ text.T).argmax(1))
-    assert torch.equal(fused, METHODS["zero_shot"](toy_task(COUNTS), clip, None)(views).logits * 100)
+    assert torch.equal(fused, recipe_of("zero_shot", toy_task(COUNTS), clip).model(views).logits * 100)
     # The linear head starts at the texts brought back by the projection: zero-shot up to a factor for each image.
     back = text @ clip.projection.T
     expected = 25 * F.normalize(before.feature(views), dim=1) @ F.normalize(back, dim=1).T
@@ -140,7 +140,7 @@ def test_a_step_moves_each_class_as_a_slow_loop_does(mode, estimator, center):
     for step in range(4):
         labels = torch.tensor([[0, 0, 1], [1, 3, 3], [0, 1, 3], [3, 0, 0]][step])  # class 2 and 4 never come
         found = opinion(3 * normal(6, 5, seed=20 + step), tau=0.7)
-        assert 0 < found.kept.sum() < 6
+        assert 0 < found.mask.sum() < 6
         feature = 5 * normal(3, 8, seed=step)
         expected = followed(head, feature, labels, found, **slow)
         before = {name: getattr(head, name).clone() for name in STATE}
@@ -163,7 +163,7 @@ def test_alpha_is_at_most_mu_which_the_most_predicted_class_has_and_the_unseen_h
         head.prototypes.copy_(head.texts)
     fitting = Fitting(mu=0.3, pu_ema=0.0, orth_weight=0.0)
     probability = torch.tensor([[0.1, 0.6, 0.2, 0.1], [0.2, 0.5, 0.1, 0.2]])
-    found = Opinion(probability, torch.ones(2, dtype=torch.bool), torch.ones(2), {})
+    found = PseudoLabels(probability, torch.ones(2, dtype=torch.bool), torch.ones(2), {})
     fitting(head, torch.eye(8)[4:7], torch.tensor([0, 1, 2]), found).commit()
     tangent = [head.prototypes[k, 4 + k] / head.prototypes[k, k] for k in range(3)]
     alpha = [(t / (1 + t)).item() for t in tangent]
@@ -187,7 +187,7 @@ def test_the_recursive_update_with_a_constant_mean_follows_its_closed_form():
     head, mu, steps = fresh_head(num_classes=2, width=8), 0.05, 7
     direction = F.normalize(normal(8, seed=5), dim=0)
     fitting = Fitting(mode="recursive", mu=mu, pu_ema=0.0, orth_weight=0.0)
-    found = Opinion(torch.tensor([[0.6, 0.4]]), torch.tensor([True]), torch.ones(1), {})
+    found = PseudoLabels(torch.tensor([[0.6, 0.4]]), torch.tensor([True]), torch.ones(1), {})
     a, b = 1.0, 0.0  # the prototype of class 0 is (a t + b v), of class 1 with 2/3 of the α
     text, alpha = head.texts[0].double(), mu
     for _ in range(steps):
@@ -209,7 +209,7 @@ def test_a_class_that_is_never_predicted_keeps_its_text_and_without_kept_images_
     with torch.no_grad():
         head.frequency.copy_(torch.tensor([0.5, 0.5, 0.0, 0.0, 0.0]))
     found = opinion(normal(4, 5), tau=1.0)
-    assert not found.kept.any()
+    assert not found.mask.any()
     fitting = Fitting(mu=0.5, pu_estimator="histogram", orth_weight=0.0)
     fitting(head, normal(5, 8), torch.arange(5), found).commit()
     assert head.frequency.tolist() == [0.5, 0.5, 0.0, 0.0, 0.0]
@@ -219,7 +219,7 @@ def test_a_class_that_is_never_predicted_keeps_its_text_and_without_kept_images_
 def test_the_sum_over_processes_is_taken_as_it_is(monkeypatch):
     """Where others nearly cancel this process's part, own part and rest do not add up to the sum's bits."""
     total = 1e-4 * normal(5, 8, seed=9)
-    monkeypatch.setattr("lpt.methods.ulfine.summed", lambda mine: total if mine.dim() == 2 else mine)
+    monkeypatch.setattr("lpt.methods.ulfine.all_reduce_sum", lambda mine: total if mine.dim() == 2 else mine)
     head = fresh_head()
     Fitting(orth_weight=1.0)(head, normal(5, 8), torch.arange(5), opinion(normal(4, 5))).commit()
     assert torch.equal(head.visual, F.normalize(total, dim=1))
@@ -282,10 +282,10 @@ def loss_by_hand(model, batches, s):
     supervised = sum(trained(f, int(y), 1.0) for f, y in zip(labelled, labels, strict=True)) / len(labels)
     consistency, views = 0.0, [batches[name].views for name in sorted(batches) if name.startswith("strong")]
     for view in views:
-        for f, p, kept in zip(model.feature(view).double(), found.probability, found.kept, strict=True):
+        for f, p, kept in zip(model.feature(view).double(), found.probability, found.mask, strict=True):
             if kept:
                 shift = float(s["la_on"] == "both")
-                consistency = consistency + trained(f, int(p.argmax()), shift) / len(found.kept) / len(views)
+                consistency = consistency + trained(f, int(p.argmax()), shift) / len(found.mask) / len(views)
     joint = torch.stack([heads(f)[2] for f in labelled])
     rest = {"mode": s["proto_mode"], "mu": s["mu"], "center": s["proto_center"], "estimator": s["pu_estimator"]}
     state = followed(head, joint, labels, found, rho=s["visual_ema"], m=s["pu_ema"], **rest)
@@ -298,7 +298,7 @@ DEFAULTS = {
     "proto_space": "joint", "proto_mode": "anchored", "mu": 0.2, "visual_ema": 0.9, "pu_estimator": "soft",
     "pu_ema": 0.99, "proto_center": False, "orth_weight": 3.0, "orth_on": "updated_prototypes", "fusion": "scale",
     "eta": 0.5, "fuse_pseudo_labels": True, "fuse_train": False, "lambda_u": 1.0, "la_tau": 1.0,
-    "la_on": "labelled", "lambda_sim": 0.0, "tau": 0.4,
+    "la_on": "labeled", "lambda_sim": 0.0, "tau": 0.4,
 }  # fmt: skip
 
 
@@ -325,7 +325,7 @@ def test_loss_gradients_and_state_of_a_step_are_those_by_hand(clip, changes):
     _, fit, _ = ulfine(clip, keep=True, **s)
     was, then = fit.seen[1], fit.seen[2].model.head  # the second step: visual means are there, and adapters moved
     loss, state, found = loss_by_hand(was.model, was.batches, s)
-    assert 0 < found.kept.sum() < len(found.kept), "choose another tau"
+    assert 0 < found.mask.sum() < len(found.mask), "choose another tau"
     assert was.logged["loss"] == pytest.approx(loss.item(), rel=1e-4)
     was.model.zero_grad(set_to_none=True)
     loss.backward()
@@ -370,8 +370,8 @@ def test_micro_batches_are_one_batch_in_loss_gradients_and_prototypes(clip, chan
             assert one.gradients.keys() == two.gradients.keys()
             for name, value in one.gradients.items():
                 torch.testing.assert_close(two.gradients[name], value, rtol=1e-3, atol=1e-5)
-        for name, value in model.adapted().items():
-            torch.testing.assert_close(other.adapted()[name], value, rtol=1e-4, atol=1e-5)
+        for name, value in model.learned_state().items():
+            torch.testing.assert_close(other.learned_state()[name], value, rtol=1e-4, atol=1e-5)
 
 
 # Acceptance 6: a killed run goes on as it would have.
@@ -397,13 +397,13 @@ def test_a_killed_run_ends_in_the_same_bits_and_the_same_table(clip, tmp_path, c
         ulfine(clip, folder=folder, killed_at=killed_at, **settings)
     model, fit, _ = ulfine(clip, folder=folder, **settings)
     assert fit.losses == undisturbed.losses[killed_at:]
-    assert all(torch.equal(value, whole.adapted()[name]) for name, value in model.adapted().items())
-    kept, expected = fit.memory.tensors(), undisturbed.memory.tensors()
+    assert all(torch.equal(value, whole.learned_state()[name]) for name, value in model.learned_state().items())
+    kept, expected = fit.memory.stored(), undisturbed.memory.stored()
     assert kept.keys() == expected.keys() and all(torch.equal(kept[name], expected[name]) for name in kept)
     assert bool(kept) == ("weight_ema" in changes)
     tables = [pq.read_table(place / "pseudo_labels.parquet") for place in (tmp_path / "whole", folder)]
     assert tables[0].equals(tables[1]) and len(tables[0]) == 7 * 4
-    assert fit.cost == undisturbed.cost
+    assert fit.costs == undisturbed.costs
 
     def told(run):  # everything but the clock
         return [{k: v for k, v in line.items() if "seconds" not in k} for line in run.history.lines]
@@ -414,22 +414,22 @@ def test_a_killed_run_ends_in_the_same_bits_and_the_same_table(clip, tmp_path, c
 def test_a_kill_between_the_table_and_the_checkpoint_leaves_no_row_twice(clip, tmp_path, monkeypatch):
     import pyarrow.parquet as pq
 
-    from lpt.engine import loop
+    from lpt.engine import phase_state
 
     settings = {"steps": 6, "rounds": 3}
     ulfine(clip, folder=tmp_path / "whole", **settings)
-    save = loop.save_checkpoint
+    save = phase_state.save_checkpoint
 
     def dying(path, checkpoint, **rest):
         if checkpoint.step == 4:
             raise Killed
         save(path, checkpoint, **rest)
 
-    monkeypatch.setattr(loop, "save_checkpoint", dying)
+    monkeypatch.setattr(phase_state, "save_checkpoint", dying)
     with pytest.raises(Killed):
         ulfine(clip, folder=tmp_path / "killed", **settings)
     assert pq.read_table(tmp_path / "killed" / "pseudo_labels.parquet")["round"].to_pylist() == 8 * [1] + 8 * [2]
-    monkeypatch.setattr(loop, "save_checkpoint", save)
+    monkeypatch.setattr(phase_state, "save_checkpoint", save)
     ulfine(clip, folder=tmp_path / "killed", **settings)
     tables = [pq.read_table(tmp_path / name / "pseudo_labels.parquet") for name in ("whole", "killed")]
     assert tables[0].equals(tables[1])
@@ -444,8 +444,8 @@ def test_with_the_linear_head_alone_it_is_fixmatch(clip, tuning):
     fine, fit, _ = semi("ulfine", clip, eta=1.0, mu=0.0, orth_weight=0.0, adapter_dim=4, **shared)
     match, other, _ = semi("fixmatch", clip, bottleneck=4, **shared)
     assert fit.losses == other.losses and len(set(fit.losses)) == 4
-    for name, value in match.adapted().items():
-        assert torch.equal(fine.adapted()[name], value), name
+    for name, value in match.learned_state().items():
+        assert torch.equal(fine.learned_state()[name], value), name
     kept = [[line["kept"] for line in run.history.lines] for run in (fit, other)]
     assert kept[0] == kept[1] and 0 < sum(kept[0]) < 2
 
@@ -453,7 +453,7 @@ def test_with_the_linear_head_alone_it_is_fixmatch(clip, tuning):
 def test_widths_of_the_bottleneck(clip):
     def width(**settings):
         model = ulfine(clip, steps=1, **settings)[0]
-        return next(v.shape[0] for k, v in model.adapted().items() if k.endswith("adapter.down.weight"))
+        return next(v.shape[0] for k, v in model.learned_state().items() if k.endswith("adapter.down.weight"))
 
     assert width(adapter_dim="auto") == 4 and width(adapter_dim="auto_lift") == 1 and width(adapter_dim=3) == 3
 
@@ -464,6 +464,6 @@ def test_labels_of_unlabelled_images_are_never_looked_at(clip):
     one, fit, _ = ulfine(clip, task)
     other, again, _ = ulfine(clip, blind)
     assert fit.losses == again.losses
-    assert all(torch.equal(value, other.adapted()[name]) for name, value in one.adapted().items())
+    assert all(torch.equal(value, other.learned_state()[name]) for name, value in one.learned_state().items())
     known, unknown = fit.history.lines[-1]["pseudo_labels"], again.history.lines[-1]["pseudo_labels"]
     assert "precision" in known and unknown.keys() == {"coverage", "classes_without"}

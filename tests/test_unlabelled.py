@@ -18,6 +18,7 @@ from lpt.data.preprocess import Preprocess
 from lpt.engine import batches
 from lpt.engine.clock import Clock
 from lpt.engine.history import History
+from lpt.engine.session import Cost
 from lpt.errors import LptError
 from lpt.serve.evaluating import evaluate_prompt
 
@@ -76,8 +77,8 @@ def test_on_cached_features_the_objective_is_the_same_up_to_the_views(clip, meth
     plain, fit, _ = semi(method, clip, **settings)
     cached, again, _ = semi(method, clip, cached_views=3, **settings)
     assert again.losses == pytest.approx(fit.losses, rel=1e-4) and len(set(fit.losses)) == 5
-    for name, value in plain.adapted().items():
-        torch.testing.assert_close(cached.adapted()[name], value, rtol=1e-4, atol=1e-5)
+    for name, value in plain.learned_state().items():
+        torch.testing.assert_close(cached.learned_state()[name], value, rtol=1e-4, atol=1e-5)
 
 
 def test_a_step_draws_one_of_the_cached_strong_views(clip):
@@ -103,14 +104,14 @@ def test_the_cost_of_a_step_on_cached_features_is_its_matrix_products(clip):
     """One product of B rows of D' with C classes is 2 B C D'. Three views go forward; labelled and strong ones give the
     weight a gradient. The features cost a forward of every image."""
     fit = semi("fixmatch", clip, steps=5, rounds=1, tuning="head", cached_views=2)[1]
-    assert fit.cost["semi"] == {"steps": 5, "images": 5 * 3 * 4, "flops": 5 * 5 * 2 * 4 * 4 * 64}
+    assert fit.costs["semi"] == Cost(steps=5, images=5 * 3 * 4, flops=5 * 5 * 2 * 4 * 4 * 64)
     of_one = forward_by_hand(depth=3, tokens=17, width=64, patch=8, hidden=256)
-    features = {name: of for name, of in fit.cost.items() if name != "semi"}
-    assert {name: of["images"] for name, of in features.items()} == {
+    features = {name: of for name, of in fit.costs.items() if name != "semi"}
+    assert {name: cost.images for name, cost in features.items()} == {
         "labelled-features": 26, "weak-features": 31, "strong-features-0": 31, "strong-features-1": 31,
     }  # fmt: skip
-    for of in features.values():
-        assert of["flops"] == of["images"] * of_one and of["steps"] == 0
+    for cost in features.values():
+        assert cost.flops == cost.images * of_one and cost.steps == 0
 
 
 def forward_by_hand(*, depth, tokens, width, patch, hidden):
@@ -133,12 +134,12 @@ def test_a_step_of_full_tuning_costs_three_times_its_forward():
     again; weak views go forward alone. 4 patches and CLS, 16 pixels each."""
     of_one = forward_by_hand(depth=4, tokens=5, width=32, patch=16, hidden=128)
     fit = semi("fixmatch", prototyped(), steps=2, rounds=1, tuning="full", batch_size=8)[1]
-    step = fit.cost["semi"]["flops"] / 2
-    assert fit.cost["semi"]["images"] == 2 * 3 * 8
+    step = fit.costs["semi"].flops / 2
+    assert fit.costs["semi"].images == 2 * 3 * 8
     pixels = 2 * 4 * 32 * 3 * 16 * 16
     assert step == pytest.approx(8 * of_one + 16 * (3 * of_one - pixels), rel=0.03)
     light = semi("fixmatch", prototyped(), steps=2, rounds=1, tuning="adaptformer", batch_size=8)[1]
-    assert 8 * of_one * 4 < light.cost["semi"]["flops"] / 2 < 0.9 * step  # no gradient of frozen weights
+    assert 8 * of_one * 4 < light.costs["semi"].flops / 2 < 0.9 * step  # no gradient of frozen weights
 
 
 # Rounds.

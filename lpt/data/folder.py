@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 
 from lpt.data.lists import read_unlabeled
-from lpt.data.longtail import shot_groups
+from lpt.data.longtail import usual_group_rule
 from lpt.data.preprocess import decoded
 from lpt.data.tables import PARTS, Part, metadata, read_metadata, read_tables
 from lpt.data.task import Files, Task, hold_out, of_each_class
@@ -87,7 +87,6 @@ def folder(
             )
         train, val = train.subset(kept.tolist()), train.subset(held.tolist())
     counts = torch.bincount(train.labels, minlength=len(classes))
-    rule = "lt20" if all(len(group) for group in shot_groups(counts).values()) else "thirds"
     amiss = {
         "left_out": [name for part in parts.values() for name in part.left_out],
         "empty_folders": _empty_folders(Path(root)),
@@ -102,7 +101,7 @@ def folder(
         val=val,
         test=test,
         unlabeled=made.get("unlabeled"),
-        group_rule=rule,
+        group_rule=usual_group_rule(counts),
         facts=facts | {what: names for what, names in amiss.items() if names},
     )
 

@@ -59,6 +59,15 @@ def shot_groups(counts: Sequence[int] | Tensor, rule: str = "lt20") -> dict[str,
     return {name: mask.nonzero().flatten() for name, mask in zip(GROUPS, masks, strict=True)}
 
 
+def usual_group_rule(counts: Sequence[int] | Tensor) -> GroupRule:
+    """`lt20` where each of its groups has a class, else rank thirds: the rule for counts that no benchmark has one for.
+
+    >>> usual_group_rule([200, 50, 5]), usual_group_rule([60, 50, 40])
+    ('lt20', 'thirds')
+    """
+    return "lt20" if all(len(classes) for classes in shot_groups(counts, "lt20").values()) else "thirds"
+
+
 def count_fingerprint(counts: Sequence[int]) -> str:
     """First 16 hex digits of SHA-256 over the counts, sorted descending and joined by commas.
 

@@ -155,7 +155,7 @@ class Task:
             "parts": parts,
         }
 
-    def described(self) -> list[str]:
+    def summary_lines(self) -> list[str]:
         """What a run says of its data before it trains: a line on sizes, and a warning for each thing amiss."""
         held = f", {len(self.unlabeled)} unlabelled" if self.unlabeled else ""
         held += f", {len(self.val)} held out" if self.val else ""

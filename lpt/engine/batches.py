@@ -1,6 +1,8 @@
 """What a step is given: batches of views, drawn so that a run goes on after a kill exactly as it would have.
 
 Rows are drawn from (seed, step), views, noise and dropout from (seed, phase, step), for all processes at once.
+
+Shapes: pixels [B 3 h w] uint8, views [B 3 S S] float, features [B D'], labels [B].
 """
 
 import hashlib
@@ -16,7 +18,7 @@ from lpt.data.preprocess import Preprocess
 
 
 class Batch(NamedTuple):
-    """Views [B 3 H W] (or features [B D']), labels [B], and the rows [B] of the stream's images that they are of."""
+    """Views [B 3 S S] (or features [B D']), labels [B], and the rows [B] of the stream's images that they are of."""
 
     views: Tensor
     labels: Tensor
@@ -37,11 +39,22 @@ class Progress:
 
     @property
     def epoch(self) -> int:
+        """The epoch that this step belongs to, from 0."""
         return self.step // self.steps_per_epoch
 
     @property
     def epochs(self) -> int:
+        """Epochs of the phase; the last one may be shorter."""
         return -(-self.steps // self.steps_per_epoch)
+
+    @property
+    def steps_in_epoch(self) -> int:
+        """Steps of this epoch that are done when this one is."""
+        return self.step % self.steps_per_epoch + 1
+
+    @property
+    def ends_epoch(self) -> bool:
+        return self.steps_in_epoch == self.steps_per_epoch or self.step + 1 == self.steps
 
     def uniform(self, name: str, rows: int, *shape: int) -> Tensor:
         """Uniform numbers in [0, 1) for this process's `rows` of the global batch, [rows *shape]."""
@@ -59,10 +72,12 @@ class Progress:
 
 
 class Sampler(Protocol):
+    """Which rows of a stream's images make the global batch of a step: a pure function of the step."""
+
     def batch(self, step: int) -> Tensor: ...
 
 
-class Images(Protocol):
+class ImageSource(Protocol):
     """Training images: labels [N], a digest of what they are, and for indices [B] uint8 pixels [B 3 h w] or a list of
     encoded files."""
 
@@ -85,52 +100,61 @@ class Stream:
     """
 
     sampler: Sampler
-    images: Images | None = None
+    images: ImageSource | None = None
     strong: bool = False
     features: Tensor | None = None
 
 
-class Drawn(NamedTuple):
-    """A stream's part of a batch before it is a view: pixels and their `chance` [B 5], or bytes cut from files, or
-    features."""
+class DrawnBatch(NamedTuple):
+    """A stream's part of a batch before it is a view. `content` is pixels (with the `chance` [B 5] that crops and
+    flips them), or bytes cut from files at the size of the view, or features."""
 
-    found: Tensor
+    content: Tensor
     chance: Tensor | None
     labels: Tensor
     rows: Tensor
 
 
 def draw(
-    streams: Mapping[str, Stream], progress: Progress, default: Images, preprocess: Preprocess
-) -> dict[str, Drawn]:
+    streams: Mapping[str, Stream], progress: Progress, default: ImageSource, preprocess: Preprocess
+) -> dict[str, DrawnBatch]:
     """What the host has to do for a step, in a thread ahead of it: files are decoded, or memory is gathered. `default`
     are the images of streams that name none."""
-    out = {}
-    for name, stream in streams.items():
-        images = stream.images or default
-        mine = stream.sampler.batch(progress.step)[progress.rank :: progress.world]
-        labels, rows = images.labels[mine], len(mine)
-        if (kept := stream.features) is not None:
-            view = (progress.uniform(f"view/{name}", rows) * len(kept)).long() if kept.dim() == 3 else None
-            out[name] = Drawn(kept[mine] if view is None else kept[view, mine], None, labels, mine)
-            continue
-        found, chance = images.take(mine), progress.uniform(f"view/{name}", rows, 5)
-        cut = None if isinstance(found, Tensor) else preprocess.cut(found, chance)
-        pixels = found if cut is None else cut
-        if stream.strong:
-            seeds = (progress.uniform(f"strong/{name}", rows) * 2**24).long().tolist()
-            pixels = augmented(pixels, seeds, "strong")
-        out[name] = Drawn(pixels, chance if cut is None else None, labels, mine)
-    return out
+    return {name: _drawn(name, stream, progress, default, preprocess) for name, stream in streams.items()}
 
 
-def seen(
-    drawn: Mapping[str, Drawn], preprocess: Preprocess, device: torch.device, dtype: torch.dtype
+def _drawn(name: str, stream: Stream, progress: Progress, default: ImageSource, preprocess: Preprocess) -> DrawnBatch:
+    images = stream.images or default
+    rows = stream.sampler.batch(progress.step)[progress.rank :: progress.world]
+    labels = images.labels[rows]
+    if stream.features is not None:
+        return DrawnBatch(_feature_rows(name, stream.features, rows, progress), None, labels, rows)
+
+    content, chance = images.take(rows), progress.uniform(f"view/{name}", len(rows), 5)
+    if not isinstance(content, Tensor):  # files are cropped, flipped and resized here; memory on the device
+        content, chance = preprocess.cut(content, chance), None
+    if stream.strong:
+        # 24 bits: the integers that a float32 in [0, 1) can tell apart.
+        seeds = (progress.uniform(f"strong/{name}", len(rows)) * 2**24).long().tolist()
+        content = augmented(content, seeds, "strong")
+    return DrawnBatch(content, chance, labels, rows)
+
+
+def _feature_rows(name: str, features: Tensor, rows: Tensor, progress: Progress) -> Tensor:
+    """Cached features of `rows`: of [V N D'] one of the V views of each by chance."""
+    if features.dim() == 2:
+        return features[rows]
+    view = (progress.uniform(f"view/{name}", len(rows)) * len(features)).long()
+    return features[view, rows]
+
+
+def to_views(
+    drawn: Mapping[str, DrawnBatch], preprocess: Preprocess, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Batch]:
-    """What the device does for it: pixels become views."""
+    """What the device has to do for a step: pixels become normalised views in `dtype`."""
     batches = {}
-    for name, (found, chance, labels, rows) in drawn.items():
-        views = found.to(device, non_blocking=True)
+    for name, (content, chance, labels, rows) in drawn.items():
+        views = content.to(device, non_blocking=True)
         if chance is not None:
             views = preprocess.train(views, chance.to(device), dtype=dtype)
         elif views.dtype == torch.uint8:

@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lpt.data.task import Files, Images
-from lpt.engine.processes import everywhere, gathered, rank_and_world
+from lpt.data.longtail import usual_group_rule
+from lpt.data.task import Files, Images, Task
+from lpt.engine.processes import all_agree, all_gather_rows, rank_and_world
+from lpt.errors import DataError
 from lpt.files import read_tensors, to_bytes, write_atomic
 from lpt.metrics import summarise
 from lpt.model.classifier import PromptedClassifier
@@ -102,10 +104,10 @@ def predict(
         for name, of in _opinions(model, output.feature).items():
             opinions.setdefault(name, []).append(of)
     return Predictions(
-        gathered(torch.cat(logits), len(images)).cpu(),
+        all_gather_rows(torch.cat(logits), len(images)).cpu(),
         images.labels,
-        gathered(torch.cat(ids), len(images)).cpu() if ids else None,
-        {name: gathered(torch.cat(of), len(images)).cpu() for name, of in opinions.items()},
+        all_gather_rows(torch.cat(ids), len(images)).cpu() if ids else None,
+        {name: all_gather_rows(torch.cat(of), len(images)).cpu() for name, of in opinions.items()},
     )
 
 
@@ -128,11 +130,11 @@ def features(
     """
     place = folder / f"features-{_identity(model, images)}.safetensors" if folder else None
     kept = _kept(place) if place else None
-    if place and everywhere(kept is not None):
+    if place and all_agree(kept is not None):
         assert kept is not None
         return kept
     found = [model.query(model.prefix(_views(model, images, part))) for part in _mine(images).split(batch_size)]
-    whole = gathered(torch.cat(found), len(images)).cpu()
+    whole = all_gather_rows(torch.cat(found), len(images)).cpu()
     if place and rank_and_world()[0] == 0:
         write_atomic(place, to_bytes({"features": whole}))
     return whole
@@ -140,16 +142,27 @@ def features(
 
 def evaluate(
     model: PromptedClassifier,
-    images: Images | Files,
-    counts: Tensor,
+    data: Task | Images | Files,
+    counts: Tensor | None = None,
     *,
-    group_rule: str = "lt20",
+    group_rule: str | None = None,
     batch_size: int = 128,
     cache: PrefixCache | None = None,
 ) -> dict[str, Any]:
-    """The metrics of `report.json` for `images`, with groups by the training `counts` [C]. Raises DataError for a file
-    that is no image."""
-    return measure(model, predict(model, images, batch_size=batch_size, cache=cache), counts, group_rule=group_rule)
+    """The metrics of `report.json` on the test set of a task, or on images of its classes.
+
+    many, medium and few are groups by the training counts [C] and the group rule of the task; with images give the
+    `counts`, and the rule is that of the task which the model was tuned for, unless `group_rule` names another. Raises
+    DataError for a file that is no image, and for images without counts.
+    """
+    if isinstance(data, Task):
+        images, counts, rule = data.test, data.counts if counts is None else counts, data.group_rule
+    elif counts is None:
+        raise DataError("evaluate needs the training counts of the classes beside images: give a task, or task.counts")
+    else:
+        images, rule = data, model.group_rule or usual_group_rule(counts)
+    predictions = predict(model, images, batch_size=batch_size, cache=cache)
+    return measure(model, predictions, counts, group_rule=group_rule or rule)
 
 
 def measure(
@@ -188,7 +201,7 @@ def _identity(model: PromptedClassifier, images: Images | Files) -> str:
     facts = (backbone.fingerprint, backbone.dtype, where, torch.__version__, backbone.preprocess.test_view)
     digest.update(repr(facts).encode())
     digest.update(f"{backbone.name} {type(model.shared).__name__}".encode())
-    for name, value in sorted(model.adapted().items()):
+    for name, value in sorted(model.learned_state().items()):
         if name.startswith(("shared.", "backbone.")):
             digest.update(f"{name}{tuple(value.shape)}".encode() + value.detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()[:20]

@@ -1,328 +1,216 @@
-"""The loop: one for every method and phase.
+"""The loop: it follows any method's recipe, phase by phase, and is the only code that trains.
 
-A step is a function `(model, {stream: batch}, progress) -> {"loss": scalar, ...scalars to log}`. It may also yield
-several of them, parts of one sum: each part's backward has run before the next one is computed, so that activations
-of one part are held at a time.
+Where it is, is in checkpoints; what it measured, in the history. Resume costs a method nothing: a finished phase loads
+and the next one is asked for.
 """
 
 import contextlib
 import math
 import signal
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lpt.data.preprocess import Preprocess
-from lpt.engine.batches import Batch, Images, InOrder, Progress, Stream, draw, seen
-from lpt.engine.checkpoint import (
-    Checkpoint,
-    load_checkpoint,
-    optimizer_moments,
-    restore_moments,
-    save_checkpoint,
-    unreadable,
-)
+from lpt.engine.batches import Batch, DrawnBatch, Progress, draw, to_views
 from lpt.engine.clock import Clock
-from lpt.engine.history import History
-from lpt.engine.memory import Memory
-from lpt.engine.optim import Optimizer, Warmup, lr_at, make_optimizer
-from lpt.engine.processes import averaged, everywhere, gathered, rank_and_world, summed
-from lpt.engine.stopping import Stop, Stopped
+from lpt.engine.optim import lr_at
+from lpt.engine.phase import LossTerms, Phase, Recipe, TunableModel
+from lpt.engine.phase_state import PhaseState
+from lpt.engine.processes import all_agree, all_reduce_mean, all_reduce_sum, rank_and_world
+from lpt.engine.session import Cost, Session, counting_flops
+from lpt.engine.stopping import Stopped
 from lpt.errors import TrainingError
-
-Part = Mapping[str, Tensor]
-Step = Callable[[Any, dict[str, Batch], Progress], Part | Iterator[Part]]
-EpochEnd = Callable[[Any, Progress], Mapping[str, Any]]
+from lpt.model.classifier import PromptedClassifier
 
 
-@dataclass
-class Fit:
-    """Bound once by a run with device, data, history and folder; called once for every phase.
+def follow(recipe: Recipe, session: Session) -> PromptedClassifier:
+    """Trains the phases of `recipe` one after the other; returns its model.
 
-    `batch_size` is the global batch of a stream. `say` gets a line of text for people, `show` the running numbers.
+    Raises TrainingError where numbers leave their range, and Stopped where the run was asked to stop: it has saved.
     """
+    session.on_start()
+    for phase in recipe.phases or ():
+        if not isinstance(phase, Phase):
+            raise TrainingError(f"a recipe yields phases, and not {type(phase).__name__}: yield what a stage returns")
+        if phase.steps:
+            run_phase(phase, recipe.model, session)
+    return recipe.model
 
-    images: Images
-    preprocess: Preprocess
-    batch_size: int
-    seed: int = 0
-    history: History = field(default_factory=History)
-    checkpoints: Path | None = None
-    feature_cache: Path | None = None
-    """A folder for features of fixed views, which several runs may share (`lpt.engine.evaluate.features`)."""
-    run_hash: str = ""
-    dtype: torch.dtype = torch.float32
-    checkpoint_seconds: float = 30.0
-    on_start: Callable[[], None] | None = None
-    """Called once, when the method has accepted its settings and before anything is written or trained."""
-    on_epoch: EpochEnd | None = None
-    before: Callable[[Any], None] | None = None
-    """A first step that a method puts before another's first phase: called once, with the model that is to train."""
-    seconds_before: dict[str, float] = field(default_factory=dict)
-    """Seconds by phase that earlier, killed processes have spent on what this one did not do again."""
-    memory: Memory = field(default_factory=Memory)
-    """What the phase that runs keeps between steps, empty where it begins."""
-    cost: dict[str, dict[str, int]] = field(default_factory=dict)
-    """By phase: steps, images (views through the model, or rows of features) and FLOPs, of all processes."""
-    count_flops: bool = True
-    stop: Stop = field(default_factory=Stop)
-    audit: Path | None = None
-    """Where a method that labels images by itself writes what it thought of each."""
-    say: Callable[[str], None] = lambda text: None
-    show: Callable[[str, int, int, str], None] = lambda phase, step, steps, text: None
 
-    def __call__(
-        self,
-        phase: str,
-        model: Any,
-        step: Step,
-        streams: Mapping[str, Stream],
-        *,
-        steps: int,
-        steps_per_epoch: int,
-        optimizer: Optimizer,
-        lr: float,
-        weight_decay: float,
-        warmup: Warmup = "linear",
-        clip: float | None = None,
-        on_epoch: EpochEnd | None = None,
-        evaluated: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
-    ) -> None:
-        """Trains what `requires_grad` in `model`; returns when `steps` are done (at once if they were before).
+def run_phase(phase: Phase, model: TunableModel, session: Session) -> None:
+    """Trains `model` until the steps of `phase` are done; returns at once where they were done before."""
+    session.on_start()
+    model.only_train(*phase.trains)
+    file = session.checkpoints / f"{phase.name}.safetensors" if session.checkpoints else None
+    state = PhaseState(phase, model, file=file, run_hash=session.run_hash)
+    cost = Cost(phase.steps, phase.steps * images_per_step(phase))
+    session.costs[phase.name] = cost
 
-        `clip` is the largest norm of all gradients together. Inside `evaluated()` the model has the weights that an
-        evaluation after an epoch is to see, if they are others than those that train.
-        """
-        self.start()
-        self.go_before(model)
-        rank, world = rank_and_world()
-        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        names = {p: name for name, p in trained.items()}
-        device = next(iter(trained.values())).device
-        optim = make_optimizer(optimizer, trained.values(), weight_decay=weight_decay)
-        place = self.checkpoints / f"{phase}.safetensors" if self.checkpoints else None
-
-        memory, first, before, flops = self.memory, 0, 0.0, 0
-        memory.restore({}, device)
-        self.cost[phase] = cost = {"steps": steps, "images": 0, "flops": 0}
-        cost["images"] = steps * sum(len(stream.sampler.batch(0)) for stream in streams.values())
-        kept = load_checkpoint(place, run_hash=self.run_hash) if place else None
-        at = kept.step if kept else -1
-        if place and summed(torch.tensor(at, device=device)).item() != at * world:
-            raise TrainingError(f"the processes see different files {place}: --out must be on a disk that all see")
-        if place and kept:
-            try:
-                model.load_adapted(kept.tensors)
-                memory.restore(kept.memory, device)
-                restore_moments(optim, kept.moments, trained)
-                if not 0 <= kept.step <= steps or kept.finished != (kept.step == steps):
-                    raise ValueError(f"step {kept.step} of {steps}")
-            except (AssertionError, KeyError, ValueError, RuntimeError) as error:
-                raise unreadable(place, f"it does not fit this model: {error}") from None
-            before, flops = kept.seconds, kept.flops
-            self.seconds_before[phase] = before
-            if kept.finished:
-                cost["flops"] = steps * flops
-                self.say(f"{phase}: finished before")
-                return
-            first = kept.step
-            self.say(f"{phase}: goes on at step {first} of {steps}")
-        if rank == 0:
-            self.history.rewind(phase, first)
-
-        clock = Clock()
-
-        def save(done: int) -> None:
-            adapted = model.adapted()
-            # The gradients were finite, but a step far too long may have left the range of numbers.
-            if bad := [name for name, value in adapted.items() if not bool(torch.isfinite(value).all())]:
-                raise _not_finite(f"{bad[0]} of {phase}", "not finite after", progress, rate, place)
-            noted = memory.tensors()  # of all processes
-            if place and rank == 0:
-                spent = before + clock.total()
-                moments = optimizer_moments(optim, names)
-                state = Checkpoint(done, done == steps, spent, adapted, moments, noted, flops)
-                save_checkpoint(place, state, run_hash=self.run_hash)
-
-        model.train()
-        with self.stop.while_steps_run(), ThreadPoolExecutor(1) as ahead:
-            progress = Progress(phase, first, steps, steps_per_epoch, self.seed, rank, world)
-            waiting = ahead.submit(draw, streams, progress, self.images, self.preprocess)
-            for t in range(first, steps):
-                with clock.charge("wait"):
-                    drawn = waiting.result()
-                    following = replace(progress, step=t + 1)
-                    if t + 1 < steps:
-                        waiting = ahead.submit(draw, streams, following, self.images, self.preprocess)
-                with clock.charge("views"):
-                    batches = seen(drawn, self.preprocess, device, self.dtype)
-                with clock.charge("compute"):
-                    rate = lr_at(t, steps=steps, steps_per_epoch=steps_per_epoch, lr=lr, warmup=warmup)
-                    for group in optim.param_groups:
-                        group["lr"] = rate
-                    optim.zero_grad(set_to_none=True)
-                    logged: dict[str, Tensor] = {}
-                    with _counting(self.count_flops and not flops) as counted:
-                        found = step(model, batches, progress)
-                        for part in (found,) if isinstance(found, Mapping) else found:
-                            part["loss"].backward()
-                            for key, value in part.items():
-                                logged[key] = logged.get(key, 0) + value.detach().float()
-                    flops = flops or counted() * world
-                    grads = [p.grad for p in trained.values() if p.grad is not None]
-                    logged["gradient"] = torch.nn.utils.get_total_norm(grads).float()
-                    due = rank == 0 and clock.due("save", self.checkpoint_seconds)
-                    for name, flag in (("stop", self.stop.asked), ("save", due)):
-                        logged[name] = torch.full((), float(flag), device=device)  # filled there: nothing is copied
-                    numbers = _shared(grads, torch.stack(list(logged.values())))
-                    values = dict(zip(logged, numbers.tolist(), strict=True))  # waits for the device once
-                    # Of any process: all save and end after the same step.
-                    asked, due = (values.pop(name) > 0 for name in ("stop", "save"))
-                    for what, value in (("loss", values["loss"]), ("gradient", values.pop("gradient"))):
-                        if not math.isfinite(value):
-                            raise _not_finite(f"the {what} of {phase}", f"{value} at", progress, rate, place)
-                    if clip:
-                        torch.nn.utils.clip_grad_norm_(trained.values(), clip)
-                    optim.step()
-                for key, value in values.items():
-                    memory.sums[key] = memory.sums.get(key, 0.0) + value
-                done = t + 1
-                epoch_ends = done % steps_per_epoch == 0 or done == steps
-                if epoch_ends:
-                    since = (t % steps_per_epoch) + 1
-                    line = {k: v / since for k, v in memory.sums.items()}
-                    line |= {"lr": rate, "seconds": round(clock.total(), 2)}
-                    line |= {f"{k}_seconds": round(v, 2) for k, v in clock.spent.items()}
-                    extra: dict[str, Any] = {}
-                    with evaluated():
-                        for hook in (on_epoch, self.on_epoch):
-                            extra |= hook(model, progress) if hook else {}
-                    model.train()
-                    if rank == 0:
-                        self.history.write(phase=phase, step=done, epoch=progress.epoch + 1, **line, **extra)
-                    self.say(_epoch_line(progress, line, extra, clock.left(done - first, steps - done)))
-                    memory.sums = {}
-                if asked or due or done == steps:
-                    save(done)
-                if asked:
-                    everywhere(True)  # nobody leaves before the first has saved: a launcher ends the others then
-                    raise Stopped(self.stop.asked or signal.SIGTERM)
-                progress = following
-                speed = clock.rate(cost["images"] // steps, done - first, steps - done, values["loss"])
-                self.show(phase, done, steps, speed)
-            if summed(torch.tensor(self.stop.asked, device=device)) > 0:  # after the last step had looked; it is saved
-                raise Stopped(self.stop.asked or signal.SIGTERM)
-        cost["flops"] = steps * flops
-        optim.zero_grad(set_to_none=True)  # what the next phase does not train must not keep a gradient
-
-    def once(self, name: str, make: Callable[[], Tensor], images: Images | None = None) -> Tensor:
-        """What `make` returns of `images`, the training images by default, kept beside the checkpoints: a resumed run
-        need not compute it again, unless their digest is another. What it cost under `name` is kept with it."""
-        self.start()
-        digest = (images or self.images).digest[:12]
-        place = self.checkpoints / f"{name}-{digest}.safetensors" if self.checkpoints else None
-        if everywhere(bool(place and place.exists())):
-            assert place is not None
-            found = load_checkpoint(place, run_hash=self.run_hash)
-            assert found is not None
-            if "value" not in found.tensors:
-                raise unreadable(place, "it holds no value")
-            if found.memory:
-                self.cost[name] = {key: int(number) for key, number in found.memory.items()}
-            self.seconds_before.setdefault(name, found.seconds)
-            return found.tensors["value"]
-        began = time.perf_counter()
-        value = make()
-        self.seconds_before[name] = 0.0  # this process has spent them
-        if place and rank_and_world()[0] == 0:
-            cost = {key: torch.tensor(number) for key, number in self.cost.get(name, {}).items()}
-            made = Checkpoint(0, True, time.perf_counter() - began, {"value": value}, {}, cost)
-            save_checkpoint(place, made, run_hash=self.run_hash)
-        return value
-
-    def start(self) -> None:
-        """Calls `on_start`, once: by the first phase, or by the run where a method has none."""
-        if self.on_start:
-            self.on_start()
-            self.on_start = None
-
-    def go_before(self, model: Any) -> None:
-        """Runs `before`; what it trains for itself is not what the phase trains."""
-        if self.before is None:
+    # Ways to begin: afresh, within the phase, or not at all.
+    if state.load():
+        session.seconds_before[phase.name] = state.seconds_before
+        if state.finished:
+            cost.flops = phase.steps * state.flops
+            session.log(f"{phase.name}: finished before")
             return
-        first, self.before = self.before, None
-        trains = {name: p.requires_grad for name, p in model.named_parameters()}
-        first(model)
-        for name, p in model.named_parameters():
-            p.requires_grad_(trains[name])
+        session.log(f"{phase.name}: goes on at step {state.step} of {phase.steps}")
+    if rank_and_world()[0] == 0:
+        session.history.rewind(phase.name, state.step)
 
-    @torch.no_grad()
-    def view_features(self, name: str, model: Any, images: Images, *, strong: bool = False) -> Tensor:
-        """The features [N D'] of one random view of each of `images`, in order: a stream's `features`, for stages in
-        which the backbone learns nothing. `name` draws the views."""
-        device = next(model.parameters()).device
-        rank, world = rank_and_world()
-        size, found, flops = -(-min(128, len(images.labels)) // world) * world, [], 0  # the same rows for any number
-        steps = -(-len(images.labels) // size)
-        in_order = {name: Stream(InOrder(len(images.labels), size), images, strong)}
-        for t in range(steps):
-            progress = Progress(name, t, steps, steps, self.seed, rank, world)
-            drawn = draw(in_order, progress, images, self.preprocess)
-            views = seen(drawn, self.preprocess, device, self.dtype)[name].views
-            with _counting(self.count_flops and t == 0) as counted:
-                found.append(model.feature(views))
-            flops = flops or counted() // size * world * len(images.labels)
-            self.show(name, t + 1, steps, "")
-        self.cost[name] = {"steps": 0, "images": len(images.labels), "flops": flops}
-        return gathered(torch.cat(found), steps * size)[: len(images.labels)].cpu()
+    clock, first = Clock(), state.step
+    model.train()
+    with session.stop.while_steps_run(), contextlib.closing(drawn_ahead(phase, session, first)) as batches:
+        for _ in range(first, phase.steps):
+            with clock.charge("wait"):
+                progress, drawn = next(batches)
+            with clock.charge("views"):
+                views = to_views(drawn, session.preprocess, state.device, session.dtype)
+            with clock.charge("compute"):
+                result = train_step(state, session, views, progress, clock)
+            if progress.ends_epoch:
+                end_epoch(state, session, progress, clock, first)
+            if result.stop or result.save or state.finished:
+                state.save(progress, seconds=clock.total())
+            if result.stop:
+                all_agree(True)  # nobody leaves before process 0 has saved: a launcher ends the others then
+                raise Stopped(session.stop.asked or signal.SIGTERM)
+            left = phase.steps - state.step
+            rates = clock.rate(images_per_step(phase), state.step - first, left, result.loss)
+            session.on_step(phase.name, state.step, phase.steps, rates)
+        # A signal may have come after the last step had looked for it; all of that step is saved.
+        if all_reduce_sum(torch.tensor(session.stop.asked, device=state.device)) > 0:
+            raise Stopped(session.stop.asked or signal.SIGTERM)
+    cost.flops = phase.steps * state.flops
+    state.optimizer.zero_grad(set_to_none=True)  # what the next phase does not train must not keep a gradient
 
 
-def _shared(grads: list[Tensor], numbers: Tensor) -> Tensor:
-    """One all-reduce a step, of the trained gradients (about the size of a prompt file) and of what is logged: the
-    means over processes, so that all see the same numbers, a loss that is not finite too."""
+class StepResult(NamedTuple):
+    """The mean loss of the step, and whether all processes are to save, or to save and stop, after it."""
+
+    loss: float
+    save: bool
+    stop: bool
+
+
+def train_step(
+    state: PhaseState, session: Session, batches: dict[str, Batch], progress: Progress, clock: Clock
+) -> StepResult:
+    """One step: rate, backward, mean over processes, look at the numbers, update."""
+    phase = state.phase
+    state.lr = lr_at(
+        progress.step, steps=phase.steps, steps_per_epoch=phase.steps_per_epoch, lr=phase.lr, warmup=phase.warmup
+    )
+    for group in state.optimizer.param_groups:
+        group["lr"] = state.lr
+    state.optimizer.zero_grad(set_to_none=True)
+
+    # Every step costs the same, so that the first of a phase is counted for all.
+    with counting_flops(session.count_flops and not state.flops) as counted:
+        logged = _backward(phase.step(state.model, batches, progress))
+    state.flops = state.flops or counted() * progress.world
+    gradients = [p.grad for p in state.trained.values() if p.grad is not None]
+    logged["gradient"] = torch.nn.utils.get_total_norm(gradients).float()
+
+    # Two flags travel with the numbers: if any process is asked to stop, or process 0 to save, all do after this step.
+    save_is_due = progress.rank == 0 and clock.due("save", session.checkpoint_seconds)
+    for name, flag in (("stop", session.stop.asked), ("save", save_is_due)):
+        logged[name] = torch.full((), float(flag), device=state.device)  # filled there: nothing is copied
+    numbers = _mean_over_processes(gradients, torch.stack(list(logged.values())))
+    values = dict(zip(logged, numbers.tolist(), strict=True))  # the one wait for the device in a step
+    stop, save = values.pop("stop") > 0, values.pop("save") > 0
+
+    # Before the update, so that checkpoint and weights stay finite.
+    for what, value in (("loss", values["loss"]), ("gradient", values.pop("gradient"))):
+        if not math.isfinite(value):
+            raise state.not_finite(f"the {what} of {phase.name}", f"{value} at", progress)
+    if phase.clip:
+        torch.nn.utils.clip_grad_norm_(state.trained.values(), phase.clip)
+    state.optimizer.step()
+
+    state.step = progress.step + 1
+    for key, value in values.items():
+        state.sums[key] = state.sums.get(key, 0.0) + value
+    return StepResult(values["loss"], save, stop)
+
+
+def _backward(terms: LossTerms | Iterator[LossTerms]) -> dict[str, Tensor]:
+    """Backward through the parts of a step's loss, one after the other; returns the sums of what they log."""
+    logged: dict[str, Tensor] = {}
+    for part in (terms,) if isinstance(terms, Mapping) else terms:
+        part["loss"].backward()
+        for key, value in part.items():
+            logged[key] = logged.get(key, 0) + value.detach().float()
+    return logged
+
+
+def end_epoch(state: PhaseState, session: Session, progress: Progress, clock: Clock, first: int) -> None:
+    """The epoch's means, what the hooks measure, a line in the history and one for people."""
+    phase = state.phase
+    line: dict[str, Any] = {key: total / progress.steps_in_epoch for key, total in state.sums.items()}
+    line |= {"lr": state.lr, "seconds": round(clock.total(), 2)}
+    line |= {f"{kind}_seconds": round(seconds, 2) for kind, seconds in clock.spent.items()}
+    measured: dict[str, Any] = {}
+    with phase.evaluated():
+        for hook in (phase.on_epoch, session.on_epoch):
+            if hook:
+                measured |= hook(state.model, progress)
+    state.model.train()  # an evaluation has left it in eval mode
+    if progress.rank == 0:
+        session.history.write(phase=phase.name, step=state.step, epoch=progress.epoch + 1, **line, **measured)
+    seconds_left = clock.left(state.step - first, phase.steps - state.step)
+    session.log(_epoch_line(progress, line, measured, seconds_left))
+    state.sums = {}
+
+
+def drawn_ahead(
+    phase: Phase, session: Session, first: int
+) -> Generator[tuple[Progress, dict[str, DrawnBatch]], None, None]:
+    """The batches of steps `first`.. of the phase; while the device works on one, a thread draws the next."""
+    rank, world = rank_and_world()
+    start = Progress(phase.name, first, phase.steps, phase.steps_per_epoch, session.seed, rank, world)
+
+    def drawn(progress: Progress) -> dict[str, DrawnBatch]:
+        return draw(phase.streams, progress, session.images, session.preprocess)
+
+    with ThreadPoolExecutor(1) as thread:
+        waiting = thread.submit(drawn, start)
+        for step in range(first, phase.steps):
+            batch = waiting.result()
+            if step + 1 < phase.steps:
+                waiting = thread.submit(drawn, replace(start, step=step + 1))
+            yield replace(start, step=step), batch
+
+
+def images_per_step(phase: Phase) -> int:
+    """Rows of all streams in a step, of all processes together."""
+    return sum(len(stream.sampler.batch(0)) for stream in phase.streams.values())
+
+
+def _mean_over_processes(gradients: list[Tensor], numbers: Tensor) -> Tensor:
+    """One all-reduce a step, of the gradients (about the size of a prompt file; in place) and of what is logged: all
+    processes see the same numbers, a loss that is not finite too."""
     if rank_and_world()[1] == 1:
         return numbers
-    flat = averaged(torch.cat([*(grad.flatten() for grad in grads), numbers]))
-    *parts, shared = flat.split([*(grad.numel() for grad in grads), len(numbers)])
-    for grad, part in zip(grads, parts, strict=True):
-        grad.copy_(part.view_as(grad))
-    return shared
+    flat = all_reduce_mean(torch.cat([*(gradient.flatten() for gradient in gradients), numbers]))
+    *parts, means = flat.split([*(gradient.numel() for gradient in gradients), len(numbers)])
+    for gradient, part in zip(gradients, parts, strict=True):
+        gradient.copy_(part.view_as(gradient))
+    return means
 
 
-@contextlib.contextmanager
-def _counting(wanted: bool) -> Iterator[Callable[[], int]]:
-    """Counts the floating-point operations of what runs inside: two for each multiply-add of the matrix products."""
-    if not wanted:
-        yield lambda: 0
-        return
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with FlopCounterMode(display=False) as counter:
-        yield counter.get_total_flops
-
-
-def _not_finite(what: str, how: str, progress: Progress, rate: float, place: Path | None) -> TrainingError:
-    kept = f"; {place} keeps the last finite state" if place and place.exists() else ""
-    return TrainingError(
-        f"{what} is {how} step {progress.step} (epoch {progress.epoch + 1}, batch "
-        f"{progress.step % progress.steps_per_epoch}, learning rate {rate:.3g}): lower method.lr, or try "
-        f"train.precision=fp32{kept}"
-    )
-
-
-def _epoch_line(progress: Progress, line: dict[str, Any], extra: Mapping[str, Any], left: float) -> str:
+def _epoch_line(progress: Progress, line: Mapping[str, Any], measured: Mapping[str, Any], seconds_left: float) -> str:
+    """What people read when an epoch ends."""
     parts = [f"{progress.phase} epoch {progress.epoch + 1}/{progress.epochs}", f"loss {line['loss']:.4f}"]
     for key in ("class_accuracy", "few"):
-        if isinstance(extra.get("val", {}).get(key), float):
-            parts.append(f"val {key} {extra['val'][key]:.3f}")
-    if "train_few" in extra:
-        parts.append(f"training few {extra['train_few']:.3f}")
-    if "key_usage" in extra:
-        parts.append(f"key perplexity {extra['key_usage']['perplexity']:.1f}")
-    return "  ".join([*parts, f"{line['seconds']:.0f} s", f"{left:.0f} s left"])
+        value = measured.get("val", {}).get(key)
+        if isinstance(value, float):
+            parts.append(f"val {key} {value:.3f}")
+    if "train_few" in measured:
+        parts.append(f"training few {measured['train_few']:.3f}")
+    if "key_usage" in measured:
+        parts.append(f"key perplexity {measured['key_usage']['perplexity']:.1f}")
+    return "  ".join([*parts, f"{line['seconds']:.0f} s", f"{seconds_left:.0f} s left"])

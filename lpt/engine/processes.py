@@ -11,21 +11,22 @@ from lpt.errors import TrainingError
 
 
 def rank_and_world() -> tuple[int, int]:
-    """(rank, number of processes)."""
+    """(rank of this process, number of processes); (0, 1) where nobody has started several."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return 0, 1
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
-    """What happens inside needs all processes. Raises TrainingError where another one is gone, in place of what the
-    connection to it says."""
+def naming_lost_peers() -> Iterator[None]:
+    """For code that needs all processes. Raises TrainingError where another process has ended, in place of the
+    connection's own error, which names a socket and no cause."""
     try:
         yield
     except RuntimeError as error:
         _, world = rank_and_world()
-        if world == 1 or not (isinstance(error, torch.distributed.DistError) or "gloo" in str(error)):
+        connection_lost = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+        if world == 1 or not connection_lost:
             raise
         raise TrainingError(
             f"another of the {world} processes has ended: look for what it said, and start all of them again with "
@@ -33,39 +34,42 @@ def together() -> Iterator[None]:
         ) from error
 
 
-def everywhere(here: bool) -> bool:
-    """Whether all processes say so: each asks its own disk, where another may just be writing, and they must agree on
-    what to do next."""
+def all_agree(here: bool) -> bool:
+    """Whether every process says yes. Each asks its own disk, which another may just be writing to, and all must do
+    the same next."""
     _, world = rank_and_world()
     if world == 1:
         return here
-    said: list[Any] = [None] * world
-    torch.distributed.all_gather_object(said, here)
-    return all(said)
+    answers: list[Any] = [None] * world
+    torch.distributed.all_gather_object(answers, here)
+    return all(answers)
 
 
-def summed(mine: Tensor) -> Tensor:
-    """The sum over all processes."""
+def all_reduce_sum(local: Tensor) -> Tensor:
+    """The sum over all processes. Single process: `local` itself."""
     if rank_and_world()[1] == 1:
-        return mine
-    total = mine.clone()
+        return local
+    total = local.clone()
     torch.distributed.all_reduce(total)
     return total
 
 
-def averaged(mine: Tensor) -> Tensor:
-    """The mean over all processes."""
-    return summed(mine) / rank_and_world()[1]
+def all_reduce_mean(local: Tensor) -> Tensor:
+    """The mean over all processes. Single process: the local value is already the mean."""
+    return all_reduce_sum(local) / rank_and_world()[1]
 
 
-def gathered(mine: Tensor, total: int) -> Tensor:
-    """Interleaves the rows of all processes again: row i of `total` is with process i mod w."""
+def all_gather_rows(local: Tensor, total: int) -> Tensor:
+    """The rows of all processes in the order of the global batch: of w processes, process r holds rows r, r + w, ...
+
+    `local` [ceil(total / w) or one less, ...] → [total, ...]. Single process: `local` itself.
+    """
     _, world = rank_and_world()
     if world == 1:
-        return mine
+        return local
     rows = -(-total // world)
-    padded = mine.new_zeros(rows, *mine.shape[1:])
-    padded[: len(mine)] = mine
+    padded = local.new_zeros(rows, *local.shape[1:])
+    padded[: len(local)] = local
     shares = [torch.empty_like(padded) for _ in range(world)]
     torch.distributed.all_gather(shares, padded)  # on the device: nccl knows no other memory
     return torch.stack(shares, dim=1).flatten(0, 1)[:total]

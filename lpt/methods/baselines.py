@@ -3,58 +3,62 @@
 Shapes: features [N D'], logits [B C].
 """
 
+from collections.abc import Iterator
 from typing import Literal
 
 import torch.nn.functional as F
 
 from lpt.data.task import Task
-from lpt.engine.loop import Fit
 from lpt.engine.optim import Optimizer, Warmup
+from lpt.engine.phase import Phase, Recipe
+from lpt.engine.session import Session
 from lpt.errors import LptError
 from lpt.losses import LossName
-from lpt.methods.supervised import HeadStart, Tuning, everything, head_features, learner, train_stage
+from lpt.methods.supervised import HeadStart, Tuning, build_model, head_features, stage, tunable_names
 from lpt.model.backbones.base import Backbone
 from lpt.model.classifier import PromptedClassifier
 from lpt.model.heads import CosineHead, NeighbourHead, class_means
 from lpt.settings import Count, FractionBelowOne, Positive, Scale
 
 
-def zero_shot(task: Task, backbone: Backbone, fit: Fit, *, scale: Scale = 100.0) -> PromptedClassifier:
+def zero_shot(task: Task, backbone: Backbone, session: Session, *, scale: Scale = 100.0) -> Recipe:
     """The nearest class prototype by cosine, of texts for example: no training image is looked at. Raises BackboneError
     where the backbone knows none, or not all."""
     width, project = backbone.joint_width, backbone.project
     head = CosineHead(num_classes=len(task.classes), width=width, scale=scale, project=project)
     head.weight.data.copy_(F.normalize(backbone.class_prototypes(task.classes), dim=1))
-    return PromptedClassifier(backbone, head, classes=task.classes).to(next(backbone.parameters()).device)
+    model = PromptedClassifier(backbone, head, classes=task.classes)
+    return Recipe(model.to(next(backbone.parameters()).device))
 
 
-def class_mean(task: Task, backbone: Backbone, fit: Fit, *, scale: Scale = 25.0) -> PromptedClassifier:
+def class_mean(task: Task, backbone: Backbone, session: Session, *, scale: Scale = 25.0) -> Recipe:
     """The nearest mean of a class's unit features by cosine (Kang 2020, NCM)."""
-    model, head = _frozen(task, backbone, scale)
-    found = head_features(fit, "features", model, task)
-    head.weight.data.copy_(class_means(found, task.train.labels, len(task.classes)))
-    return model
+    model, head = _on_frozen_features(task, backbone, scale)
+    features = head_features(session, "features", model, task)
+    head.weight.data.copy_(class_means(features, task.train.labels, len(task.classes)))
+    return Recipe(model)
 
 
-def knn(task: Task, backbone: Backbone, fit: Fit, *, k: Positive = 20, temperature: Scale = 0.07) -> PromptedClassifier:
+def knn(task: Task, backbone: Backbone, session: Session, *, k: Positive = 20, temperature: Scale = 0.07) -> Recipe:
     """k nearest neighbours by cosine with softmax votes (Wu 2018). Its prompt file holds all training features."""
-    model, _ = _frozen(task, backbone, 1.0)
-    found = F.normalize(head_features(fit, "features", model, task), dim=1)
-    order = task.train.labels.argsort(stable=True)
-    head = NeighbourHead(bank=found[order], counts=task.counts, k=min(k, len(found)), temperature=temperature)
+    model, _ = _on_frozen_features(task, backbone, 1.0)
+    features = F.normalize(head_features(session, "features", model, task), dim=1)
+    by_class = task.train.labels.argsort(stable=True)
+    head = NeighbourHead(bank=features[by_class], counts=task.counts, k=min(k, len(features)), temperature=temperature)
     model.head = head.to(next(backbone.parameters()).device)
-    return model
+    return Recipe(model)
 
 
-def _frozen(task: Task, backbone: Backbone, scale: float) -> tuple[PromptedClassifier, CosineHead]:
+def _on_frozen_features(task: Task, backbone: Backbone, scale: float) -> tuple[PromptedClassifier, CosineHead]:
     head = CosineHead(num_classes=len(task.classes), width=backbone.feature_width, scale=scale)
-    return PromptedClassifier(backbone, head, classes=task.classes).to(next(backbone.parameters()).device), head
+    model = PromptedClassifier(backbone, head, classes=task.classes)
+    return model.to(next(backbone.parameters()).device), head
 
 
 def linear_probe(
     task: Task,
     backbone: Backbone,
-    fit: Fit,
+    session: Session,
     *,
     epochs: Positive = 20,
     head: Literal["linear", "cosine"] = "linear",
@@ -65,34 +69,37 @@ def linear_probe(
     lr: FractionBelowOne = 1e-3,
     weight_decay: FractionBelowOne = 0.01,
     warmup: Warmup = "linear",
-) -> PromptedClassifier:
+) -> Recipe:
     """A classifier on the frozen features of the test views: computed once, no augmentation, natural sampling.
 
     `linear` starts at zero and has scale 1; `cosine`, times `scale`, starts at the class means.
     """
-    model = learner(task, backbone, fit, tuning="head", head=head, scale=scale)
-    train_stage(
-        fit,
-        "head",
-        model,
-        task,
-        train=["head."],
-        loss=loss,
-        epochs=epochs,
-        lr=lr,
-        optimizer=optimizer,
-        weight_decay=weight_decay,
-        warmup=warmup,
-        cached=head_features(fit, "features", model, task),
-        tau=tau,
-    )
-    return model
+    model = build_model(task, backbone, session, tuning="head", head=head, scale=scale)
+
+    def phases() -> Iterator[Phase]:
+        yield stage(
+            session,
+            "head",
+            model,
+            task,
+            train=["head."],
+            loss=loss,
+            epochs=epochs,
+            lr=lr,
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            warmup=warmup,
+            cached=head_features(session, "features", model, task),
+            tau=tau,
+        )
+
+    return Recipe(model, phases())
 
 
 def fine_tune(
     task: Task,
     backbone: Backbone,
-    fit: Fit,
+    session: Session,
     *,
     tuning: Tuning = "adaptformer",
     epochs: Positive = 10,
@@ -112,7 +119,7 @@ def fine_tune(
     lr: FractionBelowOne = 0.01,
     weight_decay: FractionBelowOne = 5e-4,
     warmup: Warmup = "linear",
-) -> PromptedClassifier:
+) -> Recipe:
     """The head and one of eight things together: prompts, biases, norms, adapters, LoRA, everything, nothing else.
 
     - `head`: nothing else, on augmented views (`linear_probe` uses cached features);
@@ -128,10 +135,10 @@ def fine_tune(
     """
     if sampler == "class" and loss in ("la", "bs"):
         raise LptError(f"method.sampler=class balances the classes already, and loss {loss} would do so twice: use ce")
-    model = learner(
+    model = build_model(
         task,
         backbone,
-        fit,
+        session,
         tuning=tuning,
         head=head,
         head_init=head_init,
@@ -140,12 +147,12 @@ def fine_tune(
         bottleneck=bottleneck,
         rank=rank,
     )
-    train_stage(
-        fit,
+    tuned = stage(
+        session,
         "tune",
         model,
         task,
-        train=everything(model),
+        train=tunable_names(model),
         loss=loss,
         epochs=epochs,
         lr=lr,
@@ -158,4 +165,4 @@ def fine_tune(
         beta=beta,
         margin=margin,
     )
-    return model
+    return Recipe(model, [tuned])

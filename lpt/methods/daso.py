@@ -1,29 +1,41 @@
-"""DASO on light tuning: pseudo-labels blend the linear head with class prototypes."""
+"""DASO on light tuning (Oh 2022): pseudo-labels blend the linear head with the similarity to class prototypes.
+
+Shapes: feature [B D'], joint [B J], prototypes [C J], logits and probabilities [B C], labels [B].
+"""
+
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lpt.data.task import Task
-from lpt.engine.loop import Fit
-from lpt.engine.optim import Optimizer, Warmup
-from lpt.engine.processes import gathered, rank_and_world
+from lpt.engine.phase import Recipe
+from lpt.engine.processes import all_gather_rows, rank_and_world
+from lpt.engine.session import Session
+from lpt.engine.step_memory import StepMemory
 from lpt.losses import log_prior
-from lpt.methods.semi_supervised import Fitted, Opinion, Plan, agreement, train_semi
-from lpt.methods.supervised import HeadStart, Tuning, around, starting_rows
+from lpt.methods.semi_supervised import (
+    BatchTerm,
+    Objective,
+    PseudoLabels,
+    SemiSchedule,
+    consistency_loss,
+    semi_phases,
+)
+from lpt.methods.supervised import HeadStart, Tuning, starting_rows, with_tuning
 from lpt.model.backbones.base import Backbone
-from lpt.model.classifier import PromptedClassifier
 from lpt.model.heads import FusedHead
-from lpt.settings import Count, FractionBelowOne, Positive, Scale, Threshold, Weight
+from lpt.settings import Count, FractionBelowOne, Positive, Scale, Threshold, Weight, Without
 
 QUEUE = 256
 """Features of each class that DASO's prototypes are means of."""
 
 
-def daso(
+def tune(
     task: Task,
     backbone: Backbone,
-    fit: Fit,
+    session: Session,
     *,
     tuning: Tuning = "adaptformer",
     bottleneck: Count = 0,
@@ -37,15 +49,8 @@ def daso(
     tau: Threshold = 0.7,
     lambda_u: Weight = 1.0,
     lambda_align: Weight = 1.0,
-    steps: Positive = 10_000,
-    rounds: Positive = 20,
-    ratio: Positive = 1,
-    strong_views: Positive = 1,
-    optimizer: Optimizer = "sgd",
-    lr: FractionBelowOne = 0.01,
-    weight_decay: FractionBelowOne = 5e-4,
-    warmup: Warmup = "linear",
-) -> PromptedClassifier:
+    schedule: Annotated[SemiSchedule, Without(("cached_views", "micro_batches", "weight_ema"))] = SemiSchedule(),
+) -> Recipe:
     """DASO (Oh 2022) on light tuning: pseudo-labels blend the linear head with the similarity to class prototypes, the
     more of it the more often the head's class is predicted (`FusedHead`, fusion `daso`).
 
@@ -54,19 +59,9 @@ def daso(
     head's. Not as published: features are the model's and not those of its running mean, the histogram has a momentum,
     and labelled images are logit-adjusted.
     """
-    plan = Plan(
-        steps=steps,
-        rounds=rounds,
-        ratio=ratio,
-        strong_views=strong_views,
-        optimizer=optimizer,
-        lr=lr,
-        weight_decay=weight_decay,
-        warmup=warmup,
-    )
-    plan.check(fit, task, tuning)
+    schedule.check(session, task, tuning)
     device, num_classes = next(backbone.parameters()).device, len(task.classes)
-    generator = torch.Generator().manual_seed(fit.seed)
+    generator = torch.Generator().manual_seed(session.seed)
     head = FusedHead(
         num_classes=num_classes,
         width=backbone.feature_width,
@@ -77,52 +72,56 @@ def daso(
         fuse=False,
     )
     with torch.no_grad():
-        head.weight.copy_(starting_rows(task, backbone, fit, head_init, generator))
+        head.weight.copy_(starting_rows(task, backbone, session, head_init, generator))
         head.texts.copy_(F.normalize(backbone.class_prototypes(task.classes), dim=1))
         head.prototypes.copy_(head.texts)
-    inside = {"prompt_length": prompt_length, "bottleneck": bottleneck}
-    model = around(head, task, backbone, generator, tuning=tuning, **inside)
+    model = with_tuning(
+        head, task, backbone, generator, tuning=tuning, prompt_length=prompt_length, bottleneck=bottleneck
+    )
     head.project = model.backbone.project
     prior = la_tau * log_prior(task.counts).to(device)
 
     def supervised(feature: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(head.both(feature)[0] + prior, labels)
 
-    def opinion(feature: Tensor) -> Opinion:
+    def pseudo_label(feature: Tensor) -> PseudoLabels:
         linear, similarity = head.both(feature)
         probability = head.fused(linear, similarity).softmax(1)
-        kept = probability.amax(1) >= tau
+        confident = probability.amax(1) >= tau
         heads = {"linear": linear.softmax(1), "similarity": similarity.softmax(1)}
-        return Opinion(probability, kept, kept.float(), heads)
+        return PseudoLabels(probability, confident, confident.float(), heads)
 
-    def consistency(feature: Tensor, found: Opinion) -> Tensor:
+    def consistency(feature: Tensor, pseudo: PseudoLabels) -> Tensor:
         linear, similarity = head.both(feature)
-        aligned = F.cross_entropy(similarity, found.heads["similarity"])
-        return lambda_u * agreement(linear, found) + lambda_align * aligned
+        alignment = F.cross_entropy(similarity, pseudo.heads["similarity"])
+        return lambda_u * consistency_loss(linear, pseudo) + lambda_align * alignment
 
-    def fitting(feature: Tensor, labels: Tensor, found: Opinion) -> Fitted:
+    def batch_term(feature: Tensor, labels: Tensor, pseudo: PseudoLabels, memory: StepMemory) -> BatchTerm:
+        @torch.no_grad()
         def commit() -> None:
             _, world = rank_and_world()
-            unit = gathered(F.normalize(head.joint(feature).float(), dim=1), len(feature) * world)
-            _enqueue(fit, head, unit, gathered(labels, len(labels) * world))
-            # Of everything predicted; what is kept alone would forget the classes that are not.
-            label = gathered(found.label, len(found.label) * world)
+            unit = all_gather_rows(F.normalize(head.joint(feature).float(), dim=1), len(feature) * world)
+            enqueue(memory, head, unit, all_gather_rows(labels, len(labels) * world))
+            # Of everything predicted; what is believed alone would forget the classes that are not.
+            label = all_gather_rows(pseudo.label, len(pseudo.label) * world)
             share = torch.bincount(label, minlength=num_classes).float() / len(label)
             head.frequency.lerp_(share, 1 - histogram_ema)
 
-        return Fitted(feature.new_zeros(()), None, torch.no_grad()(commit))
+        return BatchTerm(feature.new_zeros(()), None, commit)
 
-    train_semi(fit, model, task, plan, supervised=supervised, opinion=opinion, consistency=consistency, fitting=fitting)
-    return model
+    objective = Objective(
+        supervised=supervised, pseudo_label=pseudo_label, consistency=consistency, batch_term=batch_term
+    )
+    return Recipe(model, semi_phases(session, model, task, schedule, objective))
 
 
-def _enqueue(fit: Fit, head: FusedHead, unit: Tensor, labels: Tensor) -> None:
-    """Puts unit features [B J] into their classes' queues, and their means into the prototypes."""
-    state, (num_classes, width) = fit.memory.state, head.prototypes.shape
-    queue = state.setdefault("queue", unit.new_zeros(num_classes, QUEUE, width))
-    number = state.setdefault("queued", labels.new_zeros(num_classes))
+def enqueue(memory: StepMemory, head: FusedHead, unit: Tensor, labels: Tensor) -> None:
+    """Puts unit features [B J] into their classes' queues, and the queues' means into the prototypes."""
+    num_classes, width = head.prototypes.shape
+    queue = memory.tensors.setdefault("queue", unit.new_zeros(num_classes, QUEUE, width))
+    queued = memory.tensors.setdefault("queued", labels.new_zeros(num_classes))
     for row, k in zip(unit, labels.tolist(), strict=True):
-        queue[k, number[k] % QUEUE] = row
-        number[k] += 1
-    filled = number > 0
+        queue[k, queued[k] % QUEUE] = row  # the oldest goes
+        queued[k] += 1
+    filled = queued > 0
     head.prototypes[filled] = F.normalize(queue[filled].sum(1), dim=1)

@@ -3,7 +3,7 @@
 The first method runs as it is; what follows touches its classifier alone. Shapes: logits [N C], labels [N].
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -12,24 +12,28 @@ from torch import Tensor
 
 from lpt.data.task import Task
 from lpt.engine.evaluate import predict
-from lpt.engine.loop import Fit
-from lpt.engine.processes import averaged
+from lpt.engine.phase import Phase, Recipe
+from lpt.engine.processes import all_reduce_mean
+from lpt.engine.session import Session
 from lpt.errors import LptError
-from lpt.losses import Weighted, log_prior
-from lpt.methods.supervised import Second, chain, head_features, train_stage
+from lpt.losses import LossName, Weighted, log_prior
+from lpt.methods.method import InnerMethod, Resolve
+from lpt.methods.supervised import LogitLoss, head_features, stage
 from lpt.model.backbones.base import Backbone
 from lpt.model.classifier import PromptedClassifier
 from lpt.model.heads import Calibration, CosineHead, LinearHead
 from lpt.settings import FractionBelowOne, Positive
 
-Adjustment = Literal["crt", "lws", "marc", "tau_norm", "posthoc_la", "temperature"]
+Adjustment = Literal["crt", "lws", "marc", "posthoc_la", "tau_norm", "temperature"]
+CALIBRATING = ("lws", "marc", "posthoc_la", "temperature")
+"""Adjustments that scale and shift the logits; a classifier can be given one of them."""
 
 
 def tune(
     task: Task,
     backbone: Backbone,
-    fit: Fit,
-    second: Second,
+    session: Session,
+    resolve: Resolve,
     *,
     adjust: Adjustment = "crt",
     first: Mapping[str, Any] = {"name": "fine_tune", "loss": "ce"},
@@ -38,7 +42,7 @@ def tune(
     epochs: Positive = 10,
     lr: FractionBelowOne = 1e-2,
     weight_decay: FractionBelowOne = 5e-4,
-) -> PromptedClassifier:
+) -> Recipe:
     """`first`, a method's name and settings, then one of
 
     - `crt`: a fresh head under class-balanced sampling (Kang 2020); `lws`: a scale for each class, likewise;
@@ -50,61 +54,94 @@ def tune(
     Heads train with AdamW on cached features (ours; the papers use SGD on images). Raises LptError where an adjustment
     makes no sense for the head.
     """
-    *_, innermost = inside = list(chain(first))
-    default = "linear" if innermost.get("name") == "linear_probe" else "cosine"
-    if adjust == "tau_norm" and innermost.get("head", default) != "linear":
+    inner = resolve(first)
+    _check(adjust, inner, task)
+    recipe = inner.build()
+    model, num_classes = recipe.model, len(task.classes)
+    device = next(model.parameters()).device
+
+    def head_stage(*train: str, loss: LossName | LogitLoss, sampler: Literal["instance", "class"]) -> Phase:
+        return stage(
+            session,
+            f"adjust-{adjust}",
+            model,
+            task,
+            train=train,
+            loss=loss,
+            epochs=epochs,
+            lr=lr,
+            weight_decay=weight_decay,
+            sampler=sampler,
+            cached=head_features(session, "features-second", model, task),
+        )
+
+    def phases() -> Iterator[Phase]:
+        yield from recipe.phases or ()
+        prior = log_prior(task.counts).to(device)
+        if adjust == "tau_norm":
+            normalize_rows(model, tau)
+            return
+        if adjust == "crt":
+            start_head_again(model, seed=session.seed + 1)
+            yield head_stage("head.", loss="ce", sampler="class")
+            return
+        model.calibration = calibration = Calibration(num_classes).to(device)
+        if adjust == "lws":
+            yield head_stage("calibration.scale", loss="ce", sampler="class")
+        elif adjust == "marc":
+            if isinstance(model.head, LinearHead):
+                calibration.unit.copy_(model.head.weight.detach().float().norm(dim=1))
+            weights = (-rho * prior).exp()
+            loss = Weighted(weights / weights.mean(), model.head.scale, all_reduce_mean)
+            yield head_stage("calibration.", loss=loss, sampler="instance")
+            calibration.fold()
+        elif adjust == "posthoc_la":
+            calibration.offset.data.copy_(-tau * prior / model.head.scale)
+        else:
+            assert task.val is not None
+            predictions = predict(model, task.val)
+            logits = model.head.scale * predictions.logits.double()
+            calibration.scale.data.fill_(1 / temperature(logits, predictions.labels))
+
+    return Recipe(model, phases())
+
+
+def _check(adjust: Adjustment, inner: InnerMethod, task: Task) -> None:
+    """Raises LptError where the adjustment makes no sense for the head that `inner` leaves, or for the task."""
+    if adjust == "tau_norm" and inner.head not in ("linear", "neighbors"):
         raise LptError("method.adjust=tau_norm: a cosine head has unit rows already, use method.first.head=linear")
     if adjust == "temperature" and task.val is None:
         raise LptError("method.adjust=temperature is fitted on held-out images: set data.val_per_class")
-    if adjust in ("crt", "lws", "marc") and innermost.get("name") == "lpt" and innermost.get("epochs", (1, 1))[1]:
+    if adjust in ("crt", "lws", "marc") and inner.head == "pool":
         raise LptError(f"method.adjust={adjust} cannot train a head behind a prompt pool: use posthoc_la")
-    if adjust in ("crt", "lws", "marc", "tau_norm") and innermost.get("name") == "knn":
+    if adjust in ("crt", "lws", "marc", "tau_norm") and inner.head == "neighbors":
         raise LptError(f"method.adjust={adjust} needs a head with weights: neighbours have none")
-    if adjust in ("crt", "marc") and innermost.get("name") in ("ulfine", "daso"):
+    if adjust in ("crt", "marc") and inner.head == "fused":
         raise LptError(f"method.adjust={adjust} needs one head, this one is fused of two: use lws or posthoc_la")
-    earlier = {of.get("adjust", "crt") for of in inside if of.get("name") == "decoupled"}
-    if adjust not in ("crt", "tau_norm") and earlier - {"crt", "tau_norm"}:
+    earlier = {step.settings["adjust"] for step in inner.chain if step.name == "decoupled"}
+    if adjust in CALIBRATING and earlier & set(CALIBRATING):
         raise LptError(f"method.adjust={adjust}: the classifier of method.first is adjusted already")
-    model = second(first, fit)
-    device, num_classes = next(model.parameters()).device, len(task.classes)
-    head, prior = model.head, log_prior(task.counts).to(device)
 
-    def train(names: list[str], **stage: Any) -> None:
-        cached = head_features(fit, "features-second", model, task)
-        rest = {"epochs": epochs, "lr": lr, "weight_decay": weight_decay, "cached": cached}
-        train_stage(fit, f"adjust-{adjust}", model, task, train=names, **rest, **stage)
 
-    if adjust == "tau_norm":
-        assert isinstance(head, LinearHead)
-        head.weight.data.div_(head.weight.data.norm(dim=1, keepdim=True).clamp(min=1e-12) ** tau)
+def normalize_rows(model: PromptedClassifier, tau: float) -> None:
+    """τ-normalisation (Kang 2020): rows w / ‖w‖^τ, no bias."""
+    head = model.head
+    assert isinstance(head, LinearHead)
+    head.weight.data.div_(head.weight.data.norm(dim=1, keepdim=True).clamp(min=1e-12) ** tau)
+    head.bias.data.zero_()
+
+
+def start_head_again(model: PromptedClassifier, *, seed: int) -> None:
+    """A fresh head, for cRT: random unit rows where it is a cosine one, zeros where it is linear."""
+    head = model.head
+    assert isinstance(head, CosineHead | LinearHead)
+    generator = torch.Generator().manual_seed(seed)
+    rows = F.normalize(torch.empty(head.weight.shape).uniform_(-1, 1, generator=generator), dim=1)
+    if isinstance(head, LinearHead):
+        head.weight.data.zero_()
         head.bias.data.zero_()
-        return model
-    if adjust == "crt":
-        assert isinstance(head, CosineHead | LinearHead)
-        generator = torch.Generator().manual_seed(fit.seed + 1)
-        fresh = F.normalize(torch.empty(head.weight.shape).uniform_(-1, 1, generator=generator), dim=1)
-        head.weight.data.copy_(fresh if isinstance(head, CosineHead) else torch.zeros_like(fresh))
-        if isinstance(head, LinearHead):
-            head.bias.data.zero_()
-        train(["head."], loss="ce", sampler="class")
-        return model
-    model.calibration = calibration = Calibration(num_classes).to(device)
-    if adjust == "lws":
-        train(["calibration.scale"], loss="ce", sampler="class")
-    elif adjust == "marc":
-        assert isinstance(head, CosineHead | LinearHead)
-        if isinstance(head, LinearHead):
-            calibration.unit.copy_(head.weight.detach().float().norm(dim=1))
-        weights = (-rho * prior).exp()
-        train(["calibration."], loss=Weighted(weights / weights.mean(), head.scale, averaged))
-        calibration.fold()
-    elif adjust == "posthoc_la":
-        calibration.offset.data.copy_(-tau * prior / head.scale)
     else:
-        assert task.val is not None
-        found = predict(model, task.val)
-        calibration.scale.data.fill_(1 / temperature(head.scale * found.logits.double(), found.labels))
-    return model
+        head.weight.data.copy_(rows)
 
 
 def temperature(logits: Tensor, labels: Tensor) -> float:

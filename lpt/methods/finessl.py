@@ -1,29 +1,30 @@
-"""FineSSL in our words: a second head says how much each pseudo-label weighs."""
+"""FineSSL in our words (Gan 2024, ICML): a second head on detached features says how much each pseudo-label weighs.
+
+Shapes: feature [B D'], logits and probabilities [B C], labels [B].
+"""
 
 import copy
+from collections.abc import Iterator
+from typing import Annotated
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from lpt.data.task import Task
-from lpt.engine.loop import Fit
-from lpt.engine.optim import Optimizer, Warmup
+from lpt.engine.phase import Phase, Recipe
+from lpt.engine.session import Session
 from lpt.losses import log_prior
-from lpt.methods.semi_supervised import Opinion, Plan, agreement, train_semi
-from lpt.methods.supervised import HeadStart, Tuning, learner
+from lpt.methods.semi_supervised import Objective, PseudoLabels, SemiSchedule, consistency_loss, semi_phases
+from lpt.methods.supervised import HeadStart, Tuning, build_model
 from lpt.model.backbones.base import Backbone
-from lpt.model.classifier import PromptedClassifier
 from lpt.model.heads import CosineHead
-from lpt.settings import Count, FractionBelowOne, Positive, Scale, Threshold, Weight
-
-QUEUE = 256
-"""Features of each class that DASO's prototypes are means of."""
+from lpt.settings import Count, FractionBelowOne, Positive, Scale, Threshold, Weight, Without
 
 
-def finessl(
+def tune(
     task: Task,
     backbone: Backbone,
-    fit: Fit,
+    session: Session,
     *,
     tuning: Tuning = "vpt_deep",
     prompt_length: Positive = 50,
@@ -34,15 +35,10 @@ def finessl(
     tau: Threshold = 0.7,
     smoothing: FractionBelowOne = 0.5,
     lambda_u: Weight = 3.0,
-    steps: Positive = 15_000,
-    rounds: Positive = 20,
-    ratio: Positive = 1,
-    strong_views: Positive = 2,
-    optimizer: Optimizer = "sgd",
-    lr: FractionBelowOne = 0.03,
-    weight_decay: FractionBelowOne = 5e-4,
-    warmup: Warmup = "linear",
-) -> PromptedClassifier:
+    schedule: Annotated[SemiSchedule, Without(("cached_views", "micro_batches", "weight_ema"))] = SemiSchedule(
+        steps=15_000, strong_views=2, lr=0.03
+    ),
+) -> Recipe:
     """Like FineSSL (Gan 2024, ICML): a second head on detached features says how much each pseudo-label weighs.
 
     Every unlabelled image trains the main head, weighted by the second head's confidence in its weak view, times
@@ -50,21 +46,11 @@ def finessl(
     one is sure from `tau` on. Not as published: the imbalance is met by logit adjustment instead of a margin that
     follows the learning status, and the scale does not learn.
     """
-    plan = Plan(
-        steps=steps,
-        rounds=rounds,
-        ratio=ratio,
-        strong_views=strong_views,
-        optimizer=optimizer,
-        lr=lr,
-        weight_decay=weight_decay,
-        warmup=warmup,
-    )
-    plan.check(fit, task, tuning)
-    model = learner(
+    schedule.check(session, task, tuning)
+    model = build_model(
         task,
         backbone,
-        fit,
+        session,
         tuning=tuning,
         head="cosine",
         scale=scale,
@@ -72,27 +58,31 @@ def finessl(
         prompt_length=prompt_length,
         bottleneck=bottleneck,
     )
+    assert isinstance(model.head, CosineHead)
     # The place of a head that only LPT's pool reads: it trains, is in the checkpoints, and goes when training ends.
-    second = model.query_head = copy.deepcopy(model.head) if isinstance(model.head, CosineHead) else None
-    assert second is not None
+    second = model.query_head = copy.deepcopy(model.head)
     prior = la_tau * log_prior(task.counts).to(next(backbone.parameters()).device)
 
     def supervised(feature: Tensor, labels: Tensor) -> Tensor:
-        other = scale * second(feature.detach()) + prior
-        return F.cross_entropy(scale * model.head(feature) + prior, labels) + F.cross_entropy(other, labels)
+        second_logits = scale * second(feature.detach()) + prior
+        return F.cross_entropy(scale * model.head(feature) + prior, labels) + F.cross_entropy(second_logits, labels)
 
-    def opinion(feature: Tensor) -> Opinion:
-        probability, confidence = ((scale * head(feature)).softmax(1) for head in (model.head, second))
-        kept = probability.amax(1) >= tau
-        return Opinion(probability, kept, confidence.amax(1), {"linear": probability, "second": confidence})
+    def pseudo_label(feature: Tensor) -> PseudoLabels:
+        probability = (scale * model.head(feature)).softmax(1)
+        second_probability = (scale * second(feature)).softmax(1)
+        confident = probability.amax(1) >= tau
+        heads = {"linear": probability, "second": second_probability}
+        return PseudoLabels(probability, confident, second_probability.amax(1), heads)
 
-    def consistency(feature: Tensor, found: Opinion) -> Tensor:
-        other = scale * second(feature.detach())
-        smooth = F.cross_entropy(other, found.label, label_smoothing=smoothing, reduction="none")
-        return lambda_u * agreement(scale * model.head(feature), found) + (found.kept * smooth).mean()
+    def consistency(feature: Tensor, pseudo: PseudoLabels) -> Tensor:
+        second_logits = scale * second(feature.detach())
+        smooth = F.cross_entropy(second_logits, pseudo.label, label_smoothing=smoothing, reduction="none")
+        return lambda_u * consistency_loss(scale * model.head(feature), pseudo) + (pseudo.mask * smooth).mean()
 
-    train_semi(
-        fit, model, task, plan, supervised=supervised, opinion=opinion, consistency=consistency, also=("query_head.",)
-    )
-    model.query_head = None
-    return model
+    objective = Objective(supervised=supervised, pseudo_label=pseudo_label, consistency=consistency)
+
+    def phases() -> Iterator[Phase]:
+        yield from semi_phases(session, model, task, schedule, objective, also_trains=("query_head.",))
+        model.query_head = None
+
+    return Recipe(model, phases())

@@ -1,26 +1,25 @@
-"""FixMatch on light tuning: the study that ULFine opens with."""
+"""FixMatch on light tuning (Sohn 2020): the study that ULFine opens with, and what it is compared with.
+
+Shapes: feature [B D'], logits and probabilities [B C], labels [B].
+"""
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from lpt.data.task import Task
-from lpt.engine.loop import Fit
-from lpt.engine.optim import Optimizer, Warmup
+from lpt.engine.phase import Recipe
+from lpt.engine.session import Session
 from lpt.losses import log_prior
-from lpt.methods.semi_supervised import Opinion, Plan, agreement, train_semi
-from lpt.methods.supervised import HeadStart, Tuning, learner
+from lpt.methods.semi_supervised import Objective, PseudoLabels, SemiSchedule, consistency_loss, semi_phases
+from lpt.methods.supervised import HeadStart, Tuning, build_model
 from lpt.model.backbones.base import Backbone
-from lpt.model.classifier import PromptedClassifier
-from lpt.settings import Count, FractionBelowOne, Positive, Scale, Threshold, Weight
-
-QUEUE = 256
-"""Features of each class that DASO's prototypes are means of."""
+from lpt.settings import Count, Positive, Scale, Threshold, Weight
 
 
-def fixmatch(
+def tune(
     task: Task,
     backbone: Backbone,
-    fit: Fit,
+    session: Session,
     *,
     tuning: Tuning = "adaptformer",
     bottleneck: Count = 0,
@@ -32,18 +31,8 @@ def fixmatch(
     tau: Threshold = 0.7,
     soft_from: Threshold | None = None,
     lambda_u: Weight = 1.0,
-    steps: Positive = 10_000,
-    rounds: Positive = 20,
-    ratio: Positive = 1,
-    strong_views: Positive = 1,
-    cached_views: Count = 0,
-    micro_batches: Positive = 1,
-    weight_ema: FractionBelowOne = 0.0,
-    optimizer: Optimizer = "sgd",
-    lr: FractionBelowOne = 0.01,
-    weight_decay: FractionBelowOne = 5e-4,
-    warmup: Warmup = "linear",
-) -> PromptedClassifier:
+    schedule: SemiSchedule = SemiSchedule(),
+) -> Recipe:
     """The study that ULFine opens with: `tuning` is `head` (LP), adapters or prompts (LFT), or `full` (FFT); with
     FixMatch (Sohn 2020) on the unlabelled images, or at `lambda_u=0` on labels alone.
 
@@ -51,24 +40,11 @@ def fixmatch(
     probabilities are the target (LoFT's way, arXiv 2509.09926). Labelled images have logit adjustment of strength
     `la_tau` (0 is cross-entropy). SGD's `lr` is taken as it is.
     """
-    plan = Plan(
-        steps=steps,
-        rounds=rounds,
-        ratio=ratio,
-        strong_views=strong_views,
-        cached_views=cached_views,
-        micro_batches=micro_batches,
-        optimizer=optimizer,
-        lr=lr,
-        weight_decay=weight_decay,
-        warmup=warmup,
-        weight_ema=weight_ema,
-    )
-    plan.check(fit, task, tuning, unlabelled=lambda_u > 0)
-    model = learner(
+    schedule.check(session, task, tuning, unlabeled=lambda_u > 0)
+    model = build_model(
         task,
         backbone,
-        fit,
+        session,
         tuning=tuning,
         head="cosine",
         scale=scale,
@@ -82,19 +58,21 @@ def fixmatch(
     def supervised(feature: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(scale * model.head(feature) + prior, labels)
 
-    def opinion(feature: Tensor) -> Opinion:
+    def pseudo_label(feature: Tensor) -> PseudoLabels:
         probability = (scale * model.head(feature)).softmax(1)
-        kept = probability.amax(1) >= tau
-        return Opinion(probability, kept, kept.float(), {"linear": probability})
+        confident = probability.amax(1) >= tau
+        return PseudoLabels(probability, confident, confident.float(), {"linear": probability})
 
-    def consistency(feature: Tensor, found: Opinion) -> Tensor:
+    def consistency(feature: Tensor, pseudo: PseudoLabels) -> Tensor:
         logits = scale * model.head(feature)
-        value = agreement(logits, found)
+        value = consistency_loss(logits, pseudo)
         if soft_from is not None:
-            soft = (found.probability.amax(1) >= soft_from) & ~found.kept
-            value = value + (soft * F.cross_entropy(logits, found.probability, reduction="none")).mean()
+            soft = (pseudo.probability.amax(1) >= soft_from) & ~pseudo.mask
+            value = value + (soft * F.cross_entropy(logits, pseudo.probability, reduction="none")).mean()
         return lambda_u * value
 
-    unlabelled = {"opinion": opinion, "consistency": consistency} if lambda_u else {}
-    train_semi(fit, model, task, plan, supervised=supervised, **unlabelled)
-    return model
+    if lambda_u:
+        objective = Objective(supervised=supervised, pseudo_label=pseudo_label, consistency=consistency)
+    else:
+        objective = Objective(supervised=supervised)
+    return Recipe(model, semi_phases(session, model, task, schedule, objective))

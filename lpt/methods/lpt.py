@@ -10,6 +10,7 @@ Shapes: views [B 3 H W], logits [B C], queries [N D'].
 
 import copy
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -18,9 +19,10 @@ from torch import Tensor
 from lpt.data.samplers import ClassBalanced, InstanceBalanced, InstancePerStep, instance_weight
 from lpt.data.task import Task
 from lpt.engine.batches import Batch, Progress, Stream
-from lpt.engine.evaluate import features
-from lpt.engine.loop import Fit
 from lpt.engine.optim import Optimizer, Warmup, scaled_lr
+from lpt.engine.phase import Phase, Recipe
+from lpt.engine.session import Log, Session
+from lpt.engine.step_memory import StepMemory
 from lpt.errors import LptError
 from lpt.losses import GCL, CrossEntropy, LogitAdjusted, cloud_noise
 from lpt.model.backbones.base import Backbone
@@ -32,12 +34,13 @@ from lpt.settings import FractionBelowOne, Positive, Scale
 
 COLLAPSED = 3.0
 """A key perplexity below this is reported as a collapse: almost all images share the same prompts."""
+StreamLoss = CrossEntropy | LogitAdjusted | GCL
 
 
 def tune(
     task: Task,
     backbone: Backbone,
-    fit: Fit,
+    session: Session,
     *,
     prompt_length: Positive = 10,
     prefix_blocks: int = 6,
@@ -66,7 +69,7 @@ def tune(
     query_head: bool = False,
     instance_stream: Literal["epoch", "per_step"] = "epoch",
     steps_per_epoch: Literal["floor", "floor_plus_1"] = "floor",
-) -> PromptedClassifier:
+) -> Recipe:
     """Defaults are the authors' code's where it is known and sound. Their script itself is `epochs=(40, 90)`,
     `warmup=first_epoch_1e-6`, `instance_stream=per_step` and `steps_per_epoch=floor_plus_1`.
 
@@ -84,7 +87,7 @@ def tune(
     if key_init == "kmeans" and epochs[1] and pool_size > len(task.train):
         raise LptError(f"method.pool_size {pool_size} needs as many training images, there are {len(task.train)}")
     device = next(backbone.parameters()).device
-    generator = torch.Generator().manual_seed(fit.seed)
+    generator = torch.Generator().manual_seed(session.seed)
     head = CosineHead(num_classes=len(task.classes), width=backbone.feature_width, scale=scale, generator=generator)
     shared = DeepPrompt(layers=backbone.depth, length=prompt_length, width=backbone.width, generator=generator)
     pool = PromptPool(  # made before phase 1, so that a pool that cannot be served fails at once
@@ -98,108 +101,157 @@ def tune(
         generator=generator,
     )
     model = PromptedClassifier(backbone, head, classes=task.classes, shared=shared).to(device)
+    labels, batch_size = task.train.labels, session.batch_size
+    if head_init == "class_mean":
+        with torch.no_grad():
+            head.weight.copy_(class_means(session.features("features", model, task.train), labels, len(task.classes)))
 
-    # The two streams and their losses.
-    counts, labels, B = task.counts.to(device), task.train.labels, fit.batch_size
-    instance = InstanceBalanced if instance_stream == "epoch" else InstancePerStep
+    counts = task.counts.to(device)
 
-    def streams(number: Literal[1, 2]) -> dict[str, Any]:
-        seed = 2 * fit.seed + number - 1  # each phase sees the images in an order of its own
-        return {
-            "balanced": Stream(ClassBalanced(labels, batch_size=B, seed=seed)),
-            "instance": Stream(instance(labels, batch_size=B, seed=seed)),
-        }
-
-    def loss_of(gammas: tuple[float, float], prior: bool) -> Any:
+    def stream_loss(gammas: tuple[float, float], *, adjust_prior: bool) -> StreamLoss:
         if loss == "ce":
             return CrossEntropy(scale, label_smoothing)
         if loss == "la":  # class-balanced batches have a uniform prior already: adjusting twice would overshoot
-            return LogitAdjusted(counts, float(prior), scale, label_smoothing)
+            return LogitAdjusted(counts, float(adjust_prior), scale, label_smoothing)
         return GCL(counts, scale, margin, noise, *gammas, label_smoothing, agcl_form, asymmetric=loss == "agcl")
 
-    losses = {"balanced": loss_of(gammas_bal, False), "instance": loss_of(gammas_ins, True)}
+    steps_in_epoch = max(1, len(labels) // batch_size + (steps_per_epoch == "floor_plus_1"))
 
-    def step(model: PromptedClassifier, batches: dict[str, Batch], progress: Progress) -> Iterator[dict[str, Tensor]]:
-        """L = A(balanced) - β S_key + η [A(instance) - β S_key] (LPT §2.6), a part for each stream.
-
-        What needs no gradient runs once for both streams; the tails, one after the other, hold one stream's
-        activations at a time.
-        """
-        tokens = model.prefix(torch.cat([batch.views for batch in batches.values()]))
-        queries = None if model.pool is None else model.query(tokens)
-        eta, first = instance_weight(eta0, progress.epoch / progress.epochs), 0
-        for stream, batch in batches.items():
-            rows = slice(first, first := first + len(batch.labels))
-            mask = None
-            if head_dropout:
-                keep = progress.uniform(f"drop/{stream}", len(batch.labels), backbone.feature_width) >= head_dropout
-                mask = keep.float().to(device) / (1 - head_dropout)
-            query = None if queries is None else queries[rows]
-            output = model.tail(tokens[rows], query=query, feature_mask=mask)
-            cloud = cloud_noise(progress.normal(f"cloud/{stream}", len(batch.labels), len(task.classes)))
-            value = losses[stream](output.logits, batch.labels, cloud.to(device))
-            logged = {}
-            if output.similarity is not None and output.ids is not None:
-                logged[f"key_{stream}"] = key_term = output.similarity.sum(1).mean()
-                value = value - beta * key_term
-                fit.memory.note(ids=output.ids, of=batch.labels)
-            yield {"loss": value if stream == "balanced" else eta * value, stream: value, **logged}
-
-    def usage(model: PromptedClassifier, progress: Progress) -> Mapping[str, Any]:
-        noted = fit.memory.take()
-        found = key_usage(noted["ids"], pool_size)
-        found |= {"class_keys": class_keys(noted["ids"], noted["of"], len(task.classes), pool_size)}
-        # All images on the same keys have perplexity topk; a pool hardly larger than that cannot collapse.
-        limit = max(COLLAPSED, 1.5 * topk)
-        if isinstance(p := found["perplexity"], float) and p < limit < pool_size:
-            fit.say(
-                f"warning: keys collapsed in epoch {progress.epoch + 1}: perplexity {p:.2f} of {pool_size}, "
-                "almost all images get the same prompts; try method.query_centering=mean method.key_init=kmeans"
-            )
-        return {"key_usage": found}
-
-    per_epoch = max(1, len(labels) // B + (steps_per_epoch == "floor_plus_1"))
-
-    def phase(number: Literal[1, 2], on_epoch: Any) -> None:
-        fit(
-            f"phase{number}",
-            model,
-            step,
-            streams(number),
-            steps=epochs[number - 1] * per_epoch,
-            steps_per_epoch=per_epoch,
+    def phase(number: Literal[1, 2], *trains: str, reports_keys: bool) -> Phase:
+        memory = StepMemory()
+        return Phase(
+            name=f"phase{number}",
+            trains=trains,
+            step=DualStreamStep(
+                balanced=stream_loss(gammas_bal, adjust_prior=False),
+                instance=stream_loss(gammas_ins, adjust_prior=True),
+                beta=beta,
+                eta0=eta0,
+                head_dropout=head_dropout,
+                memory=memory,
+            ),
+            # Each phase sees the images in an order of its own.
+            streams=dual_streams(labels, batch_size, 2 * session.seed + number - 1, instance_stream),
+            steps=epochs[number - 1] * steps_in_epoch,
+            steps_per_epoch=steps_in_epoch,
             optimizer=optimizer,
-            lr=scaled_lr(optimizer, lr[number - 1], B),
+            lr=scaled_lr(optimizer, lr[number - 1], batch_size),
             weight_decay=weight_decay,
             warmup=warmup,
-            on_epoch=on_epoch,
+            memory=memory,
+            on_epoch=KeyReport(memory, topk, session.log) if reports_keys else None,
         )
 
-    # Phase 1: the shared prompt and the head.
-    if head_init == "class_mean":
-        found = fit.once("features", lambda: features(model, task.train, folder=fit.feature_cache))
-        with torch.no_grad():
-            head.weight.copy_(class_means(found, labels, len(task.classes)))
-    model.only_train("shared.", "head.")
-    if epochs[0]:
-        phase(1, None)
-    if not epochs[1]:
-        return model
-
-    # Phase 2: group prompts, their keys, and the head that phase 1 left.
-    if query_centering == "mean" or key_init == "kmeans":
-        found = fit.once("queries", lambda: features(model, task.train, folder=fit.feature_cache))
-        if query_centering == "mean":
-            pool.centre.copy_(found.mean(0))
-        if key_init == "kmeans":
+    def phases() -> Iterator[Phase]:
+        # Phase 1: the shared prompt and the head.
+        yield phase(1, "shared.", "head.", reports_keys=False)
+        if not epochs[1]:
+            return
+        # Phase 2: group prompts, their keys, and the head that phase 1 left.
+        if query_centering == "mean" or key_init == "kmeans":
+            queries = session.features("queries", model, task.train)
+            start_keys(pool, queries, center=query_centering == "mean", kmeans=key_init == "kmeans", seed=session.seed)
+        if pool_init == "shared":  # with half of the usual start's noise, so that the prompts differ
             with torch.no_grad():
-                pool.keys.copy_(kmeans_keys(found - pool.centre.cpu(), pool_size, seed=fit.seed))
-    if pool_init == "shared":  # with half of the usual start's noise, so that the prompts differ
+                pool.tokens.mul_(0.5).add_(shared.tokens[prefix_blocks:].cpu())
+        if query_head:
+            model.query_head = copy.deepcopy(head)
+        model.pool = pool.to(device)
+        yield phase(2, "pool.", "head.", reports_keys=True)
+
+    return Recipe(model, phases())
+
+
+def dual_streams(
+    labels: Tensor, batch_size: int, seed: int, instance_stream: Literal["epoch", "per_step"]
+) -> dict[str, Stream]:
+    """The two streams of both phases: class-balanced, and by image (LPT, section 3)."""
+    instance_sampler = InstanceBalanced if instance_stream == "epoch" else InstancePerStep
+    return {
+        "balanced": Stream(ClassBalanced(labels, batch_size=batch_size, seed=seed)),
+        "instance": Stream(instance_sampler(labels, batch_size=batch_size, seed=seed)),
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class DualStreamStep:
+    """L = A(balanced) - β S_key + η [A(instance) - β S_key] (LPT §2.6), a part for each stream; without a pool S_key
+    is 0. η falls from `eta0` to 0 over the epochs.
+
+    What needs no gradient runs once for both streams; the tails, one after the other, hold one stream's activations at
+    a time.
+    """
+
+    balanced: StreamLoss
+    instance: StreamLoss
+    beta: float
+    eta0: float
+    head_dropout: float
+    memory: StepMemory
+
+    def __call__(
+        self, model: PromptedClassifier, batches: dict[str, Batch], progress: Progress
+    ) -> Iterator[dict[str, Tensor]]:
+        tokens = model.prefix(torch.cat([batch.views for batch in batches.values()]))
+        queries = None if model.pool is None else model.query(tokens)
+        eta = instance_weight(self.eta0, progress.epoch / progress.epochs)
+        start = 0
+        for stream, batch in batches.items():
+            rows = slice(start, start + len(batch.labels))
+            start = rows.stop
+            output = model.tail(
+                tokens[rows],
+                query=None if queries is None else queries[rows],
+                feature_mask=self._dropout_mask(stream, model.backbone.feature_width, batch, progress),
+            )
+            cloud = cloud_noise(progress.normal(f"cloud/{stream}", len(batch.labels), len(model.classes)))
+            criterion = self.balanced if stream == "balanced" else self.instance
+            value = criterion(output.logits, batch.labels, cloud.to(batch.labels.device))
+            logged = {}
+            if output.similarity is not None and output.ids is not None:
+                key_term = output.similarity.sum(1).mean()
+                value = value - self.beta * key_term
+                logged[f"key_{stream}"] = key_term
+                self.memory.note(ids=output.ids, of=batch.labels)  # checkpoints know both by these names
+            yield {"loss": value if stream == "balanced" else eta * value, stream: value, **logged}
+
+    def _dropout_mask(self, stream: str, width: int, batch: Batch, progress: Progress) -> Tensor | None:
+        """What the features [B D'] are multiplied with; the mask is drawn here so that a resumed run has the same."""
+        if not self.head_dropout:
+            return None
+        kept = progress.uniform(f"drop/{stream}", len(batch.labels), width) >= self.head_dropout
+        return kept.float().to(batch.labels.device) / (1 - self.head_dropout)
+
+
+def start_keys(pool: PromptPool, queries: Tensor, *, center: bool, kmeans: bool, seed: int) -> None:
+    """Where queries are centered and keys start, from the queries [N D'] of the training images (ours, not LPT's)."""
+    if center:
+        pool.centre.copy_(queries.mean(0))
+    if kmeans:
         with torch.no_grad():
-            pool.tokens.mul_(0.5).add_(shared.tokens[prefix_blocks:].cpu())
-    if query_head:
-        model.query_head = copy.deepcopy(head)
-    model.pool = pool.to(device)
-    model.only_train("pool.", "head.")
-    phase(2, usage)
-    return model
+            pool.keys.copy_(kmeans_keys(queries - pool.centre.cpu(), len(pool.keys), seed=seed))
+
+
+@dataclass(frozen=True)
+class KeyReport:
+    """At the end of an epoch: how evenly the keys were chosen, and which key each class chose; warns of a collapse."""
+
+    memory: StepMemory
+    topk: int
+    log: Log
+
+    def __call__(self, model: PromptedClassifier, progress: Progress) -> Mapping[str, Any]:
+        assert model.pool is not None
+        num_keys = len(model.pool.keys)
+        notes = self.memory.take_notes()
+        usage = key_usage(notes["ids"], num_keys)
+        usage["class_keys"] = class_keys(notes["ids"], notes["of"], len(model.classes), num_keys)
+        # All images on the same keys have perplexity topk; a pool hardly larger than that cannot collapse.
+        limit = max(COLLAPSED, 1.5 * self.topk)
+        perplexity = usage["perplexity"]
+        if isinstance(perplexity, float) and perplexity < limit < num_keys:
+            self.log(
+                f"warning: keys collapsed in epoch {progress.epoch + 1}: perplexity {perplexity:.2f} of {num_keys}, "
+                "almost all images get the same prompts; try method.query_centering=mean method.key_init=kmeans"
+            )
+        return {"key_usage": usage}

@@ -4,26 +4,26 @@ The paper translates texts back and forth; for images the augmenter is TrivialAu
 flip and colour (ours, as is every default here that the paper does not state).
 """
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from lpt.data.augment import Augmenter
 from lpt.data.balanced import balanced
 from lpt.data.task import Task
-from lpt.engine.loop import Fit
+from lpt.engine.phase import Phase, Recipe
+from lpt.engine.session import Session
 from lpt.errors import LptError
-from lpt.methods.supervised import Second, chain, everything, train_stage
+from lpt.methods.method import Resolve
+from lpt.methods.supervised import stage, tunable_names
 from lpt.model.backbones.base import Backbone
-from lpt.model.classifier import PromptedClassifier
 from lpt.settings import Count, FractionBelowOne, Positive
 
 
 def tune(
     task: Task,
     backbone: Backbone,
-    fit: Fit,
-    second: Second,
+    session: Session,
+    resolve: Resolve,
     *,
     epochs_stage1: Count = 1,
     per_class: Literal["min", "median", "max"] | Positive = "median",
@@ -33,7 +33,7 @@ def tune(
     stage1_train: Literal["head", "all"] = "all",
     stage1_lr: FractionBelowOne = 1e-2,
     then: Mapping[str, Any] = {"name": "fine_tune", "loss": "ce"},
-) -> PromptedClassifier:
+) -> Recipe:
     """Cross-entropy on `views` augmented views of `per_class` images of every class, drawn with repetition where a
     class has fewer; then `then`, a method's name and settings, on the original data with a fresh optimiser.
 
@@ -42,31 +42,32 @@ def tune(
     `median` is ours, since a long tail's smallest class would leave a handful of images. `epochs_stage1=0` is
     `then` alone.
     """
-    if any(of.get("name") == "pre_finetune" for of in chain(then)):
+    second = resolve(then)
+    if any(step.name == "pre_finetune" for step in second.chain):
         raise LptError("method.then: pre_finetune cannot run inside pre_finetune")
+    recipe = second.build()
+    model, phases = recipe.model, recipe.phases
+    if not epochs_stage1:
+        return recipe
+    if phases is None:
+        raise LptError(f"method.then.name={second.name} trains nothing that could be pre-finetuned")
 
-    def first(model: PromptedClassifier) -> None:
-        fit.go_before(model)
+    def both() -> Iterator[Phase]:
         images = balanced(
-            task.train, len(task.classes), per_class, views, augmenter, seed=fit.seed, originals=include_original
+            task.train, len(task.classes), per_class, views, augmenter, seed=session.seed, originals=include_original
         )
-        train_stage(
-            fit,
+        yield stage(
+            session,
             "augmented",
             model,
             task,
-            train=everything(model) if stage1_train == "all" else ["head."],
+            train=tunable_names(model) if stage1_train == "all" else ["head."],
             loss="ce",
             epochs=epochs_stage1,
             lr=stage1_lr,
             clip=1.0,
             images=images,
         )
+        yield from phases
 
-    if not epochs_stage1:
-        return second(then, fit)
-    following = replace(fit, before=first)
-    model = second(then, following)
-    if following.before is not None:
-        raise LptError(f"method.then.name={then['name']} trains nothing that could be pre-finetuned")
-    return model
+    return Recipe(model, both())

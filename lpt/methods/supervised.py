@@ -1,9 +1,9 @@
-"""A stage of fine-tuning: one loss, one sampler, and the parameters that it trains. Methods are made of these.
+"""The supervised stage that methods are made of: one loss, one sampler, and the parameters that it trains.
 
 Shapes: views [B 3 H W] or features [B D'], logits [B C], labels [B].
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -14,13 +14,14 @@ from lpt.data.longtail import shot_groups
 from lpt.data.samplers import ClassBalanced, InstanceBalanced
 from lpt.data.task import Files, Images, Task
 from lpt.engine.batches import Batch, Progress, Stream
-from lpt.engine.evaluate import features
-from lpt.engine.loop import Fit
 from lpt.engine.optim import Optimizer, Warmup, scaled_lr
-from lpt.engine.processes import averaged
+from lpt.engine.phase import Phase
+from lpt.engine.processes import all_reduce_mean
+from lpt.engine.session import Session
+from lpt.engine.step_memory import StepMemory
 from lpt.errors import LptError
 from lpt.losses import LossName, loss_by_name
-from lpt.model.adapters import Kind, adapted, auto_bottleneck
+from lpt.model.adapters import Kind, auto_bottleneck, with_adapter
 from lpt.model.backbones.base import Backbone
 from lpt.model.classifier import PromptedClassifier
 from lpt.model.heads import CosineHead, Head, LinearHead, class_means
@@ -28,32 +29,17 @@ from lpt.model.prompts import DeepPrompt, ShallowPrompt
 
 Tuning = Literal["head", "vpt_shallow", "vpt_deep", "bias", "norm", "adaptformer", "lora", "full"]
 HeadStart = Literal["random", "class_mean", "prototypes"]
+LogitLoss = Callable[[Tensor, Tensor], Tensor]
+"""logits [B C], labels [B] → a scalar."""
 
-Second = Callable[[Mapping[str, Any], Fit], PromptedClassifier]
-"""Runs another method by its name and settings, for methods that come before or after one."""
-
-
-def chain(method: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """A method's name and settings, and those of the methods that it runs inside, the innermost last.
-
-    Raises LptError where one of them has no name.
-    """
-    if "name" not in method:
-        raise LptError(f"method: {dict(method)} has no name, which says what is to run")
-    yield method
-    for key in ("then", "first"):
-        if key in method:
-            yield from chain(method[key])
-
-
-SWITCH = 0.8
+DRW_START = 0.8
 """The share of training after which `ldam_drw` turns its weights on (Cao 2019: epoch 160 of 200)."""
 
 
-def learner(
+def build_model(
     task: Task,
     backbone: Backbone,
-    fit: Fit,
+    session: Session,
     *,
     tuning: Tuning,
     head: Literal["cosine", "linear"],
@@ -63,34 +49,44 @@ def learner(
     bottleneck: int = 0,
     rank: int = 8,
 ) -> PromptedClassifier:
-    """A model in which `tuning` and the head may train, all of it at its start. `bottleneck` 0 is LIFT's rule."""
+    """A model at its start, in which `tuning` and the head may train. `bottleneck` 0 is LIFT's rule."""
     num_classes, width = len(task.classes), backbone.feature_width
-    generator = torch.Generator().manual_seed(fit.seed)
-    start: CosineHead | LinearHead
+    generator = torch.Generator().manual_seed(session.seed)
+    classifier: CosineHead | LinearHead
     if head == "linear":
-        start = LinearHead(num_classes=num_classes, width=width)
+        classifier = LinearHead(num_classes=num_classes, width=width)
     else:
-        start = CosineHead(num_classes=num_classes, width=width, scale=scale)
-        start.weight.data.copy_(starting_rows(task, backbone, fit, head_init, generator))
-    inside = {"prompt_length": prompt_length, "bottleneck": bottleneck, "rank": rank}
-    return around(start, task, backbone, generator, tuning=tuning, **inside)
+        classifier = CosineHead(num_classes=num_classes, width=width, scale=scale)
+        classifier.weight.data.copy_(starting_rows(task, backbone, session, head_init, generator))
+    return with_tuning(
+        classifier,
+        task,
+        backbone,
+        generator,
+        tuning=tuning,
+        prompt_length=prompt_length,
+        bottleneck=bottleneck,
+        rank=rank,
+    )
 
 
-def starting_rows(task: Task, backbone: Backbone, fit: Fit, start: HeadStart, generator: torch.Generator) -> Tensor:
+def starting_rows(
+    task: Task, backbone: Backbone, session: Session, head_init: HeadStart, generator: torch.Generator
+) -> Tensor:
     """Where a cosine head starts [C D']: unit rows by chance, the class means of the features, or class prototypes."""
     num_classes, width = len(task.classes), backbone.feature_width
-    plain = CosineHead(num_classes=num_classes, width=width, scale=1.0, generator=generator)
-    if start == "random":
-        return plain.weight.data
-    if start == "prototypes":
+    # Drawn whatever the start is: what `generator` draws after it, prompts and adapters, must not depend on it.
+    random_head = CosineHead(num_classes=num_classes, width=width, scale=1.0, generator=generator)
+    if head_init == "random":
+        return random_head.weight.data
+    if head_init == "prototypes":
         return F.normalize(backbone.unproject(backbone.class_prototypes(task.classes)), dim=1)
     device = next(backbone.parameters()).device
-    model = PromptedClassifier(backbone, plain, classes=task.classes).to(device)
-    found = fit.once("features", lambda: features(model, task.train, folder=fit.feature_cache))
-    return class_means(found, task.train.labels, num_classes)
+    untuned = PromptedClassifier(backbone, random_head, classes=task.classes).to(device)
+    return class_means(session.features("features", untuned, task.train), task.train.labels, num_classes)
 
 
-def around(
+def with_tuning(
     head: Head,
     task: Task,
     backbone: Backbone,
@@ -102,32 +98,37 @@ def around(
     rank: int = 8,
 ) -> PromptedClassifier:
     """`head` on `backbone`, with what `tuning` may train put in or thawed."""
-    shared, inside = None, backbone
+    shared, tuned = None, backbone
     if tuning == "vpt_deep":
         shared = DeepPrompt(layers=backbone.depth, length=prompt_length, width=backbone.width, generator=generator)
     elif tuning == "vpt_shallow":
         shared = ShallowPrompt(length=prompt_length, width=backbone.width, generator=generator)
     elif tuning != "head":
         kind: Kind = tuning
-        chosen = bottleneck or auto_bottleneck(len(task.classes), backbone.depth)
-        inside = adapted(backbone, kind, bottleneck=chosen, rank=rank, seed=generator.initial_seed())
-    model = PromptedClassifier(inside, head, classes=task.classes, shared=shared)
+        width = bottleneck or auto_bottleneck(len(task.classes), backbone.depth)
+        tuned = with_adapter(backbone, kind, bottleneck=width, rank=rank, seed=generator.initial_seed())
+    model = PromptedClassifier(tuned, head, classes=task.classes, shared=shared)
     return model.to(next(backbone.parameters()).device)
 
 
-def everything(model: PromptedClassifier) -> list[str]:
-    """All that may train in `model`, as names for `train`."""
-    return ["head."] + ["shared."] * (model.shared is not None) + ["backbone."] * bool(model.backbone.learned)
+def tunable_names(model: PromptedClassifier) -> list[str]:
+    """Prefixes of the names of all that may train in `model`."""
+    prefixes = ["head."]
+    if model.shared is not None:
+        prefixes.append("shared.")
+    if model.backbone.learned:
+        prefixes.append("backbone.")
+    return prefixes
 
 
-def train_stage(
-    fit: Fit,
+def stage(
+    session: Session,
     name: str,
     model: PromptedClassifier,
     task: Task,
     *,
     train: Sequence[str],
-    loss: LossName | Callable[[Tensor, Tensor], Tensor],
+    loss: LossName | LogitLoss,
     epochs: int,
     lr: float,
     optimizer: Optimizer = "adamw",
@@ -138,63 +139,77 @@ def train_stage(
     images: Images | Files | None = None,
     cached: Tensor | None = None,
     **constants: Any,
-) -> None:
-    """Trains the parameters whose names start with one of `train` on `images` (by default the training images), or on
-    their `cached` features where only the head trains. A fresh optimiser and schedule; an epoch is N/B steps.
-    `loss` is a name, or a function of logits and labels.
+) -> Phase:
+    """The phase that trains the parameters whose names start with one of `train` on `images` (by default the training
+    images), or on their `cached` features [N D'] where only the head trains. An epoch is N/B steps.
 
-    `constants` are the loss's: tau, gamma, beta, margin; class counts are those of `images`.
+    `loss` is a name, or a function of logits and labels; `constants` are the loss's: tau, gamma, beta, margin. Class
+    counts are those of `images`. Nothing is trained here: yield what this returns.
     """
-    if not epochs:
-        return
-    on = task.train if images is None else images
-    num_classes, device = len(task.classes), next(model.parameters()).device
-    counts = torch.bincount(on.labels, minlength=num_classes)
-    few = torch.zeros(num_classes, dtype=torch.bool)
-    few[shot_groups(task.counts, task.group_rule)["few"]] = True
-    few = few.to(device)
-
-    def of(name: LossName) -> Callable[[Tensor, Tensor], Tensor]:
-        return loss_by_name(name, counts.to(device), scale=model.head.scale, mean=averaged, **constants)
-
-    early = loss if callable(loss) else of(loss)
-    late = of("ldam_cb") if loss == "ldam_drw" else early
+    trained_on = task.train if images is None else images
+    counts = torch.bincount(trained_on.labels, minlength=len(task.classes))
+    early, late = _losses(loss, counts, model, constants)
+    few = _few_shot_mask(task).to(next(model.parameters()).device)
+    memory = StepMemory()
 
     def step(model: PromptedClassifier, batches: dict[str, Batch], progress: Progress) -> Mapping[str, Tensor]:
         batch = batches[sampler]
         logits = model.classify(batch.views) if cached is not None else model(batch.views).logits
-        fit.memory.note(few=few[batch.labels], right=logits.argmax(1) == batch.labels)
-        value = (late if progress.step >= SWITCH * progress.steps else early)(logits, batch.labels)
-        return {"loss": value}
+        memory.note(few=few[batch.labels], right=logits.argmax(1) == batch.labels)
+        criterion = late if progress.step >= DRW_START * progress.steps else early
+        return {"loss": criterion(logits, batch.labels)}
 
-    def erosion(model: PromptedClassifier, progress: Progress) -> Mapping[str, Any]:
-        """Accuracy on the few-shot training images of the epoch, as they were seen: the cost is nothing."""
-        noted = fit.memory.take()
-        right = noted["right"][noted["few"]]
+    def few_shot_train_accuracy(model: PromptedClassifier, progress: Progress) -> Mapping[str, Any]:
+        """Of the epoch's few-shot training images, as they were seen: it costs nothing, and shows a tail that is
+        learned by heart."""
+        notes = memory.take_notes()
+        right = notes["right"][notes["few"]]
         return {"train_few": right.double().mean().item()} if len(right) else {}
 
-    per_epoch = max(1, len(on) // fit.batch_size)
-    draw = {"labels": on.labels, "batch_size": fit.batch_size, "seed": fit.seed}
-    drawn = InstanceBalanced(**draw) if sampler == "instance" else ClassBalanced(**draw)
-    model.only_train(*train)
-    fit(
-        name,
-        model,
-        step,
-        {sampler: Stream(drawn, on, features=cached)},
-        steps=epochs * per_epoch,
-        steps_per_epoch=per_epoch,
+    draws = {"labels": trained_on.labels, "batch_size": session.batch_size, "seed": session.seed}
+    rows = InstanceBalanced(**draws) if sampler == "instance" else ClassBalanced(**draws)
+    steps_per_epoch = max(1, len(trained_on) // session.batch_size)
+    return Phase(
+        name=name,
+        trains=tuple(train),
+        step=step,
+        streams={sampler: Stream(rows, trained_on, features=cached)},
+        steps=epochs * steps_per_epoch,
+        steps_per_epoch=steps_per_epoch,
         optimizer=optimizer,
-        lr=scaled_lr(optimizer, lr, fit.batch_size),
+        lr=scaled_lr(optimizer, lr, session.batch_size),
         weight_decay=weight_decay,
         warmup=warmup,
         clip=clip,
-        on_epoch=erosion,
+        memory=memory,
+        on_epoch=few_shot_train_accuracy,
     )
 
 
-def head_features(fit: Fit, name: str, model: PromptedClassifier, task: Task) -> Tensor:
+def _losses(
+    loss: LossName | LogitLoss, counts: Tensor, model: PromptedClassifier, constants: Mapping[str, Any]
+) -> tuple[LogitLoss, LogitLoss]:
+    """(the loss of the first DRW_START of the steps, the loss of the rest); only `ldam_drw` has two."""
+    if callable(loss):
+        return loss, loss
+    device = next(model.parameters()).device
+
+    def by_name(name: LossName) -> LogitLoss:
+        return loss_by_name(name, counts.to(device), scale=model.head.scale, mean=all_reduce_mean, **constants)
+
+    early = by_name(loss)
+    return early, by_name("ldam_cb") if loss == "ldam_drw" else early
+
+
+def _few_shot_mask(task: Task) -> Tensor:
+    """Which classes are few-shot by the training counts [C]."""
+    mask = torch.zeros(len(task.classes), dtype=torch.bool)
+    mask[shot_groups(task.counts, task.group_rule)["few"]] = True
+    return mask
+
+
+def head_features(session: Session, name: str, model: PromptedClassifier, task: Task) -> Tensor:
     """Features of the training images as `model` is now [N D'], for a stage that trains the head alone."""
     if model.pool is not None:
         raise LptError("a head cannot be trained alone on cached features behind a prompt pool: use posthoc_la")
-    return fit.once(name, lambda: features(model, task.train, folder=fit.feature_cache))
+    return session.features(name, model, task.train)

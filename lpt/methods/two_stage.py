@@ -4,15 +4,16 @@ Stage 1 trains the head alone under LDAM times class-balanced weights. Stage 2 i
 with a fresh optimiser. The paper's recipe is for text; what is ours for images is said in the docstring.
 """
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from lpt.data.task import Task
-from lpt.engine.loop import Fit
+from lpt.engine.phase import Phase, Recipe
+from lpt.engine.session import Session
 from lpt.errors import LptError
 from lpt.losses import LossName
-from lpt.methods.supervised import Second, chain, head_features, train_stage
+from lpt.methods.method import InnerMethod, Resolve
+from lpt.methods.supervised import head_features, stage
 from lpt.model.backbones.base import Backbone
 from lpt.model.classifier import PromptedClassifier
 from lpt.settings import Count, FractionBelowOne
@@ -24,8 +25,8 @@ LONG = 5
 def tune(
     task: Task,
     backbone: Backbone,
-    fit: Fit,
-    second: Second,
+    session: Session,
+    resolve: Resolve,
     *,
     epochs_stage1: Count = 10,
     stage1_train: Literal["head", "last_block"] = "head",
@@ -35,7 +36,7 @@ def tune(
     margin: float = 0.5,
     stage2_loss: Literal["ce", "la"] | None = None,
     then: Mapping[str, Any] = {"name": "fine_tune", "epochs": 3, "loss": "ce"},
-) -> PromptedClassifier:
+) -> Recipe:
     """`then` is stage 2: a method's name and settings; `stage2_loss` replaces its loss. Cross-entropy is the paper's;
     it erases what stage 1 has balanced, and more the longer it runs: `la` keeps it (ours).
 
@@ -44,31 +45,21 @@ def tune(
     last block, and runs on images. `epochs_stage1=0` is stage 2 alone. Raises LptError where stage 2 has nothing to
     learn in the last block.
     """
-    if any(of.get("name") == "two_stage" for of in chain(then)):
-        raise LptError("method.then: two_stage cannot run inside two_stage")
-    if stage2_loss is not None:
-        if then["name"] not in ("fine_tune", "linear_probe", "lpt"):
-            raise LptError(
-                f"method.stage2_loss: {then['name']} has no loss of its own, set that of the method inside it"
-            )
-        then = {**then, "loss": stage2_loss}
-    given = then.get("epochs", 10)
-    epochs2 = max(given) if isinstance(given, list | tuple) else given
-    if then.get("loss") == "ce" and epochs_stage1 and epochs2 > LONG:
-        fit.say(
-            f"warning: {epochs2} epochs of cross-entropy in stage 2 erase what stage 1 has balanced: "
-            f"use up to {LONG}, or method.stage2_loss=la"
-        )
+    second = _stage2(resolve(then), stage2_loss, resolve)
+    if epochs_stage1:
+        _warn_of_long_cross_entropy(second, session)
+    recipe = second.build()
+    model, phases = recipe.model, recipe.phases
+    if not epochs_stage1:
+        return recipe
+    if phases is None:
+        raise LptError(f"method.then.name={second.name} trains nothing: there is no stage 2")
+    train = ["head.", *_last_block(model)] if stage1_train == "last_block" else ["head."]
 
-    def first(model: PromptedClassifier) -> None:
-        last = f"backbone.vit.blocks.{model.backbone.depth - 1}."
-        train = ["head.", last] if stage1_train == "last_block" else ["head."]
-        if last in train and not any(f"backbone.{name}".startswith(last) for name in model.backbone.learned):
-            raise LptError("method.stage1_train=last_block needs a tuning with parameters there: bias, norm, ...")
-        fit.go_before(model)  # a step that another method puts before this one: the features below depend on it
-        cached = None if last in train else head_features(fit, "features-reweighted", model, task)
-        train_stage(
-            fit,
+    def both() -> Iterator[Phase]:
+        cached = head_features(session, "features-reweighted", model, task) if stage1_train == "head" else None
+        yield stage(
+            session,
             "reweighted",
             model,
             task,
@@ -82,11 +73,37 @@ def tune(
             beta=beta,
             margin=margin,
         )
+        yield from phases
 
-    if not epochs_stage1:
-        return second(then, fit)
-    following = replace(fit, before=first)
-    model = second(then, following)
-    if following.before is not None:
-        raise LptError(f"method.then.name={then['name']} trains nothing: there is no stage 2")
-    return model
+    return Recipe(model, both())
+
+
+def _stage2(second: InnerMethod, loss: str | None, resolve: Resolve) -> InnerMethod:
+    """The second stage, with `loss` in place of its own. Raises LptError where that makes no sense."""
+    if any(step.name == "two_stage" for step in second.chain):
+        raise LptError("method.then: two_stage cannot run inside two_stage")
+    if loss is None:
+        return second
+    if "loss" not in second.settings:
+        raise LptError(f"method.stage2_loss: {second.name} has no loss of its own, set that of the method inside it")
+    return resolve(second.with_settings(loss=loss))
+
+
+def _warn_of_long_cross_entropy(second: InnerMethod, session: Session) -> None:
+    if second.settings.get("loss") != "ce" or "epochs" not in second.settings:
+        return
+    given = second.settings["epochs"]
+    epochs = given if isinstance(given, int) else max(given)
+    if epochs > LONG:
+        session.log(
+            f"warning: {epochs} epochs of cross-entropy in stage 2 erase what stage 1 has balanced: "
+            f"use up to {LONG}, or method.stage2_loss=la"
+        )
+
+
+def _last_block(model: PromptedClassifier) -> list[str]:
+    """The prefix of what is learned in the backbone's last block. Raises LptError where nothing is."""
+    prefix = f"backbone.vit.blocks.{model.backbone.depth - 1}."
+    if not any(f"backbone.{name}".startswith(prefix) for name in model.backbone.learned):
+        raise LptError("method.stage1_train=last_block needs a tuning with parameters there: bias, norm, ...")
+    return [prefix]

@@ -12,25 +12,31 @@ Shapes: feature [B D'], joint [B J], prototypes [C J], logits [B C].
 """
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lpt.data.task import Task
-from lpt.engine.loop import Fit
-from lpt.engine.optim import Optimizer, Warmup
-from lpt.engine.processes import rank_and_world, summed
+from lpt.engine.phase import Recipe
+from lpt.engine.processes import all_reduce_sum, rank_and_world
+from lpt.engine.session import Session
 from lpt.errors import LptError
 from lpt.losses import log_prior
-from lpt.methods.semi_supervised import Fitted, Opinion, Plan, agreement, train_semi
-from lpt.methods.supervised import HeadStart, Tuning, around, starting_rows
+from lpt.methods.semi_supervised import (
+    BatchTerm,
+    Objective,
+    PseudoLabels,
+    SemiSchedule,
+    consistency_loss,
+    semi_phases,
+)
+from lpt.methods.supervised import HeadStart, Tuning, starting_rows, with_tuning
 from lpt.model.adapters import auto_bottleneck
 from lpt.model.backbones.base import Backbone
-from lpt.model.classifier import PromptedClassifier
 from lpt.model.heads import FusedHead, Fusion
-from lpt.settings import Count, Fraction, FractionBelowOne, Positive, Scale, Threshold, Weight
+from lpt.settings import Fraction, FractionBelowOne, Positive, Scale, Threshold, Weight, renamed
 
 RECURSIVE = 1e-3
 """The largest `mu` with which recursive prototypes have helped."""
@@ -39,7 +45,7 @@ RECURSIVE = 1e-3
 def tune(
     task: Task,
     backbone: Backbone,
-    fit: Fit,
+    session: Session,
     *,
     tuning: Tuning = "adaptformer",
     adapter_dim: Literal["auto", "auto_lift"] | Positive = "auto",
@@ -67,20 +73,10 @@ def tune(
     tau: Threshold = 0.7,
     lambda_u: Weight = 1.0,
     la_tau: float = 1.0,
-    la_on: Literal["labelled", "both"] = "labelled",
+    la_on: Annotated[Literal["labeled", "both"], renamed("labelled", "labeled")] = "labeled",
     lambda_sim: Weight = 0.0,
-    steps: Positive = 10_000,
-    rounds: Positive = 20,
-    ratio: Positive = 1,
-    strong_views: Positive = 1,
-    cached_views: Count = 0,
-    micro_batches: Positive = 1,
-    weight_ema: FractionBelowOne = 0.0,
-    optimizer: Optimizer = "sgd",
-    lr: FractionBelowOne = 0.01,
-    weight_decay: FractionBelowOne = 5e-4,
-    warmup: Warmup = "linear",
-) -> PromptedClassifier:
+    schedule: SemiSchedule = SemiSchedule(),
+) -> Recipe:
     """The light tuning and where it starts:
 
     - `tuning`: AdaptFormer of width `adapter_dim` (`auto` is LIFT's rule but at least 4, which `auto_lift` is not),
@@ -106,31 +102,14 @@ def tune(
             "method.orth_on=learnable_text needs proto_mode=anchored: recursive prototypes leave texts behind"
         )
     if proto_mode == "recursive" and mu > RECURSIVE:
-        fit.say(
+        session.log(
             f"warning: recursive prototypes move in every step: method.mu {mu:g} undoes their gain, use {RECURSIVE:g}"
         )
-    plan = Plan(
-        steps=steps,
-        rounds=rounds,
-        ratio=ratio,
-        strong_views=strong_views,
-        cached_views=cached_views,
-        micro_batches=micro_batches,
-        optimizer=optimizer,
-        lr=lr,
-        weight_decay=weight_decay,
-        warmup=warmup,
-        weight_ema=weight_ema,
-    )
-    plan.check(fit, task, tuning)
-    num_classes, device = len(task.classes), next(backbone.parameters()).device
-    generator = torch.Generator().manual_seed(fit.seed)
-    texts = F.normalize(backbone.class_prototypes(task.classes), dim=1)
-    if proto_space == "features":
-        texts = F.normalize(backbone.unproject(texts), dim=1)
-    learned = ["scales"] * learn_scales + ["texts"] * (orth_on == "learnable_text")
+    schedule.check(session, task, tuning)
+    generator = torch.Generator().manual_seed(session.seed)
+    texts = class_texts(task, backbone, proto_space)
     head = FusedHead(
-        num_classes=num_classes,
+        num_classes=len(task.classes),
         width=backbone.feature_width,
         joint_width=texts.shape[1],
         scales=(scale_lin, scale_sim),
@@ -138,52 +117,72 @@ def tune(
         eta=eta,
         temperature=daso_temperature,
         fuse=fuse_inference,
-        learned=learned,
+        learned=["scales"] * learn_scales + ["texts"] * (orth_on == "learnable_text"),
     )
     with torch.no_grad():
-        head.weight.copy_(starting_rows(task, backbone, fit, head_init, generator))
+        head.weight.copy_(starting_rows(task, backbone, session, head_init, generator))
         head.texts.copy_(texts)
         head.prototypes.copy_(texts)
-    width = adapter_dim if isinstance(adapter_dim, int) else auto_bottleneck(num_classes, backbone.depth)
-    width = max(4, width) if adapter_dim == "auto" else width
-    inside = {"prompt_length": prompt_length, "bottleneck": width, "rank": rank}
-    model = around(head, task, backbone, generator, tuning=tuning, **inside)
+    model = with_tuning(
+        head,
+        task,
+        backbone,
+        generator,
+        tuning=tuning,
+        prompt_length=prompt_length,
+        bottleneck=adapter_width(adapter_dim, len(task.classes), backbone.depth),
+        rank=rank,
+    )
     if proto_space == "joint":
         head.project = model.backbone.project
+    prior = la_tau * log_prior(task.counts).to(next(backbone.parameters()).device)
+    unlabeled_prior = prior if la_on == "both" else torch.zeros_like(prior)
 
-    prior = la_tau * log_prior(task.counts).to(device)
+    def trained_logits(linear: Tensor, similarity: Tensor) -> Tensor:
+        return head.fused(linear, similarity) if fuse_train else linear
 
     def supervised(feature: Tensor, labels: Tensor) -> Tensor:
         linear, similarity = head.both(feature)
-        value = F.cross_entropy((head.fused(linear, similarity) if fuse_train else linear) + prior, labels)
+        value = F.cross_entropy(trained_logits(linear, similarity) + prior, labels)
         return value + lambda_sim * F.cross_entropy(similarity + prior, labels) if lambda_sim else value
 
-    def opinion(feature: Tensor) -> Opinion:
+    def pseudo_label(feature: Tensor) -> PseudoLabels:
         linear, similarity = head.both(feature)
-        probability = (head.fused(linear, similarity) if fuse_pseudo_labels else linear).softmax(1)
-        kept = probability.amax(1) >= tau
-        return Opinion(
-            probability, kept, kept.float(), {"linear": linear.softmax(1), "similarity": similarity.softmax(1)}
-        )
+        logits = head.fused(linear, similarity) if fuse_pseudo_labels else linear
+        probability = logits.softmax(1)
+        confident = probability.amax(1) >= tau
+        heads = {"linear": linear.softmax(1), "similarity": similarity.softmax(1)}
+        return PseudoLabels(probability, confident, confident.float(), heads)
 
-    def consistency(feature: Tensor, found: Opinion) -> Tensor:
+    def consistency(feature: Tensor, pseudo: PseudoLabels) -> Tensor:
         linear, similarity = head.both(feature)
-        shift = prior if la_on == "both" else torch.zeros_like(prior)
-        value = agreement((head.fused(linear, similarity) if fuse_train else linear) + shift, found)
-        return lambda_u * (value + lambda_sim * agreement(similarity + shift, found) if lambda_sim else value)
+        value = consistency_loss(trained_logits(linear, similarity) + unlabeled_prior, pseudo)
+        if lambda_sim:
+            value = value + lambda_sim * consistency_loss(similarity + unlabeled_prior, pseudo)
+        return lambda_u * value
 
     fitting = Fitting(proto_mode, mu, visual_ema, pu_estimator, pu_ema, proto_center, orth_weight, orth_on)
-    train_semi(
-        fit,
-        model,
-        task,
-        plan,
+    objective = Objective(
         supervised=supervised,
-        opinion=opinion,
+        pseudo_label=pseudo_label,
         consistency=consistency,
-        fitting=lambda feature, labels, found: fitting(head, feature, labels, found),
+        batch_term=lambda feature, labels, pseudo, memory: fitting(head, feature, labels, pseudo),
     )
-    return model
+    return Recipe(model, semi_phases(session, model, task, schedule, objective))
+
+
+def class_texts(task: Task, backbone: Backbone, proto_space: Literal["joint", "features"]) -> Tensor:
+    """Unit class prototypes of the texts [C J], where images are compared with them."""
+    texts = F.normalize(backbone.class_prototypes(task.classes), dim=1)
+    return F.normalize(backbone.unproject(texts), dim=1) if proto_space == "features" else texts
+
+
+def adapter_width(adapter_dim: Literal["auto", "auto_lift"] | int, num_classes: int, depth: int) -> int:
+    """AdaptFormer's width: `auto_lift` is LIFT's rule, `auto` the same but at least 4 (ours)."""
+    if isinstance(adapter_dim, int):
+        return adapter_dim
+    width = auto_bottleneck(num_classes, depth)
+    return max(4, width) if adapter_dim == "auto" else width
 
 
 class State(NamedTuple):
@@ -208,34 +207,41 @@ class Fitting:
     orth_weight: float = 0.1
     orth_on: Literal["updated_prototypes", "visual_prototypes", "learnable_text"] = "updated_prototypes"
 
-    def __call__(self, head: FusedHead, feature: Tensor, labels: Tensor, found: Opinion) -> Fitted:
-        """`feature` [B D'] without a graph, of the labelled images of this process; sums are taken over all."""
+    def __call__(self, head: FusedHead, feature: Tensor, labels: Tensor, pseudo: PseudoLabels) -> BatchTerm:
+        """`feature` [B D'] without a graph, of the labeled images of this process; sums are taken over all."""
         num_classes, world = len(head.weight), rank_and_world()[1]
         feature = feature.detach().requires_grad_(self.orth_weight > 0)
         with torch.enable_grad():
-            mine = F.one_hot(labels, num_classes).float().T @ F.normalize(head.joint(feature).float(), dim=1)
-            sums = summed(mine.detach()) + (mine - mine.detach())  # the same bits everywhere, and a gradient in `mine`
-            counts = summed(torch.bincount(labels, minlength=num_classes).float())
-            following = self.following(head, sums, counts, *self._predicted(found, num_classes))
+            unit = F.normalize(head.joint(feature).float(), dim=1)
+            local = F.one_hot(labels, num_classes).float().T @ unit
+            # The same bits on every process, and a gradient in the local part.
+            sums = all_reduce_sum(local.detach()) + (local - local.detach())
+            counts = all_reduce_sum(torch.bincount(labels, minlength=num_classes).float())
+            following = self.following(head, sums, counts, *self._predicted(pseudo, num_classes))
             if not self.orth_weight:
-                return Fitted(sums.new_zeros(()), None, lambda: self._commit(head, following))
+                return BatchTerm(sums.new_zeros(()), None, lambda: self._commit(head, following))
             rows = following.visual if self.orth_on == "visual_prototypes" else following.prototypes
             loss = self.orth_weight * orthogonality(rows)
-            learns = self.orth_on == "learnable_text"
-            (gradient,) = torch.autograd.grad(loss, feature, retain_graph=learns)
+            texts_learn = self.orth_on == "learnable_text"
+            (gradient,) = torch.autograd.grad(loss, feature, retain_graph=texts_learn)
         # Gradients are averaged over processes, and each holds the part of its own images.
-        return Fitted(loss if learns else loss.detach(), world * gradient, lambda: self._commit(head, following))
+        value = loss if texts_learn else loss.detach()
+        return BatchTerm(value, world * gradient, lambda: self._commit(head, following))
 
     def following(self, head: FusedHead, sums: Tensor, counts: Tensor, predicted: Tensor, number: Tensor) -> State:
         """The state after a step: `sums` [C J] of the classes' unit features in the batch and their `counts` [C],
-        `predicted` [C], a sum over `number` unlabelled images. With a gradient in `sums`, and in texts that learn."""
+        `predicted` [C], a sum over `number` unlabeled images. With a gradient in `sums`, and in texts that learn."""
         momentum = self.pu_ema if number > 0 else 1.0
         frequency = momentum * head.frequency + (1 - momentum) * predicted / number.clamp(min=1)
+
+        # Running class means; a class that is seen for the first time starts at its mean.
         present = counts > 0
         mean = F.normalize(sums, dim=1)
-        first = torch.where(head.seen[:, None] > 0, head.visual.lerp(mean, 1 - self.visual_ema), mean)
-        visual = torch.where(present[:, None], first, head.visual)
+        moved = torch.where(head.seen[:, None] > 0, head.visual.lerp(mean, 1 - self.visual_ema), mean)
+        visual = torch.where(present[:, None], moved, head.visual)
         seen = torch.where(present, torch.ones_like(head.seen), head.seen)
+
+        # Prototypes: from their texts towards the class means, the further the more often the class is predicted.
         alpha = (self.mu * seen * frequency / frequency.max().clamp(min=1e-12))[:, None]
         if self.mode == "recursive":
             base = head.prototypes
@@ -248,15 +254,16 @@ class Fitting:
             mixed = mixed + alpha * (base.mean(0) - middle)
         return State(torch.where(alpha > 0, F.normalize(mixed, dim=1), base), visual, seen, frequency)
 
-    def _predicted(self, found: Opinion, num_classes: int) -> tuple[Tensor, Tensor]:
-        """(sum over the unlabelled images of what P estimates [C], how many they are), over all processes."""
-        said, kept = found.probability, found.kept
+    def _predicted(self, pseudo: PseudoLabels, num_classes: int) -> tuple[Tensor, Tensor]:
+        """(sum over the unlabeled images of what P estimates [C], how many they are), over all processes."""
+        predicted, counted = pseudo.probability, pseudo.mask
         if self.pu_estimator == "histogram":
-            said = F.one_hot(found.label, num_classes).to(said)
+            predicted = F.one_hot(pseudo.label, num_classes).to(predicted)
         if self.pu_estimator == "soft":
-            kept = torch.ones_like(kept)
-        whole = summed(torch.cat([said[kept].sum(0), kept.sum()[None].to(said)]))
-        return whole[:-1], whole[-1]
+            counted = torch.ones_like(counted)
+        local = torch.cat([predicted[counted].sum(0), counted.sum()[None].to(predicted)])
+        total = all_reduce_sum(local)
+        return total[:-1], total[-1]
 
     @staticmethod
     @torch.no_grad()

@@ -49,6 +49,8 @@ class PromptedClassifier(nn.Module):
         super().__init__()
         self.backbone, self.head, self.shared, self.pool, self.classes = backbone, head, shared, pool, classes
         self.query_head, self.calibration = query_head, calibration
+        self.group_rule: str | None = None
+        """How the task that the model was tuned for tells many, medium and few apart; None where nobody has said."""
         self._constant: tuple[tuple[object, ...], list[KeyValue]] | None = None
         self._index: tuple[tuple[object, ...], KeyIndex] | None = None
 
@@ -184,14 +186,14 @@ class PromptedClassifier(nn.Module):
     def _is_ours(self, name: str) -> bool:
         return not name.startswith("backbone.") or name.removeprefix("backbone.") in self.backbone.learned
 
-    def adapted(self) -> dict[str, Tensor]:
+    def learned_state(self) -> dict[str, Tensor]:
         """Everything but the frozen backbone, by name: what a checkpoint and a prompt file hold."""
         return {k: v for k, v in self.state_dict().items() if self._is_ours(k)}
 
     @torch.no_grad()
-    def load_adapted(self, tensors: dict[str, Tensor]) -> None:
+    def load_learned_state(self, tensors: dict[str, Tensor]) -> None:
         """Copies in place, so that optimisers keep their parameters."""
-        mine = self.adapted()
+        mine = self.learned_state()
         assert mine.keys() == tensors.keys(), sorted(mine.keys() ^ tensors.keys())
         for name, value in tensors.items():
             mine[name].copy_(value)
@@ -199,7 +201,7 @@ class PromptedClassifier(nn.Module):
     @torch.no_grad()
     def round_to(self, dtype: torch.dtype) -> None:
         """Rounds what is stored to `dtype`'s values, so that a file in `dtype` reloads to the same bits."""
-        for value in self.adapted().values():
+        for value in self.learned_state().values():
             value.copy_(value.to(dtype))
 
     @property

@@ -47,7 +47,7 @@ def evaluate_prompt(
         precision=run.get("precision"),
         device=run.get("device", "auto"),
     )
-    for line in task.described():
+    for line in task.summary_lines():
         say(line)
     if shift["absent_from_data"] or shift["unknown_to_prompt"]:
         known = len(header.classes) - len(shift["absent_from_data"])

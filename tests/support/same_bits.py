@@ -133,7 +133,11 @@ def cases(folder: Path, shared: Path | None) -> dict[str, list[str]]:
         fresh = folder.parent / f".inputs-{os.getpid()}"
         write_photos(fresh)
         fresh.rename(base)
-    photos = ["data.name=folder", f"data.root={base / 'photos'}", f"prototypes.weights={base / 'prototypes.safetensors'}"]
+    photos = [
+        "data.name=folder",
+        f"data.root={base / 'photos'}",
+        f"prototypes.weights={base / 'prototypes.safetensors'}",
+    ]
     found = {name: ["configs/digits_lt/lpt.yaml", *NANO, *settings] for name, settings in DIGITS.items()}
     found |= {name: ["configs/digits_lt/lpt.yaml", *NANO, *photos, *settings] for name, settings in PHOTOS.items()}
     if shared:
@@ -238,7 +242,9 @@ def differences(one: Path, other: Path):
     prompts = [(place / "prompt.safetensors").read_bytes() for place in (one, other)]
     if prompts[0] != prompts[1]:
         yield f"prompt files differ ({_prompt_difference(one, other)})"
-    lines = [[json.loads(text) for text in (place / "history.jsonl").read_text().splitlines()] for place in (one, other)]
+    lines = [
+        [json.loads(text) for text in (place / "history.jsonl").read_text().splitlines()] for place in (one, other)
+    ]
     kept = [[{k: v for k, v in line.items() if "seconds" not in k} for line in of] for of in lines]
     if kept[0] != kept[1]:
         yield "history.jsonl differs"
@@ -262,7 +268,9 @@ def main() -> int:
     parser.add_argument("what", choices=("train", "kill", "resume", "compare"))
     parser.add_argument("first", type=Path, help="a checkout, or a folder to compare")
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--shared", type=Path, help="real data and weights: adds an epoch of each phase of the main run")
+    parser.add_argument(
+        "--shared", type=Path, help="real data and weights: adds an epoch of each phase of the main run"
+    )
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--only", nargs="*", default=[])
     args = parser.parse_args()

@@ -13,6 +13,20 @@ FAMILIES = {
 }
 
 
+def random_backbone(name: str, *, image_size: int | None = None) -> Backbone:
+    """The architecture of `load_backbone` with random weights: nothing is read or downloaded. Raises BackboneError."""
+    from lpt.model.backbones import clip_vit, timm_vit
+
+    family, _, model = name.partition(":")
+    if family == "timm":
+        backbone = timm_vit.untrained(model, image_size=image_size)
+        backbone.name = name
+        return backbone
+    if family == "open_clip":
+        return clip_vit.untrained(model, image_size=image_size)
+    return load_backbone(name, image_size=image_size)  # these come with the package, or are random anyway
+
+
 def load_backbone(name: str, *, weights: str | Path | None = None, image_size: int | None = None) -> Backbone:
     """A frozen backbone in fp32 on the CPU, in eval mode.
 

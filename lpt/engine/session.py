@@ -1,0 +1,161 @@
+"""What a run binds once for all of its phases: images, randomness, precision, folder, and who is told what."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lpt.data.preprocess import Preprocess
+from lpt.data.task import Files, Images
+from lpt.engine.batches import ImageSource, InOrder, Progress, Stream, draw, to_views
+from lpt.engine.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, unreadable
+from lpt.engine.evaluate import features
+from lpt.engine.history import History
+from lpt.engine.phase import EpochEnd
+from lpt.engine.processes import all_agree, all_gather_rows, rank_and_world
+from lpt.engine.stopping import Stop
+from lpt.model.classifier import PromptedClassifier
+
+Log = Callable[[str], None]
+"""Takes a line of text for people."""
+OnStep = Callable[[str, int, int, str], None]
+"""Takes (phase, steps done, steps, rates and time left) after every step."""
+VIEW_BATCH = 128
+"""Views whose features are computed at a time."""
+
+
+@dataclass
+class Cost:
+    """Of a phase, all processes together: steps, images (views through the model, or rows of features), FLOPs."""
+
+    steps: int = 0
+    images: int = 0
+    flops: int = 0
+
+
+def total_cost(costs: Iterable[Cost]) -> Cost:
+    """Of a whole run."""
+    costs = list(costs)
+    return Cost(
+        steps=sum(cost.steps for cost in costs),
+        images=sum(cost.images for cost in costs),
+        flops=sum(cost.flops for cost in costs),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """One run as its methods and its loop see it. Only `costs`, `seconds_before` and the history grow while it runs."""
+
+    images: ImageSource
+    """The training images."""
+    preprocess: Preprocess
+    batch_size: int
+    """Images of one stream in a step, of all processes together."""
+    seed: int = 0
+    dtype: torch.dtype = torch.float32
+    """Of the views that the model is given."""
+    history: History = field(default_factory=History)
+    checkpoints: Path | None = None
+    """The folder of checkpoints; None keeps nothing."""
+    checkpoint_seconds: float = 30.0
+    feature_cache: Path | None = None
+    """A folder for features of fixed views, which several runs may share (`lpt.engine.evaluate.features`)."""
+    run_hash: str = ""
+    """What checkpoints must agree with."""
+    pseudo_labels: Path | None = None
+    """Where a method that labels images by itself writes what it thought of each."""
+    count_flops: bool = True
+    stop: Stop = field(default_factory=Stop)
+    on_start: Callable[[], None] = lambda: None
+    """Called before anything is computed or written, when the method has accepted its settings. It may be called
+    again."""
+    on_epoch: EpochEnd | None = None
+    log: Log = lambda text: None
+    on_step: OnStep = lambda phase, step, steps, rates: None
+    costs: dict[str, Cost] = field(default_factory=dict)
+    """By phase."""
+    seconds_before: dict[str, float] = field(default_factory=dict)
+    """Seconds by phase that earlier, killed processes have spent on what this one did not do again."""
+
+    def features(self, name: str, model: PromptedClassifier, images: Images | Files) -> Tensor:
+        """The features [N D'] of the test views of `images` under `model` as it is now, computed once in a run."""
+        return self.once(name, images, lambda: features(model, images, folder=self.feature_cache))
+
+    def view_features(
+        self, name: str, model: PromptedClassifier, images: ImageSource, *, strong: bool = False
+    ) -> Tensor:
+        """The features [N D'] of one random view of each of `images`, in order, computed once in a run: a stream's
+        `features`, for stages in which the backbone learns nothing. `name` draws the views."""
+        return self.once(name, images, lambda: self._view_features(name, model, images, strong))
+
+    def once(self, name: str, images: ImageSource, compute: Callable[[], Tensor]) -> Tensor:
+        """What `compute` returns of `images`, kept beside the checkpoints: a resumed run need not compute it again,
+        unless the images have another digest. What it cost under `name` is kept with it."""
+        self.on_start()
+        file = self.checkpoints / f"{name}-{images.digest[:12]}.safetensors" if self.checkpoints else None
+        if all_agree(file is not None and file.exists()):
+            assert file is not None
+            return self._computed_before(name, file)
+        began = time.perf_counter()
+        value = compute()
+        self.seconds_before[name] = 0.0  # this process has spent them
+        if file and rank_and_world()[0] == 0:
+            cost = asdict(self.costs[name]) if name in self.costs else {}
+            checkpoint = Checkpoint(
+                step=0,
+                finished=True,
+                seconds=time.perf_counter() - began,
+                tensors={"value": value},
+                memory={key: torch.tensor(number) for key, number in cost.items()},
+            )
+            save_checkpoint(file, checkpoint, run_hash=self.run_hash)
+        return value
+
+    def _computed_before(self, name: str, file: Path) -> Tensor:
+        checkpoint = load_checkpoint(file, run_hash=self.run_hash)
+        assert checkpoint is not None
+        if "value" not in checkpoint.tensors:
+            raise unreadable(file, "it holds no value")
+        if checkpoint.memory:
+            self.costs[name] = Cost(**{key: int(number) for key, number in checkpoint.memory.items()})
+        self.seconds_before.setdefault(name, checkpoint.seconds)
+        return checkpoint.tensors["value"]
+
+    @torch.no_grad()
+    def _view_features(self, name: str, model: PromptedClassifier, images: ImageSource, strong: bool) -> Tensor:
+        device = next(model.parameters()).device
+        rank, world = rank_and_world()
+        total = len(images.labels)
+        size = -(-min(VIEW_BATCH, total) // world) * world  # the same rows for any number of processes
+        steps = -(-total // size)
+        in_order = {name: Stream(InOrder(total, size), images, strong)}
+        parts, flops = [], 0
+        for step in range(steps):
+            progress = Progress(name, step, steps, steps, self.seed, rank, world)
+            drawn = draw(in_order, progress, images, self.preprocess)
+            views = to_views(drawn, self.preprocess, device, self.dtype)[name].views
+            with counting_flops(self.count_flops and step == 0) as counted:
+                parts.append(model.feature(views))
+            flops = flops or counted() // size * world * total
+            self.on_step(name, step + 1, steps, "")
+        self.costs[name] = Cost(images=total, flops=flops)
+        return all_gather_rows(torch.cat(parts), steps * size)[:total].cpu()
+
+
+@contextlib.contextmanager
+def counting_flops(wanted: bool) -> Iterator[Callable[[], int]]:
+    """Counts the floating-point operations of what runs inside: two for each multiply-add of the matrix products."""
+    if not wanted:
+        yield lambda: 0
+        return
+    from torch.utils.flop_counter import FlopCounterMode
+
+    counter: Any = FlopCounterMode(display=False)
+    with counter:
+        yield counter.get_total_flops
