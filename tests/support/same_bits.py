@@ -59,7 +59,8 @@ DIGITS = {
     ],
     "two_stage_lpt": [
         "method.name=two_stage", "method.epochs_stage1=2",
-        "method.then={name: lpt, epochs: [1, 1], head_init: class_mean, pool_size: 4, optimizer: adamw, lr: [5e-3, 5e-3]}",
+        "method.then={name: lpt, epochs: [1, 1], head_init: class_mean, pool_size: 4, optimizer: adamw, "
+        "lr: [5e-3, 5e-3]}",
     ],
     "pre_finetune": ["method.name=pre_finetune", "method.then={name: fine_tune, tuning: vpt_deep, epochs: 1}"],
     "pre_finetune_two_stage": [
@@ -242,12 +243,15 @@ def differences(one: Path, other: Path):
     prompts = [(place / "prompt.safetensors").read_bytes() for place in (one, other)]
     if prompts[0] != prompts[1]:
         yield f"prompt files differ ({_prompt_difference(one, other)})"
-    lines = [
-        [json.loads(text) for text in (place / "history.jsonl").read_text().splitlines()] for place in (one, other)
-    ]
-    kept = [[{k: v for k, v in line.items() if "seconds" not in k} for line in of] for of in lines]
-    if kept[0] != kept[1]:
+    if _history(one) != _history(other):
         yield "history.jsonl differs"
+
+
+def _history(run: Path) -> list[dict]:
+    """Every line but its times; a method that trains nothing leaves none."""
+    file = run / "history.jsonl"
+    lines = [json.loads(text) for text in file.read_text().splitlines()] if file.exists() else []
+    return [{key: value for key, value in line.items() if "seconds" not in key} for line in lines]
 
 
 def _prompt_difference(one: Path, other: Path) -> str:
