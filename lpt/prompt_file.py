@@ -20,7 +20,7 @@ from torch import Tensor
 from lpt.data.preprocess import LARGEST_VIEW, Preprocess
 from lpt.errors import PromptFileError, quoted
 from lpt.files import is_intact, read_tensors, to_bytes, write_atomic
-from lpt.model.adapters import Kind, adapted
+from lpt.model.adapters import Kind, with_adapter
 from lpt.model.backbones.base import Backbone
 from lpt.model.classifier import PromptedClassifier
 from lpt.model.heads import Calibration, CosineHead, FusedHead, Fusion, Head, LinearHead, NeighbourHead
@@ -42,7 +42,7 @@ class BackboneFacts(BaseModel):
 
 
 class Inside(BaseModel):
-    """What is learned inside the backbone: arguments of `lpt.model.adapters.adapted`."""
+    """What is learned inside the backbone: arguments of `lpt.model.adapters.with_adapter`."""
 
     kind: Kind
     bottleneck: int = Field(ge=1, le=4096)
@@ -138,7 +138,7 @@ def save_prompt(
         inside=Inside.model_validate(backbone.recipe) if backbone.recipe else None,
         **facts,
     )
-    tensors = {k: v.detach().to("cpu", DTYPES[storage]).contiguous() for k, v in model.adapted().items()}
+    tensors = {k: v.detach().to("cpu", DTYPES[storage]).contiguous() for k, v in model.learned_state().items()}
     if bad := [k for k, v in tensors.items() if not bool((v.float().abs() <= LARGEST_NUMBER).all())]:
         raise PromptFileError(
             f"prompt file {path} is not written: in {storage} {bad[0]} holds numbers that are not finite or above "
@@ -151,7 +151,7 @@ def save_prompt(
 def beyond_fp16(model: PromptedClassifier) -> str | None:
     """The first of the model's tensors that would be infinite in fp16."""
     most = torch.finfo(torch.float16).max
-    return next((name for name, value in model.adapted().items() if bool((value.abs() > most).any())), None)
+    return next((name for name, value in model.learned_state().items() if bool((value.abs() > most).any())), None)
 
 
 def read_prompt(path: str | Path) -> PromptFile:
@@ -180,7 +180,7 @@ def load_prompt(path: str | Path, backbone: Backbone) -> PromptedClassifier:
     header, tensors = read_prompt(path)
     _check_backbone(Path(path), header, tensors, backbone)
     if header.inside:
-        backbone = adapted(backbone, **header.inside.model_dump())
+        backbone = with_adapter(backbone, **header.inside.model_dump())
     shared = pool = None
     if (tokens := tensors.get("shared.tokens")) is not None and len(tokens) == 1 < backbone.depth:
         shared = ShallowPrompt(length=tokens.shape[1], width=tokens.shape[2])
@@ -208,14 +208,14 @@ def load_prompt(path: str | Path, backbone: Backbone) -> PromptedClassifier:
         query_head=query_head,
         calibration=Calibration(len(header.classes)) if "calibration.scale" in tensors else None,
     )
-    if other := sorted(model.adapted().keys() ^ tensors.keys()):
+    if other := sorted(model.learned_state().keys() ^ tensors.keys()):
         raise PromptFileError(f"prompt file {path} and the model it describes differ in {quoted(', '.join(other[:5]))}")
-    for name, value in model.adapted().items():
+    for name, value in model.learned_state().items():
         if tensors[name].shape != value.shape:
             raise PromptFileError(
                 f"prompt file {path}: {name} is {list(tensors[name].shape)}, the backbone needs {list(value.shape)}"
             )
-    model.load_adapted(tensors)
+    model.load_learned_state(tensors)
     model.only_train()
     return model.to(next(backbone.parameters()).device).eval()
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from conftest import prompted as with_prompts
 from conftest import small_backbone
 
-from lpt.model.adapters import KINDS, AdaptFormer, adapted, auto_bottleneck
+from lpt.model.adapters import KINDS, AdaptFormer, auto_bottleneck, with_adapter
 
 
 def images(n=3, seed=0):
@@ -34,7 +34,7 @@ def shaken(backbone):
 def test_a_copy_starts_as_the_backbone_and_learns_only_what_it_names(kind):
     backbone = small_backbone()
     before = {k: v.clone() for k, v in backbone.state_dict().items()}
-    inside = adapted(backbone, kind)
+    inside = with_adapter(backbone, kind)
     assert inside.learned and all(n in dict(inside.named_parameters()) for n in inside.learned)
     torch.testing.assert_close(feature(inside, images()), feature(backbone, images()), rtol=1e-5, atol=1e-6)
     assert not torch.allclose(feature(shaken(inside), images()), feature(backbone, images()), atol=1e-3)
@@ -55,7 +55,7 @@ def slow_adaptformer(adapter, tokens):
 @torch.no_grad()
 def test_adaptformer_stands_beside_the_mlp_on_the_residual_stream():
     backbone = small_backbone()
-    inside = shaken(adapted(backbone, "adaptformer", bottleneck=3))
+    inside = shaken(with_adapter(backbone, "adaptformer", bottleneck=3))
     tokens = backbone.embed(images())
     for i in range(backbone.depth):
         block, mine = backbone.vit.blocks[i], inside.vit.blocks[i].mlp.adapter
@@ -68,7 +68,7 @@ def test_adaptformer_stands_beside_the_mlp_on_the_residual_stream():
 @pytest.mark.parametrize("prompted", [False, True])
 def test_lora_equals_its_merged_weights_also_under_prompts(prompted):
     backbone = small_backbone()
-    inside, merged = shaken(adapted(backbone, "lora", rank=2)), small_backbone()
+    inside, merged = shaken(with_adapter(backbone, "lora", rank=2)), small_backbone()
     for mine, theirs in zip(inside.vit.blocks, merged.vit.blocks, strict=True):
         low, high = mine.attn.qkv.lora_A["default"].weight, mine.attn.qkv.lora_B["default"].weight
         theirs.attn.qkv.weight += 2.0 * high @ low  # α / r = 2
@@ -93,10 +93,10 @@ def test_lifts_bottleneck_and_its_number_of_parameters(classes, width):
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_beside_a_backbone_in_bf16_it_learns_in_fp32(kind):
     backbone = small_backbone().to(torch.bfloat16)
-    model = with_prompts(adapted(backbone, kind), pool=False)
+    model = with_prompts(with_adapter(backbone, kind), pool=False)
     model.only_train("head.", "backbone.")
-    whole = with_prompts(adapted(small_backbone(), kind), pool=False)
-    whole.load_adapted(model.adapted())
+    whole = with_prompts(with_adapter(small_backbone(), kind), pool=False)
+    whole.load_learned_state(model.learned_state())
     logits = model(images()).logits
     assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
     torch.testing.assert_close(logits, whole(images()).logits, rtol=0.1, atol=0.1)

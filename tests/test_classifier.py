@@ -103,7 +103,7 @@ def test_the_constant_keys_and_values_of_a_frozen_prompt_are_never_stale():
         model.shared.tokens.add_(torch.randn_like(model.shared.tokens))
         after = model(views).logits
     fresh = prompted(backbone, pool=False).only_train().eval()
-    fresh.load_adapted(model.adapted())
+    fresh.load_learned_state(model.learned_state())
     assert not torch.allclose(before, after, atol=1e-3)
     assert torch.equal(fresh(views).logits, after)
 
@@ -155,7 +155,7 @@ def test_a_large_pool_is_searched_by_an_index_with_the_same_result(monkeypatch):
     views = images(backbone)
     with torch.no_grad():
         in_torch = model(views)
-        monkeypatch.setattr(classifier, "INDEX_FROM", 5)
+        monkeypatch.setattr(classifier, "MIN_KEYS_FOR_INDEX", 5)
         by_index = model(views)
         assert model._index is not None and torch.equal(by_index.ids, in_torch.ids)
         assert torch.equal(by_index.logits, in_torch.logits)

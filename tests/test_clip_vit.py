@@ -17,7 +17,7 @@ from lpt.config import resolve
 from lpt.errors import BackboneError
 from lpt.methods import METHODS
 from lpt.methods.supervised import learner
-from lpt.model.adapters import adapted
+from lpt.model.adapters import with_adapter
 from lpt.model.backbones import clip_text, load_backbone
 from lpt.model.backbones.clip_text import read_templates
 from lpt.model.backbones.clip_vit import ClipViT
@@ -175,7 +175,7 @@ def test_the_fingerprint_is_of_tower_projection_and_activation(tmp_path, small, 
 @pytest.mark.parametrize("kind", ["adaptformer", "lora", "norm", "full"])
 def test_adapters_start_at_the_identity_and_copy_no_tower(clip, kind):
     clip.class_prototypes(CLASSES)
-    inside = adapted(clip, kind)
+    inside = with_adapter(clip, kind)
     assert "projection" not in inside.learned and not inside.projection.requires_grad
     torch.testing.assert_close(feature(inside, views()), feature(clip, views()), rtol=1e-5, atol=1e-5)
     assert torch.equal(inside.class_prototypes(CLASSES), clip.class_prototypes(CLASSES))

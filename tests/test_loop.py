@@ -32,10 +32,10 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.zeros(3, 3 * 8 * 8))
         self.register_buffer("centre", torch.zeros(2))
 
-    def adapted(self):
+    def learned_state(self):
         return self.state_dict()
 
-    def load_adapted(self, tensors):
+    def load_learned_state(self, tensors):
         self.load_state_dict(tensors)
 
 

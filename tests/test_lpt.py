@@ -45,8 +45,8 @@ def test_phase_2_freezes_the_shared_prompt_and_starts_from_the_head_of_phase_1()
 
 def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not():
     first, again, other = tuned()[0], tuned()[0], tuned(seed=1)[0]
-    for name, value in first.adapted().items():
-        assert torch.equal(value, again.adapted()[name])
+    for name, value in first.learned_state().items():
+        assert torch.equal(value, again.learned_state()[name])
     assert not torch.equal(first.pool.tokens, other.pool.tokens)
 
 
@@ -91,7 +91,7 @@ def test_a_class_without_training_images_is_kept():
     task = toy_task((20, 0, 6, 3))
     model, _, _ = tuned(task, epochs=(1, 1), head_init="class_mean")
     assert model.head.weight.shape[0] == 4
-    assert all(torch.isfinite(v).all() for v in model.adapted().values())
+    assert all(torch.isfinite(v).all() for v in model.learned_state().values())
 
 
 def test_what_cannot_be_served_is_refused_before_training():

@@ -95,7 +95,7 @@ def work(rank, folder, port):
 def keep(model, fit, path):
     cost = [sum(of[key] for of in fit.cost.values()) for key in ("steps", "images", "flops")]
     found = {"losses": torch.tensor([line["loss"] for line in fit.history.lines]), "cost": torch.tensor(cost)}
-    found |= {name: value.detach().contiguous() for name, value in model.adapted().items()}
+    found |= {name: value.detach().contiguous() for name, value in model.learned_state().items()}
     save_file(found | {f"memory/{name}": value for name, value in fit.memory.tensors().items()}, path)
 
 

@@ -240,8 +240,8 @@ def test_a_fused_head_reloads_to_the_same_bits_with_all_its_state(fused, tower):
     assert torch.equal(again(views).logits, model(views).logits)
     for one, two in zip(again.head.both(again.feature(views)), model.head.both(model.feature(views)), strict=True):
         assert torch.equal(one, two)
-    assert again.adapted().keys() == model.adapted().keys()
-    assert all(torch.equal(value, again.adapted()[name]) for name, value in model.adapted().items())
+    assert again.learned_state().keys() == model.learned_state().keys()
+    assert all(torch.equal(value, again.learned_state()[name]) for name, value in model.learned_state().items())
     assert again.head.seen.any() and (again.head.fusion, again.head.eta, again.head.fuse) == ("zscore", 0.3, True)
     header = read_prompt(path).header
     assert header.space == "joint" and header.scale == 1 and header.inside.bottleneck == 3

@@ -78,8 +78,8 @@ def test_parts_of_a_batch_are_the_batch(clip, micro_batches):
         assert two.logged == pytest.approx(one.logged, rel=1e-4)
         for name, value in one.gradients.items():
             torch.testing.assert_close(two.gradients[name], value, rtol=1e-3, atol=1e-5)
-    for name, value in whole.adapted().items():
-        torch.testing.assert_close(parts.adapted()[name], value, rtol=1e-4, atol=1e-5)
+    for name, value in whole.learned_state().items():
+        torch.testing.assert_close(parts.learned_state()[name], value, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("tuning", ["head", "full"])
@@ -97,7 +97,7 @@ def test_on_labels_alone_no_unlabelled_image_is_looked_at(clip, tuning):
     model, fit, _ = semi("fixmatch", clip, toy_task(COUNTS), keep=True, **settings)
     hidden, again, _ = semi("fixmatch", clip, replace(semi_task(), unlabeled=Unseen()), **settings)
     assert fit.losses == again.losses and fit.streams.keys() == {"labelled"}
-    assert all(torch.equal(value, hidden.adapted()[name]) for name, value in model.adapted().items())
+    assert all(torch.equal(value, hidden.learned_state()[name]) for name, value in model.learned_state().items())
     la = loss_by_name("la", torch.tensor(COUNTS), scale=20.0, tau=0.7)  # the loss of fine_tune
     for was in fit.seen:
         batch = was.batches["labelled"]
@@ -114,7 +114,7 @@ def test_one_step_is_that_of_fine_tune_with_logit_adjustment(clip):
         "fixmatch", clip, task, batch_size=26, lr=0.5 * 26 / 256, lambda_u=0, steps=1, rounds=1, **shared
     )
     assert len(fit.losses) == 1
-    assert fine.adapted().keys() == same.adapted().keys()
+    assert fine.learned_state().keys() == same.learned_state().keys()
     # Streams of other names have other views, so the steps are the same up to those.
     start = F.normalize(clip.unproject(clip.class_prototypes(task.classes)), dim=1)
     steps = [(model.head.weight - start).flatten() for model in (fine, same)]
@@ -165,7 +165,7 @@ def test_a_step_like_finessl_by_hand(clip):
     assert 0 < kept < 12, "choose another tau"
     assert was.logged["loss"] == pytest.approx(loss.item(), rel=1e-4)
     same_gradients(was, loss)
-    assert model.query_head is None and set(model.adapted()) == {"head.weight", "shared.tokens"}
+    assert model.query_head is None and set(model.learned_state()) == {"head.weight", "shared.tokens"}
 
 
 def test_the_second_head_teaches_the_backbone_nothing(clip):
@@ -173,8 +173,8 @@ def test_the_second_head_teaches_the_backbone_nothing(clip):
     shared = {"tuning": "adaptformer", "bottleneck": 4, "steps": 3, "rounds": 1, "lr": 0.1, "scale": 25.0}
     one = semi("finessl", clip, lambda_u=0.0, tau=0.1, strong_views=1, **shared)[0]
     plain = semi("fixmatch", clip, lambda_u=0.0, **shared)[0]
-    for name, value in plain.adapted().items():
-        torch.testing.assert_close(one.adapted()[name], value, rtol=1e-4, atol=1e-6)
+    for name, value in plain.learned_state().items():
+        torch.testing.assert_close(one.learned_state()[name], value, rtol=1e-4, atol=1e-6)
 
 
 # DASO.
@@ -271,7 +271,7 @@ def test_a_killed_run_ends_in_the_same_bits_and_the_same_table(clip, tmp_path, m
         semi(method, clip, folder=tmp_path / "killed", killed_at=killed_at, **settings)
     model, fit, _ = semi(method, clip, folder=tmp_path / "killed", **settings)
     assert fit.losses == undisturbed.losses[killed_at:] and fit.cost == undisturbed.cost
-    assert all(torch.equal(value, whole.adapted()[name]) for name, value in model.adapted().items())
+    assert all(torch.equal(value, whole.learned_state()[name]) for name, value in model.learned_state().items())
     kept, expected = fit.memory.state, undisturbed.memory.state
     assert all(torch.equal(kept[name], value) for name, value in expected.items()) and kept.keys() == expected.keys()
     assert ("queue" in kept) == (method == "daso")
@@ -279,7 +279,7 @@ def test_a_killed_run_ends_in_the_same_bits_and_the_same_table(clip, tmp_path, m
     assert tables[0].equals(tables[1]) and len(tables[0]) == 6 * 4
     again = semi(method, clip, folder=tmp_path / "killed", **settings)  # all is finished: nothing trains
     assert not again[1].losses and again[1].cost == fit.cost
-    assert all(torch.equal(value, whole.adapted()[name]) for name, value in again[0].adapted().items())
+    assert all(torch.equal(value, whole.learned_state()[name]) for name, value in again[0].learned_state().items())
 
 
 @pytest.mark.parametrize("method", ["fixmatch", "finessl", "daso", "ulfine"])

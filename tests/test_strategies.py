@@ -82,7 +82,7 @@ def test_without_stage_1_it_is_the_plain_method(method):
     settings = {"tuning": "vpt_deep", "loss": "ce", **FAST}
     plain, _, _ = trained("fine_tune", **settings)
     same, _, _ = trained(method, epochs_stage1=0, then={"name": "fine_tune", **settings})
-    assert all(torch.equal(v, same.adapted()[k]) for k, v in plain.adapted().items())
+    assert all(torch.equal(v, same.learned_state()[k]) for k, v in plain.learned_state().items())
     other, _, _ = trained(method, epochs_stage1=2, then={"name": "fine_tune", **settings})
     assert not torch.equal(plain.head.weight, other.head.weight)
 
@@ -204,7 +204,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path):
         trained("two_stage", spy=kill, checkpoints=tmp_path, epochs_stage1=3, then=then)
     again, _, said = trained("two_stage", checkpoints=tmp_path, epochs_stage1=3, then=then)
     assert "reweighted: finished before" in said
-    assert all(torch.equal(v, again.adapted()[k]) for k, v in whole.adapted().items())
+    assert all(torch.equal(v, again.learned_state()[k]) for k, v in whole.learned_state().items())
 
 
 # After training.

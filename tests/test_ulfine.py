@@ -370,8 +370,8 @@ def test_micro_batches_are_one_batch_in_loss_gradients_and_prototypes(clip, chan
             assert one.gradients.keys() == two.gradients.keys()
             for name, value in one.gradients.items():
                 torch.testing.assert_close(two.gradients[name], value, rtol=1e-3, atol=1e-5)
-        for name, value in model.adapted().items():
-            torch.testing.assert_close(other.adapted()[name], value, rtol=1e-4, atol=1e-5)
+        for name, value in model.learned_state().items():
+            torch.testing.assert_close(other.learned_state()[name], value, rtol=1e-4, atol=1e-5)
 
 
 # Acceptance 6: a killed run goes on as it would have.
@@ -397,7 +397,7 @@ def test_a_killed_run_ends_in_the_same_bits_and_the_same_table(clip, tmp_path, c
         ulfine(clip, folder=folder, killed_at=killed_at, **settings)
     model, fit, _ = ulfine(clip, folder=folder, **settings)
     assert fit.losses == undisturbed.losses[killed_at:]
-    assert all(torch.equal(value, whole.adapted()[name]) for name, value in model.adapted().items())
+    assert all(torch.equal(value, whole.learned_state()[name]) for name, value in model.learned_state().items())
     kept, expected = fit.memory.tensors(), undisturbed.memory.tensors()
     assert kept.keys() == expected.keys() and all(torch.equal(kept[name], expected[name]) for name in kept)
     assert bool(kept) == ("weight_ema" in changes)
@@ -444,8 +444,8 @@ def test_with_the_linear_head_alone_it_is_fixmatch(clip, tuning):
     fine, fit, _ = semi("ulfine", clip, eta=1.0, mu=0.0, orth_weight=0.0, adapter_dim=4, **shared)
     match, other, _ = semi("fixmatch", clip, bottleneck=4, **shared)
     assert fit.losses == other.losses and len(set(fit.losses)) == 4
-    for name, value in match.adapted().items():
-        assert torch.equal(fine.adapted()[name], value), name
+    for name, value in match.learned_state().items():
+        assert torch.equal(fine.learned_state()[name], value), name
     kept = [[line["kept"] for line in run.history.lines] for run in (fit, other)]
     assert kept[0] == kept[1] and 0 < sum(kept[0]) < 2
 
@@ -453,7 +453,7 @@ def test_with_the_linear_head_alone_it_is_fixmatch(clip, tuning):
 def test_widths_of_the_bottleneck(clip):
     def width(**settings):
         model = ulfine(clip, steps=1, **settings)[0]
-        return next(v.shape[0] for k, v in model.adapted().items() if k.endswith("adapter.down.weight"))
+        return next(v.shape[0] for k, v in model.learned_state().items() if k.endswith("adapter.down.weight"))
 
     assert width(adapter_dim="auto") == 4 and width(adapter_dim="auto_lift") == 1 and width(adapter_dim=3) == 3
 
@@ -464,6 +464,6 @@ def test_labels_of_unlabelled_images_are_never_looked_at(clip):
     one, fit, _ = ulfine(clip, task)
     other, again, _ = ulfine(clip, blind)
     assert fit.losses == again.losses
-    assert all(torch.equal(value, other.adapted()[name]) for name, value in one.adapted().items())
+    assert all(torch.equal(value, other.learned_state()[name]) for name, value in one.learned_state().items())
     known, unknown = fit.history.lines[-1]["pseudo_labels"], again.history.lines[-1]["pseudo_labels"]
     assert "precision" in known and unknown.keys() == {"coverage", "classes_without"}

@@ -76,8 +76,8 @@ def test_on_cached_features_the_objective_is_the_same_up_to_the_views(clip, meth
     plain, fit, _ = semi(method, clip, **settings)
     cached, again, _ = semi(method, clip, cached_views=3, **settings)
     assert again.losses == pytest.approx(fit.losses, rel=1e-4) and len(set(fit.losses)) == 5
-    for name, value in plain.adapted().items():
-        torch.testing.assert_close(cached.adapted()[name], value, rtol=1e-4, atol=1e-5)
+    for name, value in plain.learned_state().items():
+        torch.testing.assert_close(cached.learned_state()[name], value, rtol=1e-4, atol=1e-5)
 
 
 def test_a_step_draws_one_of_the_cached_strong_views(clip):

@@ -151,7 +151,7 @@ def models() -> dict[str, Any]:
     """A model of every sort that a prompt file can hold."""
     import torch
 
-    from lpt.model.adapters import adapted
+    from lpt.model.adapters import with_adapter
     from lpt.model.classifier import PromptedClassifier
     from lpt.model.heads import Calibration, CosineHead, FusedHead, LinearHead, NeighbourHead
     from lpt.model.prompts import DeepPrompt, PromptPool, ShallowPrompt
@@ -175,9 +175,9 @@ def models() -> dict[str, Any]:
         "shallow": PromptedClassifier(
             bare, cosine(), classes=classes, shared=ShallowPrompt(length=3, width=32, generator=generator)
         ),
-        "adaptformer": PromptedClassifier(adapted(bare, "adaptformer", bottleneck=2), cosine(), classes=classes),
-        "lora": PromptedClassifier(adapted(bare, "lora", rank=2), cosine(), classes=classes),
-        "norm": PromptedClassifier(adapted(bare, "norm"), LinearHead(num_classes=4, width=32), classes=classes),
+        "adaptformer": PromptedClassifier(with_adapter(bare, "adaptformer", bottleneck=2), cosine(), classes=classes),
+        "lora": PromptedClassifier(with_adapter(bare, "lora", rank=2), cosine(), classes=classes),
+        "norm": PromptedClassifier(with_adapter(bare, "norm"), LinearHead(num_classes=4, width=32), classes=classes),
         "knn": PromptedClassifier(bare, NeighbourHead(bank=bank, counts=_counts(), k=5), classes=classes),
         "fused": PromptedClassifier(bare, FusedHead(**fused, fusion="daso", temperature=0.3), classes=classes),
         "zscore": PromptedClassifier(bare, FusedHead(**fused, fusion="zscore"), classes=classes, shared=deep()),
@@ -186,7 +186,7 @@ def models() -> dict[str, Any]:
     }
     with torch.no_grad():  # as if it had learned something
         for model in made.values():
-            for value in model.adapted().values():
+            for value in model.learned_state().values():
                 value.add_(0.1 * torch.randn(value.shape, generator=generator))
     return {name: model.only_train().eval() for name, model in made.items()}
 

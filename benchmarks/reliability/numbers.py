@@ -287,7 +287,7 @@ def _rejected(place: Path) -> None:
     model = tune(_toy(unlabelled=5), backbone(), method="fixmatch", batch_size=4, say=said.append, **settings)
     told = [line for line in said if "kept no pseudo-label of 4 classes" in line]
     assert len(told) == 2 and all(name in told[0] for name in model.classes), f"said was {said}"
-    assert all(bool(torch.isfinite(value).all()) for value in model.adapted().values())
+    assert all(bool(torch.isfinite(value).all()) for value in model.learned_state().values())
 
 
 def _beyond_fp16(place: Path) -> None:

@@ -188,7 +188,7 @@ def _identity(model: PromptedClassifier, images: Images | Files) -> str:
     facts = (backbone.fingerprint, backbone.dtype, where, torch.__version__, backbone.preprocess.test_view)
     digest.update(repr(facts).encode())
     digest.update(f"{backbone.name} {type(model.shared).__name__}".encode())
-    for name, value in sorted(model.adapted().items()):
+    for name, value in sorted(model.learned_state().items()):
         if name.startswith(("shared.", "backbone.")):
             digest.update(f"{name}{tuple(value.shape)}".encode() + value.detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()[:20]

@@ -118,7 +118,7 @@ class Fit:
             raise TrainingError(f"the processes see different files {place}: --out must be on a disk that all see")
         if place and kept:
             try:
-                model.load_adapted(kept.tensors)
+                model.load_learned_state(kept.tensors)
                 memory.restore(kept.memory, device)
                 restore_moments(optim, kept.moments, trained)
                 if not 0 <= kept.step <= steps or kept.finished != (kept.step == steps):
@@ -139,7 +139,7 @@ class Fit:
         clock = Clock()
 
         def save(done: int) -> None:
-            adapted = model.adapted()
+            adapted = model.learned_state()
             # The gradients were finite, but a step far too long may have left the range of numbers.
             if bad := [name for name, value in adapted.items() if not bool(torch.isfinite(value).all())]:
                 raise _not_finite(f"{bad[0]} of {phase}", "not finite after", progress, rate, place)

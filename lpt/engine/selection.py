@@ -30,7 +30,7 @@ class Best:
             self.phase = phase
             self.best = load_checkpoint(place, run_hash=self.run_hash) or Checkpoint(0, True, 0.0, {})
         if score > self.best.moments.get("score", torch.tensor(-1.0)):
-            tensors = {name: value.detach().cpu().clone() for name, value in model.adapted().items()}
+            tensors = {name: value.detach().cpu().clone() for name, value in model.learned_state().items()}
             self.best = Checkpoint(step, True, 0.0, tensors, {"score": torch.tensor(score, dtype=torch.float64)})
             if self.writes:
                 save_checkpoint(place, self.best, run_hash=self.run_hash)
@@ -42,7 +42,7 @@ class Best:
             self.phase, self.best = phase, load_checkpoint(place, run_hash=self.run_hash) or self.best
         # Not all need be in `model` still: a head may have gone when its training ended.
         try:
-            model.load_adapted({name: self.best.tensors[name] for name in model.adapted()})
+            model.load_learned_state({name: self.best.tensors[name] for name in model.learned_state()})
         except (KeyError, RuntimeError) as error:
             raise unreadable(place, f"it does not fit this model: {error}") from None
         return f"best on held-out images: step {self.best.step} of {self.phase}"

@@ -20,7 +20,7 @@ from lpt.engine.optim import Optimizer, Warmup, scaled_lr
 from lpt.engine.processes import averaged
 from lpt.errors import LptError
 from lpt.losses import LossName, loss_by_name
-from lpt.model.adapters import Kind, adapted, auto_bottleneck
+from lpt.model.adapters import Kind, auto_bottleneck, with_adapter
 from lpt.model.backbones.base import Backbone
 from lpt.model.classifier import PromptedClassifier
 from lpt.model.heads import CosineHead, Head, LinearHead, class_means
@@ -110,7 +110,7 @@ def around(
     elif tuning != "head":
         kind: Kind = tuning
         chosen = bottleneck or auto_bottleneck(len(task.classes), backbone.depth)
-        inside = adapted(backbone, kind, bottleneck=chosen, rank=rank, seed=generator.initial_seed())
+        inside = with_adapter(backbone, kind, bottleneck=chosen, rank=rank, seed=generator.initial_seed())
     model = PromptedClassifier(inside, head, classes=task.classes, shared=shared)
     return model.to(next(backbone.parameters()).device)
 

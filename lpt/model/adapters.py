@@ -24,7 +24,7 @@ KINDS = {
 }
 
 
-def adapted(backbone: Backbone, kind: Kind, *, bottleneck: int = 4, rank: int = 8, seed: int = 0) -> Backbone:
+def with_adapter(backbone: Backbone, kind: Kind, *, bottleneck: int = 4, rank: int = 8, seed: int = 0) -> Backbone:
     """A copy of a timm ViT behind the seam, in which `kind` is learned; it still gives the same features.
 
     `bottleneck` is AdaptFormer's width, `rank` LoRA's, with α = 2 `rank` as is usual. `seed` draws the start.

@@ -14,7 +14,7 @@ from lpt.model.heads import Calibration, CosineHead, Head
 from lpt.model.matching import KeyIndex, match
 from lpt.model.prompts import DeepPrompt, PromptPool, ShallowPrompt
 
-INDEX_FROM = 10_000
+MIN_KEYS_FOR_INDEX = 10_000
 """Keys from which a FAISS index beats a matrix product for few queries (LPT spec: none at a pool's 20 to 100)."""
 
 
@@ -104,7 +104,7 @@ class PromptedClassifier(nn.Module):
 
     def _match(self, query: Tensor, pool: PromptPool) -> tuple[Tensor, Tensor]:
         """In torch, where keys may train; through an exact FAISS index for pools so large that it pays."""
-        if len(pool.keys) < INDEX_FROM or (pool.keys.requires_grad and torch.is_grad_enabled()):
+        if len(pool.keys) < MIN_KEYS_FOR_INDEX or (pool.keys.requires_grad and torch.is_grad_enabled()):
             return match(query, pool.keys, pool.topk)
         key = (pool.keys._version, pool.keys.data_ptr())
         if self._index is None or self._index[0] != key:
@@ -184,14 +184,14 @@ class PromptedClassifier(nn.Module):
     def _is_ours(self, name: str) -> bool:
         return not name.startswith("backbone.") or name.removeprefix("backbone.") in self.backbone.learned
 
-    def adapted(self) -> dict[str, Tensor]:
+    def learned_state(self) -> dict[str, Tensor]:
         """Everything but the frozen backbone, by name: what a checkpoint and a prompt file hold."""
         return {k: v for k, v in self.state_dict().items() if self._is_ours(k)}
 
     @torch.no_grad()
-    def load_adapted(self, tensors: dict[str, Tensor]) -> None:
+    def load_learned_state(self, tensors: dict[str, Tensor]) -> None:
         """Copies in place, so that optimisers keep their parameters."""
-        mine = self.adapted()
+        mine = self.learned_state()
         assert mine.keys() == tensors.keys(), sorted(mine.keys() ^ tensors.keys())
         for name, value in tensors.items():
             mine[name].copy_(value)
@@ -199,7 +199,7 @@ class PromptedClassifier(nn.Module):
     @torch.no_grad()
     def round_to(self, dtype: torch.dtype) -> None:
         """Rounds what is stored to `dtype`'s values, so that a file in `dtype` reloads to the same bits."""
-        for value in self.adapted().values():
+        for value in self.learned_state().values():
             value.copy_(value.to(dtype))
 
     @property

@@ -47,7 +47,7 @@ class Backbone(nn.Module, ABC):
     learned: frozenset[str] = frozenset()
     """Names of the parameters in it that are not frozen: none, unless `lpt.model.adapters` made this copy."""
     recipe: Mapping[str, Any] | None = None
-    """The arguments that `lpt.model.adapters.adapted` made this copy with, to make it again."""
+    """The arguments that `lpt.model.adapters.with_adapter` made this copy with, to make it again."""
     compute: torch.dtype | None = None
     """Its precision where that is not the one of all its parameters, since learned ones are kept in fp32."""
     projection: Tensor | None
