@@ -61,7 +61,7 @@ class Fused(BaseModel):
 class Header(BaseModel):
     """What a prompt file says about itself; fields that this version does not know are kept."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", serialize_by_alias=True)
 
     format: int
     method: str
@@ -72,7 +72,7 @@ class Header(BaseModel):
     counts: Annotated[list[Annotated[int, Field(ge=0, le=10**12)]], FailFast()]
     scale: float = Field(gt=0, le=LARGEST_NUMBER)
     topk: int = Field(default=0, ge=0)
-    first: int = Field(default=0, ge=0)
+    prefix_blocks: int = Field(default=0, ge=0, alias="first")  # `first` in files: of the blocks with group prompts
     inside: Inside | None = None
     fused: Fused | None = None
     space: Literal["features", "joint"] = "features"
@@ -134,7 +134,7 @@ def save_prompt(
         counts=counts.tolist(),
         scale=model.head.scale,
         topk=pool.topk if pool else 0,
-        first=pool.first if pool else 0,
+        first=pool.prefix_blocks if pool else 0,
         inside=Inside.model_validate(backbone.recipe) if backbone.recipe else None,
         **facts,
     )
@@ -190,7 +190,7 @@ def load_prompt(path: str | Path, backbone: Backbone) -> PromptedClassifier:
         pool = PromptPool(
             size=tokens.shape[0],
             topk=header.topk,
-            first=header.first,
+            prefix_blocks=header.prefix_blocks,
             depth=backbone.depth,
             length=tokens.shape[2],
             width=tokens.shape[3],
@@ -254,9 +254,9 @@ def _check_backbone(path: Path, header: Header, tensors: Mapping[str, Tensor], b
         )
         if part and {tuple(value.shape[:1]) for name, value in tensors.items() if part in name} != {(size,)}:
             raise PromptFileError(f"prompt file {path}: its {inside.kind} is not of the size {size} that it says")
-    if "pool.tokens" in tensors and header.first >= backbone.depth:
+    if "pool.tokens" in tensors and header.prefix_blocks >= backbone.depth:
         raise PromptFileError(
-            f"prompt file {path}: group prompts from block {header.first} on, the backbone has {backbone.depth}"
+            f"prompt file {path}: group prompts from block {header.prefix_blocks} on, the backbone has {backbone.depth}"
         )
 
 

@@ -113,7 +113,7 @@ def test_parameter_counts_are_those_of_the_paper():
     backbone = timm_vit.untrained("vit_base_patch16_224", image_size=32)
     assert sum(p.numel() for p in backbone.parameters()) == 85_798_656 - (196 - 4) * 768
     for num_classes, stored in ((100, 1_105_920), (365, 1_309_440), (1000, 1_797_120), (8142, 7_282_176)):
-        pool = PromptPool(size=20, topk=2, first=6, depth=12, length=10, width=768, key_width=768)
+        pool = PromptPool(size=20, topk=2, prefix_blocks=6, depth=12, length=10, width=768, key_width=768)
         model = PromptedClassifier(
             backbone,
             CosineHead(num_classes=num_classes, width=768, scale=20),
@@ -134,7 +134,7 @@ def trained(model):
 
 def test_a_pool_that_leaves_no_block_is_refused():
     with pytest.raises(LptError, match="has 4 blocks, use 0 to 3"):
-        prompted(small_backbone(), first=4)
+        prompted(small_backbone(), prefix_blocks=4)
 
 
 def test_bf16_stays_close_to_fp32():

@@ -86,7 +86,12 @@ def model_on(backbone: TimmViT) -> PromptedClassifier:
     generator = torch.Generator().manual_seed(0)
     sizes = {"length": 10, "width": backbone.width, "generator": generator}
     pool = PromptPool(
-        size=20, topk=2, first=backbone.depth // 2, depth=backbone.depth, key_width=backbone.feature_width, **sizes
+        size=20,
+        topk=2,
+        prefix_blocks=backbone.depth // 2,
+        depth=backbone.depth,
+        key_width=backbone.feature_width,
+        **sizes,
     )
     head = CosineHead(num_classes=CLASSES, width=backbone.feature_width, scale=20, generator=generator)
     shared = DeepPrompt(layers=backbone.depth, **sizes)

@@ -65,7 +65,7 @@ class PromptedClassifier(nn.Module):
             tokens = self.backbone.embed(images)
             if isinstance(self.shared, ShallowPrompt):
                 tokens = self.shared.appended(tokens)
-            for i in range(self._split):
+            for i in range(self._prefix_blocks):
                 tokens = self.backbone.block(i, tokens, self._shared(i), keep=self._keep(i))
         return tokens
 
@@ -114,10 +114,10 @@ class PromptedClassifier(nn.Module):
 
     def _finish(self, tokens: Tensor, group: Tensor | None) -> Tensor:
         with self._precision():
-            for i in range(self._split, self.backbone.depth):
+            for i in range(self._prefix_blocks, self.backbone.depth):
                 prompts = self._shared(i)
                 if group is not None:
-                    prompts = [*prompts, group[:, i - self._split]]
+                    prompts = [*prompts, group[:, i - self._prefix_blocks]]
                 tokens = self.backbone.block(i, tokens, prompts, keep=self._keep(i))
             if isinstance(self.shared, ShallowPrompt):
                 tokens = self.shared.removed(tokens)
@@ -134,7 +134,7 @@ class PromptedClassifier(nn.Module):
         """Equal as long as an image's prefix tokens and query are; None without a pool and while they can change."""
         if self.pool is None or (self.shared is not None and self.shared.tokens.requires_grad):
             return None
-        return (self._split, self.backbone.dtype, *self._shared_version)
+        return (self._prefix_blocks, self.backbone.dtype, *self._shared_version)
 
     @property
     def _shared_version(self) -> tuple[object, ...]:
@@ -145,8 +145,8 @@ class PromptedClassifier(nn.Module):
         return (tokens._version, tokens.data_ptr(), tokens.device)
 
     @property
-    def _split(self) -> int:
-        return 0 if self.pool is None else self.pool.first
+    def _prefix_blocks(self) -> int:
+        return 0 if self.pool is None else self.pool.prefix_blocks
 
     def _keep(self, i: int) -> int | None:
         """In the last block only the tokens that pooling reads are worth computing."""

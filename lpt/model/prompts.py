@@ -45,7 +45,7 @@ class ShallowPrompt(nn.Module):
 class PromptPool(nn.Module):
     """`size` group prompts for the last blocks, each found by its key (Dong 2023, LPT).
 
-    `.tokens` [K L n D] are for blocks `first`..depth-1; `.keys` [K D'] live in the space of the query;
+    `.tokens` [K L n D] are for blocks `prefix_blocks`..depth-1; `.keys` [K D'] live in the space of the query;
     `.centre` [D'] is subtracted from every query (zero unless queries are centred).
     """
 
@@ -54,7 +54,7 @@ class PromptPool(nn.Module):
         *,
         size: int,
         topk: int,
-        first: int,
+        prefix_blocks: int,
         depth: int,
         length: int,
         width: int,
@@ -62,15 +62,15 @@ class PromptPool(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        if not 0 <= first < depth:
+        if not 0 <= prefix_blocks < depth:
             raise LptError(
-                f"method.prefix_blocks {first} leaves no block for the group prompts: "
+                f"method.prefix_blocks {prefix_blocks} leaves no block for the group prompts: "
                 f"this backbone has {depth} blocks, use 0 to {depth - 1}"
             )
         if not 1 <= topk <= size:
             raise LptError(f"method.topk {topk} does not fit a pool of {size} group prompts: use 1 to {size}")
-        self.topk, self.first = topk, first
-        self.tokens = _truncated_normal(size, depth - first, length, width, generator=generator)
+        self.topk, self.prefix_blocks = topk, prefix_blocks
+        self.tokens = _truncated_normal(size, depth - prefix_blocks, length, width, generator=generator)
         self.keys = _truncated_normal(size, key_width, generator=generator)
         self.register_buffer("centre", torch.zeros(key_width))
         self.centre: Tensor
