@@ -144,7 +144,7 @@ def compare(plain: PromptedClassifier, ours: PromptedClassifier, batch: int, pai
     def prepare(which: str) -> None:
         for model in {plain, ours}:
             model.pool = pools[model] if which != "phase1_step" else None
-            model._constant = None
+            model._shared_cache = None
             trained = {"inference": (), "phase1_step": ("shared.", "head."), "phase2_step": ("pool.", "head.")}[which]
             model.only_train(*trained)
 
