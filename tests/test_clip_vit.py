@@ -186,14 +186,14 @@ def test_adapters_start_at_the_identity_and_copy_no_tower(clip, kind):
 
 
 def test_texts_are_those_of_open_clip_and_need_its_tower_only_while_they_are_made(small, clip, monkeypatch):
-    towers, build = [], clip_text.Texts._tower
+    towers, build = [], clip_text.TextTower._tower
 
     def watched(texts):
         tower = build(texts)
         towers.append(weakref.ref(tower))
         return tower
 
-    monkeypatch.setattr(clip_text.Texts, "_tower", watched)
+    monkeypatch.setattr(clip_text.TextTower, "_tower", watched)
     torch.testing.assert_close(clip.class_prototypes(CLASSES), texts(small[0]), rtol=1e-4, atol=1e-5)
     gc.collect()
     assert len(towers) == 1 and towers[0]() is None
@@ -219,7 +219,7 @@ def test_templates_are_a_text_the_ensemble_or_a_file(tmp_path, small, clip, monk
     (tmp_path / "templates.txt").write_text("a sketch of {}\n\n  {} in the snow, a {} \n")
     own = read_templates(str(tmp_path / "templates.txt"))
     assert own == ("a sketch of {}", "{} in the snow, a {}")
-    monkeypatch.setattr(clip_text, "TEXTS", 3)  # a batch may end between the templates of a class
+    monkeypatch.setattr(clip_text, "TEXTS_AT_A_TIME", 3)  # a batch may end between the templates of a class
     clip.templates = own
     expected = []
     for name in CLASSES:

@@ -13,12 +13,12 @@ from lpt.errors import BackboneError
 from lpt.model.backbones.timm_vit import check_fit, read_weights
 
 TEMPLATE = "a photo of a {}"
-TEXTS = 256
+TEXTS_AT_A_TIME = 256
 """Texts that the tower encodes at a time."""
 
 
 @dataclass(frozen=True)
-class Texts:
+class TextTower:
     """A text tower that is on disk only: `encode` reads it, in fp32, and drops it when done.
 
     So it is never in memory beside a training, no `.to(bfloat16)` reaches it, and a copy of the backbone copies a path.
@@ -39,7 +39,9 @@ class Texts:
         """
         tokenizer, tower = self._tokenizer(), self._tower().to(device)
         texts = [t.replace("{}", name.replace("_", " ")) for name in classes for t in templates]
-        parts = [tower(tokenizer(texts[i : i + TEXTS]).to(device)) for i in range(0, len(texts), TEXTS)]
+        parts = [
+            tower(tokenizer(texts[i : i + TEXTS_AT_A_TIME]).to(device)) for i in range(0, len(texts), TEXTS_AT_A_TIME)
+        ]
         features = F.normalize(torch.cat(parts), dim=1).view(len(classes), len(templates), -1)
         return dict(zip(classes, F.normalize(features.mean(1), dim=1).cpu(), strict=True))
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lpt.data.preprocess import Preprocess
 from lpt.errors import BackboneError, did_you_mean
 from lpt.model.backbones.base import fingerprint_of
-from lpt.model.backbones.clip_text import TEMPLATE, Texts
+from lpt.model.backbones.clip_text import TEMPLATE, TextTower
 from lpt.model.backbones.timm_vit import (
     TimmViT,
     check_fit,
@@ -63,7 +63,7 @@ class ClipViT(TimmViT):
         preprocess: Preprocess,
         fingerprint: str,
         projection: Tensor | None = None,
-        texts: Texts,
+        texts: TextTower,
     ) -> None:
         super().__init__(vit, name=name, preprocess=preprocess, fingerprint=fingerprint)
         self.projection, self.texts = projection, texts
@@ -134,7 +134,7 @@ def load(model: str, *, weights: Path | None = None, image_size: int | None = No
         preprocess=preprocess,
         fingerprint=fingerprint,
         projection=projection,
-        texts=Texts(name, model, config, path),
+        texts=TextTower(name, model, config, path),
     )
 
 
