@@ -9,7 +9,7 @@ says. A shallow prompt has L = 1. The header stands under `lpt` in the file's me
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
@@ -20,19 +20,31 @@ from torch import Tensor
 from lpt.data.preprocess import LARGEST_VIEW, Preprocess
 from lpt.errors import PromptFileError, quoted
 from lpt.files import is_intact, read_tensors, to_bytes, write_atomic
+from lpt.head_spec import HEAD_RANKS, Fused, HeadSpec, Space, head_fields, head_problem, head_spec
 from lpt.model.adapters import Kind, with_adapter
 from lpt.model.backbones.base import Backbone
 from lpt.model.classifier import PromptedClassifier
-from lpt.model.heads import Calibration, CosineHead, FusedHead, Fusion, Head, LinearHead, NeighbourHead
+from lpt.model.heads import Calibration, CosineHead
 from lpt.model.prompts import DeepPrompt, PromptPool, ShallowPrompt
 
 FORMAT = 2
 LARGEST_NUMBER = 1e6
 """Nothing that was learned is larger; what is, is no model, and makes answers that are not finite."""
+MOST_ENTRIES = 100
+"""Of `metrics` and `versions`: every entry that is wrong would become an error of a kilobyte."""
 
-FUSED = {"head.scales": 1, "head.prototypes": 2, "head.texts": 2, "head.visual": 2, "head.seen": 1, "head.frequency": 1}
-"""Ranks of what a fused head has besides its weight."""
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
+RANKS = {
+    "shared.tokens": 3,
+    "pool.tokens": 4,
+    "pool.keys": 2,
+    "pool.centre": 1,
+    "query_head.weight": 2,
+    "calibration.scale": 1,
+    "calibration.offset": 1,
+    **HEAD_RANKS,
+}
+"""Number of axes of every tensor that a file can hold, but for `backbone.*`."""
 
 
 class BackboneFacts(BaseModel):
@@ -42,26 +54,20 @@ class BackboneFacts(BaseModel):
 
 
 class Inside(BaseModel):
-    """What is learned inside the backbone: arguments of `lpt.model.adapters.adapted`."""
+    """What is learned inside the backbone: arguments of `lpt.model.adapters.with_adapter`."""
 
     kind: Kind
     bottleneck: int = Field(ge=1, le=4096)
     rank: int = Field(ge=1, le=4096)
 
 
-class Fused(BaseModel):
-    """How a fused head makes one answer of two: arguments of `FusedHead`."""
-
-    fusion: Fusion
-    eta: float = Field(ge=0, le=1)
-    temperature: float = Field(gt=0, allow_inf_nan=False)
-    fuse: bool
-
-
 class Header(BaseModel):
-    """What a prompt file says about itself; fields that this version does not know are kept."""
+    """What a prompt file says about itself; fields that this version does not know are kept.
 
-    model_config = ConfigDict(extra="allow")
+    Names, order and defaults of the fields are the file format.
+    """
+
+    model_config = ConfigDict(extra="allow", serialize_by_alias=True)
 
     format: int
     method: str
@@ -71,14 +77,15 @@ class Header(BaseModel):
     classes: Annotated[list[str], FailFast()] = Field(min_length=2)
     counts: Annotated[list[Annotated[int, Field(ge=0, le=10**12)]], FailFast()]
     scale: float = Field(gt=0, le=LARGEST_NUMBER)
+    """Of the head: what logits are multiplied with before the softmax."""
     topk: int = Field(default=0, ge=0)
-    first: int = Field(default=0, ge=0)
+    prefix_blocks: int = Field(default=0, ge=0, alias="first")  # the first block with group prompts
     inside: Inside | None = None
     fused: Fused | None = None
-    space: Literal["features", "joint"] = "features"
-    """Where a head of class prototypes compares: in the space of the features, or of images and texts."""
+    space: Space = "features"
     neighbours: int = Field(default=0, ge=0)
     temperature: float = Field(default=0.07, ge=1 / LARGEST_NUMBER, le=LARGEST_NUMBER)
+    """Of the votes of nearest neighbours."""
     precision: Literal["fp32", "bf16"] = "fp32"
     data: dict[str, Any] = {}
     metrics: dict[str, float | None] = {}
@@ -88,17 +95,33 @@ class Header(BaseModel):
     def _one_count_a_class(self) -> Self:
         if len(self.counts) != len(self.classes):
             raise ValueError(f"{len(self.counts)} counts for {len(self.classes)} classes")
+        return self
+
+    @model_validator(mode="after")
+    def _pixels_make_sense(self) -> Self:
         pixels = self.preprocess
-        three = len(pixels.mean) == len(pixels.std) == 3 and all(0 < s < 1e3 for s in pixels.std)
-        known = pixels.interpolation in ("bilinear", "bicubic") and 0.1 <= pixels.crop_ratio <= 1
-        if pixels.size != self.backbone.image_size or not (three and known and 0 < pixels.min_area <= 1):
+        sensible = (
+            pixels.size == self.backbone.image_size
+            and len(pixels.mean) == len(pixels.std) == 3
+            and all(0 < deviation < 1e3 for deviation in pixels.std)
+            and pixels.interpolation in ("bilinear", "bicubic")
+            and 0.1 <= pixels.crop_ratio <= 1
+            and 0 < pixels.min_area <= 1
+        )
+        if not sensible:
             raise ValueError("the preprocessing makes no sense")
         return self
+
+    def head_spec(self, tensors: Mapping[str, Tensor]) -> HeadSpec:
+        return head_spec({**dict(self), "num_classes": len(self.classes)}, tensors)
 
 
 class PromptFile(NamedTuple):
     header: Header
     tensors: dict[str, Tensor]
+
+
+# Writing.
 
 
 def save_prompt(
@@ -115,13 +138,7 @@ def save_prompt(
 
     In fp16 the file reloads to the same bits only after `model.round_to(torch.float16)`.
     """
-    backbone, pool, head = model.backbone, model.pool, model.head
-    if isinstance(head, NeighbourHead):
-        facts |= {"neighbours": head.k, "temperature": head.temperature}
-    if isinstance(head, FusedHead):
-        facts["fused"] = Fused.model_validate(head, from_attributes=True)
-    if isinstance(head, FusedHead | CosineHead) and head.project:
-        facts["space"] = "joint"
+    backbone, pool = model.backbone, model.pool
     facts.setdefault("precision", "bf16" if backbone.dtype == torch.bfloat16 else "fp32")
     header = Header(
         format=FORMAT,
@@ -134,24 +151,32 @@ def save_prompt(
         counts=counts.tolist(),
         scale=model.head.scale,
         topk=pool.topk if pool else 0,
-        first=pool.first if pool else 0,
+        first=pool.prefix_blocks if pool else 0,
         inside=Inside.model_validate(backbone.recipe) if backbone.recipe else None,
-        **facts,
+        **(facts | head_fields(model.head)),
     )
-    tensors = {k: v.detach().to("cpu", DTYPES[storage]).contiguous() for k, v in model.learned_state().items()}
-    if bad := [k for k, v in tensors.items() if not bool((v.float().abs() <= LARGEST_NUMBER).all())]:
-        raise PromptFileError(
-            f"prompt file {path} is not written: in {storage} {bad[0]} holds numbers that are not finite or above "
-            f"{LARGEST_NUMBER:g}: lower method.lr, or use train.storage=fp32"
-        )
+    tensors = {}
+    for name, value in model.learned_state().items():
+        tensors[name] = value.detach().to("cpu", DTYPES[storage]).contiguous()
+        if not bool((tensors[name].float().abs() <= LARGEST_NUMBER).all()):  # false for NaN as well
+            raise PromptFileError(
+                f"prompt file {path} is not written: in {storage} {name} holds numbers that are not finite or above "
+                f"{LARGEST_NUMBER:g}: lower method.lr, or use train.storage=fp32"
+            )
     write_atomic(Path(path), to_bytes(tensors, lpt=json.loads(header.model_dump_json())))
     return header
 
 
 def beyond_fp16(model: PromptedClassifier) -> str | None:
     """The first of the model's tensors that would be infinite in fp16."""
-    most = torch.finfo(torch.float16).max
-    return next((name for name, value in model.learned_state().items() if bool((value.abs() > most).any())), None)
+    largest = torch.finfo(torch.float16).max
+    for name, value in model.learned_state().items():
+        if bool((value.abs() > largest).any()):
+            return name
+    return None
+
+
+# Reading. A file may come from anybody: nothing in it is believed before it is checked.
 
 
 def read_prompt(path: str | Path) -> PromptFile:
@@ -167,70 +192,145 @@ def read_prompt(path: str | Path) -> PromptFile:
         raise PromptFileError(
             f"{path} is a safetensors file but not a prompt file of lpt: its metadata has no lpt header"
         )
-    header = _header(path, metadata["lpt"])
-    _check_tensors(path, header, tensors)
-    raw = json.loads(metadata["lpt"])
-    if (header.format > 1 or "sha256" in raw) and not is_intact(raw, tensors):
+    fields = _header_fields(path, metadata["lpt"])
+    header = _header(path, fields)
+    for problem_with in CHECKS:
+        if problem := problem_with(header, tensors):
+            raise PromptFileError(f"prompt file {path} is damaged: {quoted(problem)}")
+    must_be_sealed = header.format > 1 or "sha256" in fields
+    if must_be_sealed and not is_intact(fields, tensors):
         raise PromptFileError(f"prompt file {path} is damaged: it does not hold what was written (SHA-256)")
-    return PromptFile(header, {k: v.float() for k, v in tensors.items()})
+    return PromptFile(header, {name: value.float() for name, value in tensors.items()})
 
 
 def load_prompt(path: str | Path, backbone: Backbone) -> PromptedClassifier:
     """The model of a prompt file on `backbone`, which must be the one it was made with. Raises PromptFileError."""
+    path = Path(path)
     header, tensors = read_prompt(path)
-    _check_backbone(Path(path), header, tensors, backbone)
+    head = header.head_spec(tensors)
+    # All sizes are checked before anything is made that is much larger than the file.
+    _check_identity(path, header, backbone)
+    _check_widths(path, tensors, head, backbone)
+    _check_inside(path, header, tensors)
+    if "pool.tokens" in tensors and header.prefix_blocks >= backbone.depth:
+        raise PromptFileError(
+            f"prompt file {path}: group prompts from block {header.prefix_blocks} on, the backbone has {backbone.depth}"
+        )
     if header.inside:
         backbone = with_adapter(backbone, **header.inside.model_dump())
-    shared = pool = None
-    if (tokens := tensors.get("shared.tokens")) is not None and len(tokens) == 1 < backbone.depth:
-        shared = ShallowPrompt(length=tokens.shape[1], width=tokens.shape[2])
-    elif tokens is not None:
-        shared = DeepPrompt(layers=backbone.depth, length=tokens.shape[1], width=tokens.shape[2])
-    if (tokens := tensors.get("pool.tokens")) is not None:
-        pool = PromptPool(
-            size=tokens.shape[0],
-            topk=header.topk,
-            first=header.first,
-            depth=backbone.depth,
-            length=tokens.shape[2],
-            width=tokens.shape[3],
-            key_width=backbone.feature_width,
-        )
-    query_head = None
-    if "query_head.weight" in tensors:
-        query_head = CosineHead(num_classes=len(header.classes), width=backbone.feature_width, scale=header.scale)
-    model = PromptedClassifier(
-        backbone,
-        _head(header, tensors, backbone),
-        classes=tuple(header.classes),
-        shared=shared,
-        pool=pool,
-        query_head=query_head,
-        calibration=Calibration(len(header.classes)) if "calibration.scale" in tensors else None,
-    )
-    if other := sorted(model.learned_state().keys() ^ tensors.keys()):
-        raise PromptFileError(f"prompt file {path} and the model it describes differ in {quoted(', '.join(other[:5]))}")
-    for name, value in model.learned_state().items():
-        if tensors[name].shape != value.shape:
-            raise PromptFileError(
-                f"prompt file {path}: {name} is {list(tensors[name].shape)}, the backbone needs {list(value.shape)}"
-            )
-    model.load_learned_state(tensors)
-    model.only_train()
+    model = _build(header, tensors, head, backbone)
+    _fill(path, model, tensors)
     return model.to(next(backbone.parameters()).device).eval()
 
 
-def _check_backbone(path: Path, header: Header, tensors: Mapping[str, Tensor], backbone: Backbone) -> None:
-    """Whether `backbone` is the file's; and that what the file says and what it holds agree, before anything is made
-    that is much larger than the file."""
+def _header_fields(path: Path, text: str) -> dict[str, Any]:
+    """The JSON of a header whose format this version reads."""
+    try:
+        fields = json.loads(text)
+        number = fields["format"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise PromptFileError(f"prompt file {path} has a damaged header: it is not JSON with a format number") from None
+    if not isinstance(number, int) or not 1 <= number <= FORMAT:
+        raise PromptFileError(
+            f"prompt file {path} has format {quoted(number, 40)}, this lpt reads up to {FORMAT}: install a newer lpt"
+        )
+    return fields
+
+
+def _header(path: Path, fields: Mapping[str, Any]) -> Header:
+    for key in ("metrics", "versions"):
+        if isinstance(fields.get(key), dict) and len(fields[key]) > MOST_ENTRIES:
+            raise PromptFileError(f"prompt file {path} has a damaged header: {key} has {len(fields[key])} entries")
+    try:
+        return Header.model_validate({key: value for key, value in fields.items() if key != "sha256"})
+    except ValidationError as error:
+        first_error = error.errors()[0]
+        where = ".".join(str(part) for part in first_error["loc"]) or "header"
+        raise PromptFileError(
+            f"prompt file {path} has a damaged header: {quoted(where)}: {quoted(first_error['msg'])}"
+        ) from None
+
+
+# Checks without a backbone. Each says what is wrong, if anything; later ones rely on earlier ones.
+
+
+def _names_problem(header: Header, tensors: Mapping[str, Tensor]) -> str | None:
+    unknown = [name for name in tensors if name not in RANKS and not name.startswith("backbone.")]
+    return f"unknown tensors {', '.join(sorted(unknown))}" if unknown else None
+
+
+def _shapes_problem(header: Header, tensors: Mapping[str, Tensor]) -> str | None:
+    for name, value in tensors.items():
+        rank = RANKS.get(name, value.dim())  # what is inside a backbone is compared with it when it is there
+        if value.dim() != rank or value.numel() == 0:
+            return f"{name} has shape {list(value.shape)}"
+    return None
+
+
+def _inside_problem(header: Header, tensors: Mapping[str, Tensor]) -> str | None:
+    inside = sorted(name for name in tensors if name.startswith("backbone."))
+    return f"the header does not say what {inside[0]} is" if inside and header.inside is None else None
+
+
+def _head_problem(header: Header, tensors: Mapping[str, Tensor]) -> str | None:
+    return head_problem(header.head_spec(tensors), tensors)
+
+
+def _calibration_problem(header: Header, tensors: Mapping[str, Tensor]) -> str | None:
+    if ("calibration.scale" in tensors) != ("calibration.offset" in tensors):
+        return "a calibration needs scale and offset"
+    return None
+
+
+def _pool_problem(header: Header, tensors: Mapping[str, Tensor]) -> str | None:
+    parts = [name for name in ("pool.tokens", "pool.keys", "pool.centre") if name in tensors]
+    if not parts:
+        return "a query head needs a pool" if "query_head.weight" in tensors else None
+    if len(parts) != 3:
+        return f"a pool needs tokens, keys and centre, there is {', '.join(parts)}"
+    prompts, keys = len(tensors["pool.tokens"]), len(tensors["pool.keys"])
+    if prompts != keys:
+        return f"{keys} keys for {prompts} group prompts"
+    return None if 1 <= header.topk <= keys else f"topk {header.topk} does not fit a pool of {keys}"
+
+
+def _numbers_problem(header: Header, tensors: Mapping[str, Tensor]) -> str | None:
+    for name, value in tensors.items():
+        if value.dtype not in DTYPES.values():
+            return f"{name} is stored as {value.dtype}, not fp16 or fp32"
+    for name, value in tensors.items():
+        if not bool(torch.isfinite(value).all()):
+            return f"{name} holds numbers that are not finite"
+    for name, value in tensors.items():
+        if value.float().abs().max() > LARGEST_NUMBER:
+            return f"{name} holds numbers above {LARGEST_NUMBER:g}"
+    return None
+
+
+CHECKS: tuple[Callable[[Header, Mapping[str, Tensor]], str | None], ...] = (
+    _names_problem,
+    _shapes_problem,
+    _inside_problem,
+    _head_problem,
+    _calibration_problem,
+    _pool_problem,
+    _numbers_problem,
+)
+
+
+# Checks against a backbone. Each raises PromptFileError.
+
+
+def _check_identity(path: Path, header: Header, backbone: Backbone) -> None:
+    """Is `backbone` the one that the file was made with, at the same size of images?"""
     if header.backbone.fingerprint != backbone.fingerprint:
         raise PromptFileError(
             f"prompt file {path} is for backbone {quoted(header.backbone.name)} "
             f"({quoted(header.backbone.fingerprint, 40)}), this is {backbone.name} "
             f"({backbone.fingerprint}): give backbone.name and backbone.weights of the first"
         )
-    ours, theirs = (name.partition(":")[2].partition(".")[0] for name in (backbone.name, header.backbone.name))
-    if ours != theirs:  # equal weights, but another activation or norm: CLIP's quickgelu models are such twins
+    # Equal weights can still be another model, with another activation or norm: CLIP's quickgelu models are such twins.
+    if _architecture(header.backbone.name) != _architecture(backbone.name):
         raise PromptFileError(
             f"prompt file {path} is for {quoted(header.backbone.name)}, this is {backbone.name}: set backbone.name"
         )
@@ -239,118 +339,97 @@ def _check_backbone(path: Path, header: Header, tensors: Mapping[str, Tensor], b
             f"prompt file {path} was made at {header.backbone.image_size} pixels, this backbone is at "
             f"{backbone.preprocess.size}: set backbone.image_size={header.backbone.image_size}"
         )
-    joint = header.space == "joint" and not header.fused
+
+
+def _architecture(name: str) -> str:
+    """A backbone's name without its family and tag.
+
+    >>> _architecture("timm:deit_tiny_patch16_224.fb_in1k")
+    'deit_tiny_patch16_224'
+    """
+    return name.partition(":")[2].partition(".")[0]
+
+
+def _check_widths(path: Path, tensors: Mapping[str, Tensor], head: HeadSpec, backbone: Backbone) -> None:
     widths = {"shared.tokens": backbone.width, "pool.tokens": backbone.width}
-    widths |= dict.fromkeys(("pool.keys", "query_head.weight", "head.bank"), backbone.feature_width)
-    widths["head.weight"] = backbone.joint_width if joint else backbone.feature_width
-    for name, wide in widths.items():
-        if name in tensors and tensors[name].shape[-1] != wide:
+    widths |= {"pool.keys": backbone.feature_width, "query_head.weight": backbone.feature_width}
+    for name, width in (widths | head.widths(backbone)).items():
+        if name in tensors and tensors[name].shape[-1] != width:
             raise PromptFileError(
-                f"prompt file {path}: {name} is {list(tensors[name].shape)}, the backbone needs a width of {wide}"
+                f"prompt file {path}: {name} is {list(tensors[name].shape)}, the backbone needs a width of {width}"
             )
-    if inside := header.inside:
-        part, size = {"lora": ("lora_A", inside.rank), "adaptformer": ("down.weight", inside.bottleneck)}.get(
-            inside.kind, ("", 0)
-        )
-        if part and {tuple(value.shape[:1]) for name, value in tensors.items() if part in name} != {(size,)}:
-            raise PromptFileError(f"prompt file {path}: its {inside.kind} is not of the size {size} that it says")
-    if "pool.tokens" in tensors and header.first >= backbone.depth:
-        raise PromptFileError(
-            f"prompt file {path}: group prompts from block {header.first} on, the backbone has {backbone.depth}"
-        )
 
 
-def _head(header: Header, tensors: Mapping[str, Tensor], backbone: Backbone) -> Head:
-    num_classes, width, joint = len(header.classes), backbone.feature_width, header.space == "joint"
-    project = backbone.project if joint else None
-    meets = backbone.joint_width if joint else width
-    if header.fused:
-        of = header.fused.model_dump()
-        return FusedHead(num_classes=num_classes, width=width, joint_width=meets, project=project, **of)
-    if "head.bank" in tensors:
-        counts = torch.tensor(header.counts)
-        bank = tensors["head.bank"]
-        return NeighbourHead(bank=bank, counts=counts, k=header.neighbours, temperature=header.temperature)
-    if "head.bias" in tensors:
-        return LinearHead(num_classes=num_classes, width=width)
-    return CosineHead(num_classes=num_classes, width=meets, scale=header.scale, project=project)
+def _check_inside(path: Path, header: Header, tensors: Mapping[str, Tensor]) -> None:
+    """Are adapters as large as the header says? One that is told to be huge would be made huge."""
+    if header.inside is None or header.inside.kind not in ("lora", "adaptformer"):
+        return
+    if header.inside.kind == "lora":
+        part, size = "lora_A", header.inside.rank
+    else:
+        part, size = "down.weight", header.inside.bottleneck
+    rows = {tuple(value.shape[:1]) for name, value in tensors.items() if part in name}
+    if rows != {(size,)}:
+        raise PromptFileError(f"prompt file {path}: its {header.inside.kind} is not of the size {size} that it says")
 
 
-def _header(path: Path, text: str) -> Header:
-    try:
-        raw = json.loads(text)
-        number = raw["format"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise PromptFileError(f"prompt file {path} has a damaged header: it is not JSON with a format number") from None
-    if not isinstance(number, int) or not 1 <= number <= FORMAT:
-        raise PromptFileError(
-            f"prompt file {path} has format {quoted(number, 40)}, this lpt reads up to {FORMAT}: install a newer lpt"
-        )
-    for key in ("metrics", "versions"):  # every entry that is wrong would become an error of a kilobyte
-        if isinstance(raw.get(key), dict) and len(raw[key]) > 100:
-            raise PromptFileError(f"prompt file {path} has a damaged header: {key} has {len(raw[key])} entries")
-    try:
-        return Header.model_validate({key: value for key, value in raw.items() if key != "sha256"})
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "header"
-        raise PromptFileError(
-            f"prompt file {path} has a damaged header: {quoted(where)}: {quoted(first['msg'])}"
-        ) from None
+# Making the model.
 
 
-def _check_tensors(path: Path, header: Header, tensors: Mapping[str, Tensor]) -> None:
-    """Names, ranks, agreement between them, and finite numbers: a file is refused before it is believed."""
-    ranks = {
-        "shared.tokens": 3,
-        "pool.tokens": 4,
-        "pool.keys": 2,
-        "pool.centre": 1,
-        "head.weight": 2,
-        "head.bias": 1,
-        "query_head.weight": 2,
-        "head.bank": 2,
-        "calibration.scale": 1,
-        "calibration.offset": 1,
-        **FUSED,
-    }
-    inside = {k for k in tensors if k.startswith("backbone.")}  # checked against the backbone when it is there
-    wrong = sorted(set(tensors) - set(ranks) - inside)
-    in_pool = [k for k in ranks if k.startswith("pool.") and k in tensors]
-    say = None
-    if wrong:
-        say = f"unknown tensors {', '.join(wrong)}"
-    elif bad := [k for k, v in tensors.items() if v.dim() != ranks.get(k, v.dim()) or v.numel() == 0]:
-        say = f"{bad[0]} has shape {list(tensors[bad[0]].shape)}"
-    elif inside and header.inside is None:
-        say = f"the header does not say what {sorted(inside)[0]} is"
-    elif ("head.weight" in tensors) == ("head.bank" in tensors):
-        say = "the tensor head.weight is missing" if "head.weight" not in tensors else "it has two heads"
-    elif "head.bank" in tensors and len(tensors["head.bank"]) != sum(header.counts):
-        say = f"{len(tensors['head.bank'])} neighbours for {sum(header.counts)} training images"
-    elif "head.bank" in tensors and not 1 <= header.neighbours <= sum(header.counts):
-        say = f"{header.neighbours} nearest of {sum(header.counts)} training images"
-    elif (header.fused is not None) != bool(FUSED.keys() & tensors):
-        say = "the header and the tensors do not agree on whether its head is a fused one"
-    elif ("calibration.scale" in tensors) != ("calibration.offset" in tensors):
-        say = "a calibration needs scale and offset"
-    elif "head.bias" in tensors and len(tensors["head.bias"]) != len(header.classes):
-        say = f"the head has {len(tensors['head.bias'])} biases for {len(header.classes)} classes"
-    elif "query_head.weight" in tensors and not in_pool:
-        say = "a query head needs a pool"
-    elif in_pool and len(in_pool) != 3:
-        say = f"a pool needs tokens, keys and centre, there is {', '.join(in_pool)}"
-    elif bad := [k for k, v in tensors.items() if v.dtype not in DTYPES.values()]:
-        say = f"{bad[0]} is stored as {tensors[bad[0]].dtype}, not fp16 or fp32"
-    elif bad := [k for k, v in tensors.items() if not bool(torch.isfinite(v).all())]:
-        say = f"{bad[0]} holds numbers that are not finite"
-    elif bad := [k for k, v in tensors.items() if v.float().abs().max() > LARGEST_NUMBER]:
-        say = f"{bad[0]} holds numbers above {LARGEST_NUMBER:g}"
-    elif in_pool and len(tensors["pool.tokens"]) != len(tensors["pool.keys"]):
-        say = f"{len(tensors['pool.keys'])} keys for {len(tensors['pool.tokens'])} group prompts"
-    elif "head.weight" in tensors and len(tensors["head.weight"]) != len(header.classes):
-        say = f"the head has {len(tensors['head.weight'])} rows for {len(header.classes)} classes"
-    elif in_pool and not 1 <= header.topk <= len(tensors["pool.keys"]):
-        say = f"topk {header.topk} does not fit a pool of {len(tensors['pool.keys'])}"
-    if say:
-        raise PromptFileError(f"prompt file {path} is damaged: {quoted(say)}")
+def _build(header: Header, tensors: Mapping[str, Tensor], head: HeadSpec, backbone: Backbone) -> PromptedClassifier:
+    """The model that header and tensors describe, but for their numbers."""
+    num_classes, query_head, calibration = len(header.classes), None, None
+    built_head = head.build(backbone, tensors)
+    if "query_head.weight" in tensors:
+        query_head = CosineHead(num_classes=num_classes, width=backbone.feature_width, scale=header.scale)
+    if "calibration.scale" in tensors:
+        calibration = Calibration(num_classes)
+    return PromptedClassifier(
+        backbone,
+        built_head,
+        classes=tuple(header.classes),
+        shared=_shared_prompt(tensors, backbone),
+        pool=_pool(header, tensors, backbone),
+        query_head=query_head,
+        calibration=calibration,
+    )
+
+
+def _shared_prompt(tensors: Mapping[str, Tensor], backbone: Backbone) -> DeepPrompt | ShallowPrompt | None:
+    if "shared.tokens" not in tensors:
+        return None
+    layers, length, width = tensors["shared.tokens"].shape
+    if layers == 1 < backbone.depth:  # in a backbone of one block both kinds are the same
+        return ShallowPrompt(length=length, width=width)
+    return DeepPrompt(layers=backbone.depth, length=length, width=width)
+
+
+def _pool(header: Header, tensors: Mapping[str, Tensor], backbone: Backbone) -> PromptPool | None:
+    if "pool.tokens" not in tensors:
+        return None
+    size, _, length, width = tensors["pool.tokens"].shape
+    return PromptPool(
+        size=size,
+        topk=header.topk,
+        prefix_blocks=header.prefix_blocks,
+        depth=backbone.depth,
+        length=length,
+        width=width,
+        key_width=backbone.feature_width,
+    )
+
+
+def _fill(path: Path, model: PromptedClassifier, tensors: dict[str, Tensor]) -> None:
+    """Copies the file's tensors into `model`, all of which are frozen then. Raises PromptFileError where names or
+    shapes differ."""
+    state = model.learned_state()
+    if differing := sorted(state.keys() ^ tensors.keys()):
+        names = quoted(", ".join(differing[:5]))
+        raise PromptFileError(f"prompt file {path} and the model it describes differ in {names}")
+    for name, value in state.items():
+        if tensors[name].shape != value.shape:
+            raise PromptFileError(
+                f"prompt file {path}: {name} is {list(tensors[name].shape)}, the backbone needs {list(value.shape)}"
+            )
+    model.load_learned_state(tensors)
+    model.only_train()

@@ -68,12 +68,12 @@ def toy_task(counts: tuple[int, ...] = (30, 12, 5, 2), *, test_per_class: int = 
     )
 
 
-def prompted(backbone, *, num_classes: int = 7, pool: bool = True, length: int = 3, first: int | None = None):
+def prompted(backbone, *, num_classes: int = 7, pool: bool = True, length: int = 3, prefix_blocks: int | None = None):
     generator = torch.Generator().manual_seed(3)
     group = PromptPool(
         size=5,
         topk=2,
-        first=backbone.depth // 2 if first is None else first,
+        prefix_blocks=backbone.depth // 2 if prefix_blocks is None else prefix_blocks,
         depth=backbone.depth,
         length=length,
         width=backbone.width,

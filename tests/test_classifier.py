@@ -97,9 +97,9 @@ def test_the_constant_keys_and_values_of_a_frozen_prompt_are_never_stale():
     views = images(backbone)
     with torch.no_grad():
         before = model(views).logits
-        kept = model._constant
+        kept = model._shared_cache
         model(views)
-        assert model._constant is kept  # computed once
+        assert model._shared_cache is kept  # computed once
         model.shared.tokens.add_(torch.randn_like(model.shared.tokens))
         after = model(views).logits
     fresh = prompted(backbone, pool=False).only_train().eval()
@@ -113,7 +113,7 @@ def test_parameter_counts_are_those_of_the_paper():
     backbone = timm_vit.untrained("vit_base_patch16_224", image_size=32)
     assert sum(p.numel() for p in backbone.parameters()) == 85_798_656 - (196 - 4) * 768
     for num_classes, stored in ((100, 1_105_920), (365, 1_309_440), (1000, 1_797_120), (8142, 7_282_176)):
-        pool = PromptPool(size=20, topk=2, first=6, depth=12, length=10, width=768, key_width=768)
+        pool = PromptPool(size=20, topk=2, prefix_blocks=6, depth=12, length=10, width=768, key_width=768)
         model = PromptedClassifier(
             backbone,
             CosineHead(num_classes=num_classes, width=768, scale=20),
@@ -134,7 +134,7 @@ def trained(model):
 
 def test_a_pool_that_leaves_no_block_is_refused():
     with pytest.raises(LptError, match="has 4 blocks, use 0 to 3"):
-        prompted(small_backbone(), first=4)
+        prompted(small_backbone(), prefix_blocks=4)
 
 
 def test_bf16_stays_close_to_fp32():
@@ -155,9 +155,9 @@ def test_a_large_pool_is_searched_by_an_index_with_the_same_result(monkeypatch):
     views = images(backbone)
     with torch.no_grad():
         in_torch = model(views)
-        monkeypatch.setattr(classifier, "INDEX_FROM", 5)
+        monkeypatch.setattr(classifier, "MIN_KEYS_FOR_INDEX", 5)
         by_index = model(views)
-        assert model._index is not None and torch.equal(by_index.ids, in_torch.ids)
+        assert model._index_cache is not None and torch.equal(by_index.ids, in_torch.ids)
         assert torch.equal(by_index.logits, in_torch.logits)
         model.pool.keys.copy_(model.pool.keys.flip(0))  # a stale index is never used
         assert torch.equal(model(views).ids.sort(1).values, (4 - in_torch.ids).sort(1).values)

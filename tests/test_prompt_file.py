@@ -4,6 +4,7 @@ import random
 import pytest
 import torch
 from conftest import images, prompted, small_backbone, toy_task
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lpt.errors import DiskError, PromptFileError
@@ -58,6 +59,17 @@ def test_the_backbone_is_never_in_the_file(saved):
     header = read_prompt(path).header
     assert header.format == 2 and header.classes == ["0", "1", "2", "3"]
     assert header.counts == [30, 12, 5, 2] and header.backbone.fingerprint == model.backbone.fingerprint
+
+
+def test_the_header_keeps_its_keys_and_their_order(saved):
+    with safe_open(saved[0], framework="pt") as file:
+        header = json.loads(file.metadata()["lpt"])
+    assert list(header) == [
+        *("format", "method", "settings", "backbone", "preprocess", "classes", "counts", "scale", "topk", "first"),
+        *("inside", "fused", "space", "neighbours", "temperature", "precision", "data", "metrics", "versions"),
+        "sha256",
+    ]
+    assert header["first"] == saved[1].pool.prefix_blocks == 2
 
 
 def test_another_backbone_is_refused_by_name_and_fingerprint(saved):

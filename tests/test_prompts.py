@@ -10,7 +10,7 @@ def seeded(seed=0):
 
 
 def pool(*, seed=0, **changes):
-    sizes = dict(size=20, topk=2, first=6, depth=12, length=10, width=48, key_width=64)
+    sizes = dict(size=20, topk=2, prefix_blocks=6, depth=12, length=10, width=48, key_width=64)
     return PromptPool(**{**sizes, **changes}, generator=seeded(seed))
 
 
@@ -22,7 +22,7 @@ def test_shapes():
     assert group.centre.shape == (64,) and not group.centre.any()
     assert {name for name, _ in group.named_parameters()} == {"tokens", "keys"}
     assert "centre" in group.state_dict()
-    assert pool(first=0).tokens.shape[1] == 12 and pool(first=11).tokens.shape[1] == 1
+    assert pool(prefix_blocks=0).tokens.shape[1] == 12 and pool(prefix_blocks=11).tokens.shape[1] == 1
 
 
 def test_prompts_start_from_a_narrow_normal():
@@ -87,10 +87,10 @@ def test_unchosen_prompts_get_no_gradient():
     assert moved.tolist() == [True, False, True, False, True, False]
 
 
-@pytest.mark.parametrize("first", [12, 13, -1])
-def test_a_prefix_without_a_block_for_group_prompts_is_refused(first):
-    with pytest.raises(LptError, match=rf"prefix_blocks {first} .* 12 blocks, use 0 to 11"):
-        pool(first=first)
+@pytest.mark.parametrize("prefix_blocks", [12, 13, -1])
+def test_a_prefix_without_a_block_for_group_prompts_is_refused(prefix_blocks):
+    with pytest.raises(LptError, match=rf"prefix_blocks {prefix_blocks} .* 12 blocks, use 0 to 11"):
+        pool(prefix_blocks=prefix_blocks)
 
 
 @pytest.mark.parametrize("topk", [21, 0, -1])

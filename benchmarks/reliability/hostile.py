@@ -166,7 +166,9 @@ def models() -> dict[str, Any]:
         return DeepPrompt(layers=2, length=3, width=32, generator=generator)
 
     def pool() -> PromptPool:
-        return PromptPool(size=5, topk=2, first=1, depth=2, length=3, width=32, key_width=32, generator=generator)
+        return PromptPool(
+            size=5, topk=2, prefix_blocks=1, depth=2, length=3, width=32, key_width=32, generator=generator
+        )
 
     bank = torch.nn.functional.normalize(torch.randn(49, 32, generator=generator), dim=1)
     fused = {"num_classes": 4, "width": 32, "joint_width": 16, "project": bare.project}

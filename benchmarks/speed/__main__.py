@@ -86,7 +86,12 @@ def model_on(backbone: TimmViT) -> PromptedClassifier:
     generator = torch.Generator().manual_seed(0)
     sizes = {"length": 10, "width": backbone.width, "generator": generator}
     pool = PromptPool(
-        size=20, topk=2, first=backbone.depth // 2, depth=backbone.depth, key_width=backbone.feature_width, **sizes
+        size=20,
+        topk=2,
+        prefix_blocks=backbone.depth // 2,
+        depth=backbone.depth,
+        key_width=backbone.feature_width,
+        **sizes,
     )
     head = CosineHead(num_classes=CLASSES, width=backbone.feature_width, scale=20, generator=generator)
     shared = DeepPrompt(layers=backbone.depth, **sizes)
@@ -139,7 +144,7 @@ def compare(plain: PromptedClassifier, ours: PromptedClassifier, batch: int, pai
     def prepare(which: str) -> None:
         for model in {plain, ours}:
             model.pool = pools[model] if which != "phase1_step" else None
-            model._constant = None
+            model._shared_cache = None
             trained = {"inference": (), "phase1_step": ("shared.", "head."), "phase2_step": ("pool.", "head.")}[which]
             model.only_train(*trained)
 

@@ -93,7 +93,7 @@ def tune(
     pool = PromptPool(  # made before phase 1, so that a pool that cannot be served fails at once
         size=pool_size,
         topk=topk,
-        first=prefix_blocks,
+        prefix_blocks=prefix_blocks,
         depth=backbone.depth,
         length=prompt_length,
         width=backbone.width,

@@ -5,6 +5,7 @@ its bits. Shapes: tokens [B N D].
 """
 
 import copy
+from collections.abc import Collection
 from typing import Any, Literal
 
 import torch
@@ -29,43 +30,62 @@ def with_adapter(backbone: Backbone, kind: Kind, *, bottleneck: int = 4, rank: i
 
     `bottleneck` is AdaptFormer's width, `rank` LoRA's, with α = 2 `rank` as is usual. `seed` draws the start.
     """
-    compute = backbone.dtype
-    inside = copy.deepcopy(backbone)
-    vit: Any = inside.vit
+    compute_dtype = backbone.dtype  # before learned parameters become fp32
+    adapted = copy.deepcopy(backbone)
     if kind == "adaptformer":
-        generator = torch.Generator().manual_seed(seed)
-        for block in vit.blocks:
-            block.mlp = Parallel(block.norm2, block.mlp, block.ls2, AdaptFormer(inside.width, bottleneck, generator))
-            block.norm2, block.ls2 = nn.Identity(), nn.Identity()
-        chosen = {name for name, _ in inside.named_parameters() if ".adapter." in name}
+        _add_adaptformers(adapted, bottleneck, seed)
     elif kind == "lora":
-        from peft import LoraConfig, inject_adapter_in_model
+        _add_lora(adapted, rank, seed)
+    learned = _learned_names(adapted, kind)
+    _freeze_all_but(adapted, learned)
+    adapted.learned, adapted.compute = frozenset(learned), compute_dtype
+    adapted.recipe = {"kind": kind, "bottleneck": bottleneck, "rank": rank}
+    return adapted.train().to(next(backbone.parameters()).device)
 
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["qkv"]), vit)
-        chosen = {name for name, _ in inside.named_parameters() if ".lora_" in name}
-    elif kind == "bias":
-        chosen = {name for name, _ in inside.named_parameters() if name.endswith(".bias")}
-    elif kind == "norm":
-        norms = [name for name, module in inside.named_modules() if isinstance(module, nn.LayerNorm)]
-        chosen = {name for name, _ in inside.named_parameters() if name.rpartition(".")[0] in norms}
-    else:
-        chosen = {name for name, _ in inside.named_parameters()}
-    for name, parameter in inside.named_parameters():
+
+def _add_adaptformers(backbone: Any, bottleneck: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for block in backbone.vit.blocks:
+        adapter = AdaptFormer(backbone.width, bottleneck, generator)
+        block.mlp = Parallel(block.norm2, block.mlp, block.ls2, adapter)
+        block.norm2, block.ls2 = nn.Identity(), nn.Identity()  # both are inside `Parallel` now
+
+
+def _add_lora(backbone: Any, rank: int, seed: int) -> None:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    with torch.random.fork_rng(devices=[]):  # peft draws from the global state
+        torch.manual_seed(seed)
+        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["qkv"]), backbone.vit)
+
+
+def _learned_names(backbone: Backbone, kind: Kind) -> set[str]:
+    names = {name for name, _ in backbone.named_parameters()}
+    if kind == "adaptformer":
+        return {name for name in names if ".adapter." in name}
+    if kind == "lora":
+        return {name for name in names if ".lora_" in name}
+    if kind == "bias":
+        return {name for name in names if name.endswith(".bias")}
+    if kind == "norm":
+        norms = {name for name, module in backbone.named_modules() if isinstance(module, nn.LayerNorm)}
+        return {name for name in names if name.rpartition(".")[0] in norms}
+    return names
+
+
+def _freeze_all_but(backbone: Backbone, learned: Collection[str]) -> None:
+    """Takes the gradient from everything, and brings what is learned to fp32; `only_train` thaws it later."""
+    for name, parameter in backbone.named_parameters():
         parameter.requires_grad_(False)
-        if name in chosen:
+        if name in learned:
             parameter.data = parameter.data.float()
-    for name, module in inside.named_modules():  # torch wants weight and bias of a norm in one precision
-        if isinstance(module, nn.LayerNorm) and chosen & {f"{name}.weight", f"{name}.bias"}:
+    for name, module in backbone.named_modules():  # torch wants weight and bias of a norm in one precision
+        if isinstance(module, nn.LayerNorm) and (f"{name}.weight" in learned or f"{name}.bias" in learned):
             module.float()
-    inside.learned, inside.compute = frozenset(chosen), compute
-    inside.recipe = {"kind": kind, "bottleneck": bottleneck, "rank": rank}
-    return inside.train().to(next(backbone.parameters()).device)
 
 
 def auto_bottleneck(num_classes: int, depth: int) -> int:
-    """LIFT's width: 2^max(0, ⌊log2(C / 2L)⌋).
+    """LIFT's width for C classes and L blocks: 2^max(0, ⌊log2(C / 2L)⌋) (Shi 2024).
 
     >>> [auto_bottleneck(c, 12) for c in (10, 100, 365, 1000, 8142)]
     [1, 4, 8, 32, 256]
@@ -77,7 +97,10 @@ def auto_bottleneck(num_classes: int, depth: int) -> int:
 
 
 class AdaptFormer(nn.Module):
-    """s · Up(ReLU(Down(LN(x)))), zero at the start, since Up is (LIFT's form: an LN of its own, s learned from 1)."""
+    """s · Up(ReLU(Down(LN(x)))), which is zero at the start because Up is.
+
+    LIFT's form (Shi 2024): a LayerNorm of its own, and a scale s that is learned from 1.
+    """
 
     def __init__(self, width: int, bottleneck: int, generator: torch.Generator | None = None) -> None:
         super().__init__()
@@ -85,12 +108,12 @@ class AdaptFormer(nn.Module):
         self.down, self.up = nn.Linear(width, bottleneck), nn.Linear(bottleneck, width)
         self.scale = nn.Parameter(torch.ones(1))
         nn.init.kaiming_normal_(self.down.weight, a=5**0.5, generator=generator)
-        for zero in (self.down.bias, self.up.weight, self.up.bias):
-            nn.init.zeros_(zero)
+        for parameter in (self.down.bias, self.up.weight, self.up.bias):
+            nn.init.zeros_(parameter)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        found = self.up(F.relu(self.down(self.norm(tokens))))
-        return self.scale.to(found.dtype) * found
+        update = self.up(F.relu(self.down(self.norm(tokens))))
+        return self.scale.to(update.dtype) * update
 
 
 class Parallel(nn.Module):

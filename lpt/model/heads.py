@@ -1,6 +1,6 @@
 """Classifiers on the pooled feature.
 
-Shapes: feature [B D], weight [C D], logits [B C].
+Shapes: feature [B D'], joint [B J] (the space of images and texts), weight [C D'] or [C J], logits [B C].
 """
 
 from collections.abc import Callable, Collection
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 class CosineHead(nn.Module):
     """cos(f, w_j) in [-1, 1], no bias. Training losses bring their own scale; `scale` is for probabilities.
 
-    Start: uniform in (-1, 1), then unit rows (LPT's code); or give `weight` from class means or text. `project` takes
-    the feature to another space first, the one of texts.
+    Start: uniform in (-1, 1), then rows of length one (LPT's code); callers may overwrite `weight` with class means or
+    texts. `project` takes the feature to the joint space first, where `width` is J.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class CosineHead(nn.Module):
 
 
 class LinearHead(nn.Module):
-    """f Wᵀ + b on the raw feature; its logits carry their own scale. Start: zero, which makes every class alike."""
+    """f Wᵀ + b on the raw feature; its logits carry their own scale. Start: zero, the same logits for every class."""
 
     scale = 1.0
 
@@ -54,8 +54,9 @@ class LinearHead(nn.Module):
 class NeighbourHead(nn.Module):
     """k nearest neighbours by cosine in a bank of training features, found by FAISS.
 
-    `bank` [N D] holds unit rows, sorted by class, `counts` [C] how many belong to each. The logit of a class is the log
-    of its share of exp(cos / `temperature`) among the k nearest (Wu 2018); a class without any there gets log(1e-6).
+    `bank` [N D'] holds unit rows sorted by class, and `counts` [C] says how many belong to each class. The logit of a
+    class is the log of its share of exp(cos / `temperature`) among the k nearest (Wu 2018). A class that is not among
+    them gets log(1e-6).
     """
 
     scale = 1.0
@@ -75,11 +76,11 @@ class NeighbourHead(nn.Module):
         index = faiss.IndexFlatIP(self.bank.shape[1])
         index.add(self.bank.float().cpu().numpy())
         unit = F.normalize(feature.float(), dim=1, eps=1e-12)
-        found = index.search(unit.cpu().numpy(), self.k)
-        cosines, ids = (torch.from_numpy(part).to(feature.device) for part in found)
-        votes = (cosines / self.temperature).softmax(dim=1)
+        cosines, ids = index.search(unit.cpu().numpy(), self.k)
+        nearest = torch.from_numpy(ids).to(feature.device)
+        votes = (torch.from_numpy(cosines).to(feature.device) / self.temperature).softmax(dim=1)
         shares = torch.zeros(len(feature), self.num_classes, device=feature.device)
-        shares.scatter_add_(1, self.labels[ids], votes)
+        shares.scatter_add_(1, self.labels[nearest], votes)
         return shares.clamp(min=1e-6).log()
 
 
@@ -87,12 +88,17 @@ Fusion = Literal["scale", "zscore", "prob", "daso"]
 
 
 class FusedHead(nn.Module):
-    """Two opinions on an image and their fusion: a cosine head on the feature, and its similarity to class prototypes
-    in the joint space (Zhang 2025, ULFine: dual-logit fusion; the forms of `fused` are ours).
+    """Two logits for each class and their fusion: of a cosine head on the feature, and of the projected feature's
+    similarity to class prototypes (Zhang 2025, ULFine: dual-logit fusion; the forms of `fused` are ours).
 
-    State beside `weight` [C D'] and `scales` [2]: `prototypes` [C J] are what is compared with, `texts` [C J] where
-    they started, `visual` [C J] running class means, `seen` [C] is 1 once a class has been in a batch, `frequency` [C]
-    is a running distribution of pseudo-labels. `learned` names what of it trains by gradient.
+    `fuse=False` answers with the first alone. State:
+
+    - `weight` [C D'], of the cosine head, and `scales` [2], of both cosines;
+    - `prototypes` [C J], that features are compared with, and `texts` [C J], where they started;
+    - `visual` [C J], running class means, and `seen` [C], which is 1 once a class has been in a batch;
+    - `frequency` [C], a running distribution of pseudo-labels.
+
+    `weight` trains by gradient, and of the rest what `learned` names.
     """
 
     scale = 1.0
@@ -120,9 +126,14 @@ class FusedHead(nn.Module):
         self.visual: Tensor
         self.seen: Tensor
         self.frequency: Tensor
-        state = {name: torch.zeros(num_classes, joint_width) for name in ("prototypes", "texts", "visual")}
-        state |= {"scales": torch.tensor(scales), "seen": torch.zeros(num_classes)}
-        state |= {"frequency": torch.full((num_classes,), 1 / num_classes)}
+        state = {  # in the order of an optimizer's parameters
+            "prototypes": torch.zeros(num_classes, joint_width),
+            "texts": torch.zeros(num_classes, joint_width),
+            "visual": torch.zeros(num_classes, joint_width),
+            "scales": torch.tensor(scales),
+            "seen": torch.zeros(num_classes),
+            "frequency": torch.full((num_classes,), 1 / num_classes),
+        }
         for name, value in state.items():
             if name in learned:
                 self.register_parameter(name, nn.Parameter(value))
@@ -134,41 +145,43 @@ class FusedHead(nn.Module):
         return self.fused(linear, similarity) if self.fuse else linear
 
     def both(self, feature: Tensor) -> tuple[Tensor, Tensor]:
-        """Scaled cosines with `weight`, and of the projected feature with `prototypes`, [B C] each."""
+        """(linear, similarity) [B C]: scaled cosines with `weight`, and of the projected feature with `prototypes`."""
         joint = self.joint(feature)
-        return self.scales[0] * cosines(feature, self.weight), self.scales[1] * cosines(joint, self.prototypes)
+        linear = self.scales[0] * cosines(feature, self.weight)
+        return linear, self.scales[1] * cosines(joint, self.prototypes)
 
     def joint(self, feature: Tensor) -> Tensor:
-        """[B D'] → [B J], where the prototypes are."""
+        """The feature in the space of the prototypes. [B D'] → [B J]."""
         return self.project(feature) if self.project else feature
 
     def fused(self, linear: Tensor, similarity: Tensor) -> Tensor:
-        """η linear + (1 - η) similarity, brought to one scale first:
+        """η linear + (1 - η) similarity [B C], both brought to one scale by `fusion`:
 
         - `scale`: as they are;
-        - `zscore`: both standardised over an image's classes, then times the deviation of `linear`;
+        - `zscore`: both standardized over an image's classes, then times the deviation of `linear`;
         - `prob`: the log of the mixed probabilities;
-        - `daso` (Oh 2022): the same with the weight of the similarity from the class k' that `linear` prefers,
-          h_k'^(1/T) / max h^(1/T), h being `frequency`: the more often a class is predicted, the less it is believed.
+        - `daso` (Oh 2022): as `prob`, but the weight of the similarity is h_k'^(1/T) / max h^(1/T), where h is
+          `frequency` and k' the class that `linear` prefers: what is predicted often is believed less.
         """
         if self.fusion == "scale":
             return self.eta * linear + (1 - self.eta) * similarity
         if self.fusion == "zscore":
             deviation = linear.std(1, keepdim=True)
-            return deviation * (self.eta * _standard(linear) + (1 - self.eta) * _standard(similarity))
-        share: float | Tensor = 1 - self.eta
+            return deviation * (self.eta * _standardized(linear) + (1 - self.eta) * _standardized(similarity))
+        share: float | Tensor = 1 - self.eta  # of the similarity
         if self.fusion == "daso":
-            often = self.frequency.clamp(min=1e-12)
-            share = ((often / often.max()) ** (1 / self.temperature))[linear.argmax(1)][:, None]
+            frequency = self.frequency.clamp(min=1e-12)
+            class_shares = (frequency / frequency.max()) ** (1 / self.temperature)
+            share = class_shares[linear.argmax(1)][:, None]
         return ((1 - share) * linear.softmax(1) + share * similarity.softmax(1)).clamp(min=1e-12).log()
 
 
 def cosines(feature: Tensor, rows: Tensor) -> Tensor:
-    """[B D], [C D] → [B C], in fp32."""
+    """Cosine of every feature with every row, in fp32. [B D], [C D] → [B C]."""
     return F.normalize(feature.float(), dim=1, eps=1e-12) @ F.normalize(rows.float(), dim=1, eps=1e-12).T
 
 
-def _standard(logits: Tensor) -> Tensor:
+def _standardized(logits: Tensor) -> Tensor:
     return (logits - logits.mean(1, keepdim=True)) / logits.std(1, keepdim=True).clamp(min=1e-12)
 
 
@@ -176,9 +189,9 @@ Head = CosineHead | LinearHead | NeighbourHead | FusedHead
 
 
 class Calibration(nn.Module):
-    """z' = scale · z + offset · unit, numbers [C] of every class; the identity at the start.
+    """z' = scale · z + offset · unit, with a number for each class [C]; the identity at the start.
 
-    `unit` is 1 but while MARC trains, whose offsets are in units of ‖w_j‖; `fold` then makes it 1 again.
+    `unit` is 1, except while MARC trains: its offsets are in units of ‖w_j‖. `fold` makes it 1 again.
     """
 
     def __init__(self, num_classes: int) -> None:
@@ -193,6 +206,7 @@ class Calibration(nn.Module):
 
     @torch.no_grad()
     def fold(self) -> None:
+        """Takes `unit` into `offset`, which alone is stored; the same answers."""
         self.offset.mul_(self.unit)
         self.unit.fill_(1)
 
@@ -200,11 +214,11 @@ class Calibration(nn.Module):
 def class_means(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     """Unit means of the unit features of each class; a class without images gets the mean of all.
 
-    [N D], [N] → [C D]. Balanced by construction: each class counts once whatever its number of images.
+    [N D], [N] → [C D]. Balanced by construction: a row has length one, however many images its class has.
     """
     unit = F.normalize(features.float(), dim=1, eps=1e-12)
-    sums = torch.zeros(num_classes, unit.shape[1], dtype=unit.dtype, device=unit.device)
-    sums.index_add_(0, labels, unit)
+    means = torch.zeros(num_classes, unit.shape[1], dtype=unit.dtype, device=unit.device)
+    means.index_add_(0, labels, unit)  # sums, which differ from means in length only
     absent = torch.bincount(labels, minlength=num_classes) == 0
-    sums[absent] = unit.mean(0)
-    return F.normalize(sums, dim=1, eps=1e-12)
+    means[absent] = unit.mean(0)
+    return F.normalize(means, dim=1, eps=1e-12)

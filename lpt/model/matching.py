@@ -1,8 +1,9 @@
-"""Which group prompts an image gets: cosine of its query with the keys.
+"""Which group prompts an image gets: those whose keys have the largest cosine with its query.
 
-Shapes: queries [B D], keys [K D], similarity [B k], ids [B k]. Training matches in torch, where keys move and
-gradients are needed. FAISS serves inference over many keys and finds the k-means start; the keys in a prompt
-file are the truth, an index is built from them in memory and never read from disk.
+Training matches in torch, where keys move and gradients are needed. FAISS serves inference over many keys and finds the
+k-means start. An index is built in memory from the keys of a prompt file, and never read from disk.
+
+Shapes: queries [B D], keys [K D], similarity [B k], ids [B k].
 """
 
 import math
@@ -20,19 +21,19 @@ def match(queries: Tensor, keys: Tensor, topk: int) -> tuple[Tensor, Tensor]:
 
     Selection is per image and hard; gradients reach the keys through the similarities alone.
     """
-    unit = F.normalize(queries.float(), dim=1, eps=1e-12)
+    unit_queries = F.normalize(queries.float(), dim=1, eps=1e-12)
     unit_keys = F.normalize(keys.float(), dim=1, eps=1e-12)
     # Equal keys must score equally to the bit, which columns of one matrix product need not: score each once.
-    distinct, which = unit_keys.detach().unique(dim=0, return_inverse=True)
-    scores = (unit.detach() @ distinct.T)[:, which]
+    distinct, column = unit_keys.detach().unique(dim=0, return_inverse=True)
+    scores = (unit_queries.detach() @ distinct.T)[:, column]
     ids = scores.sort(dim=1, descending=True, stable=True).indices[:, :topk]
-    return (unit @ unit_keys.T).gather(1, ids), ids
+    return (unit_queries @ unit_keys.T).gather(1, ids), ids
 
 
 class KeyIndex:
-    """An exact flat inner-product index over unit keys; the same ids as `match`.
+    """An exact flat inner-product index over unit keys; it finds the same ids as `match`.
 
-    At a pool's 20 to 100 keys it gives no speed; it is for prompt libraries of thousands of keys.
+    For prompt libraries of thousands of keys: at a pool's 20 to 100 it is no faster.
     """
 
     def __init__(self, keys: Tensor):
@@ -43,19 +44,23 @@ class KeyIndex:
         self.index.add(self.keys.numpy())  # type: ignore[call-arg]
 
     def match(self, queries: Tensor, topk: int) -> tuple[Tensor, Tensor]:
-        """As the function `match`, which settles scores that are equal up to rounding."""
-        unit = F.normalize(queries.detach().float().cpu(), dim=1, eps=1e-12)
-        more = min(topk + 1, len(self.keys))
-        similarity, ids = map(torch.from_numpy, self.index.search(unit.numpy(), more))  # type: ignore[call-arg]
+        """As the function `match`, on the CPU and without gradients."""
+        unit_queries = F.normalize(queries.detach().float().cpu(), dim=1, eps=1e-12)
+        neighbours = min(topk + 1, len(self.keys))  # one more, to see whether the last place is a tie
+        scores, rows = self.index.search(unit_queries.numpy(), neighbours)  # type: ignore[call-arg]
+        similarity, ids = torch.from_numpy(scores), torch.from_numpy(rows)
         tied = (similarity[:, :-1] - similarity[:, 1:] < 1e-6).any(1)
         similarity, ids = similarity[:, :topk].clone(), ids[:, :topk].clone()
-        if tied.any():
-            similarity[tied], ids[tied] = match(unit[tied], self.keys, topk)
+        if tied.any():  # FAISS has no rule for scores that are equal up to rounding; `match` has
+            similarity[tied], ids[tied] = match(unit_queries[tied], self.keys, topk)
         return similarity, ids
 
 
 def kmeans_keys(queries: Tensor, num_keys: int, *, seed: int) -> Tensor:
-    """Spherical k-means centres of the training queries, unit rows. [N D] → [K D] (FAISS). Raises LptError."""
+    """Spherical k-means centers of the training queries, unit rows, by FAISS. [N D] → [K D].
+
+    Raises LptError for fewer queries than keys.
+    """
     import faiss
 
     if len(queries) < num_keys:
@@ -70,36 +75,37 @@ def kmeans_keys(queries: Tensor, num_keys: int, *, seed: int) -> Tensor:
         spherical=True,
         seed=seed,
         min_points_per_centroid=1,
-        max_points_per_centroid=max(256, math.ceil(len(unit) / num_keys)),
+        max_points_per_centroid=max(256, math.ceil(len(unit) / num_keys)),  # no subsampling
     )
     kmeans.train(np.ascontiguousarray(unit))
     return torch.from_numpy(np.array(kmeans.centroids))
 
 
 def key_usage(ids: Tensor, num_keys: int) -> dict[str, object]:
-    """How the pool is used: selections per key, perplexity exp(H) in 1..K, and dead keys (< 1 % of selections).
+    """How the pool is used: selections of each key, the perplexity exp(H) of their shares in 1..K, and how many keys
+    are dead (below 1 % of all selections). ids [N k].
 
     >>> key_usage(torch.tensor([[0, 1], [0, 1]]), 4)["perplexity"]
     2.0
     """
     selections = torch.bincount(ids.flatten(), minlength=num_keys).double()
-    share = selections / selections.sum().clamp(min=1)
-    entropy = -(share * share.clamp(min=1e-12).log()).sum().item()
+    shares = selections / selections.sum().clamp(min=1)
+    entropy = -(shares * shares.clamp(min=1e-12).log()).sum().item()
     return {
         "selections": [int(n) for n in selections],
         "perplexity": round(math.exp(entropy), 4),
-        "dead_keys": int((share < 0.01).sum()),
+        "dead_keys": int((shares < 0.01).sum()),
     }
 
 
 def class_keys(ids: Tensor, labels: Tensor, num_classes: int, num_keys: int) -> list[int]:
-    """The key that each class's images chose most often, -1 for a class that was not seen. ids [N k], labels [N].
+    """The key that each class's images chose most often, -1 for a class without images. ids [N k], labels [N].
 
     >>> class_keys(torch.tensor([[2, 0], [2, 1], [0, 1]]), torch.tensor([0, 0, 2]), 3, 4)
     [2, -1, 0]
     """
-    table = torch.zeros(num_classes, num_keys, dtype=torch.long)
-    table.index_put_((labels[:, None].expand_as(ids), ids), torch.ones_like(ids), accumulate=True)
-    best = table.argmax(1)
-    best[table.sum(1) == 0] = -1
-    return best.tolist()
+    selections = torch.zeros(num_classes, num_keys, dtype=torch.long)
+    selections.index_put_((labels[:, None].expand_as(ids), ids), torch.ones_like(ids), accumulate=True)
+    favorites = selections.argmax(1)
+    favorites[selections.sum(1) == 0] = -1
+    return favorites.tolist()

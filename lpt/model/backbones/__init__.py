@@ -39,6 +39,7 @@ def load_backbone(name: str, *, weights: str | Path | None = None, image_size: i
         if weights:
             raise BackboneError("backbone.name nano has its own weights: leave backbone.weights out, or use timm:NAME")
         return nano.load(image_size=image_size)
+    local_file = Path(weights) if weights else None
     family, colon, model = name.partition(":")
     if not colon or family not in FAMILIES or family == "nano":
         hint = did_you_mean(family, FAMILIES) or f"; a timm model would be timm:{name}"
@@ -50,5 +51,5 @@ def load_backbone(name: str, *, weights: str | Path | None = None, image_size: i
             )
         return timm_vit.untrained(model, image_size=image_size)
     if family == "open_clip":
-        return clip_vit.load(model, weights=Path(weights) if weights else None, image_size=image_size)
-    return timm_vit.load(model, weights=Path(weights) if weights else None, image_size=image_size)
+        return clip_vit.load(model, weights=local_file, image_size=image_size)
+    return timm_vit.load(model, weights=local_file, image_size=image_size)

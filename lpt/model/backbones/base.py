@@ -1,7 +1,7 @@
 """The seam: what a frozen backbone must offer so that prompts can be put into it.
 
-Shapes: images [B 3 H W], tokens [B P+N D] (P prefix tokens, N patches), prompt [n D] or [B n D],
-feature [B D'], joint [B J], the space that image and text share.
+Shapes: images [B 3 H W], tokens [B P+N D] (P prefix tokens such as CLS, N patches), prompt [n D] or [B n D],
+feature [B D'], joint [B J], the space that images and texts share.
 """
 
 import hashlib
@@ -20,7 +20,8 @@ from lpt.files import read_tensors
 
 
 class KeyValue(NamedTuple):
-    """What a prompt is to a block: keys and values [1|B heads n D/heads]. Its queries are never needed."""
+    """What a prompt is to a block: keys and values [1 heads n D/heads], or [B heads n D/heads] where it differs between
+    images. Its queries are never needed."""
 
     key: Tensor
     value: Tensor
@@ -33,25 +34,42 @@ class Backbone(nn.Module, ABC):
     """A frozen transformer in three steps: `embed`, `block` by `block`, `pool`.
 
     Frozen means no gradient, and eval mode whatever `train()` is called with: no dropout, no drop path.
+    Subclasses set the attributes without a value in their constructor, and call `freeze` at its end.
     """
 
+    # What it is.
     name: str
-    depth: int
-    width: int
-    feature_width: int
-    prefix: int
-    preprocess: Preprocess
+    """As configs and prompt files call it: `nano`, or `<family>:<model>`."""
     fingerprint: str
+    """Of its weights, by `fingerprint_of`, before position embeddings are resampled to another image size."""
+    preprocess: Preprocess
+    """From an image to the pixels that it was trained with; `preprocess.size` is the side of its images."""
+
+    # Its sizes.
+    depth: int
+    """L, the number of blocks."""
+    width: int
+    """D, of tokens and prompts."""
+    feature_width: int
+    """D', of what `pool` returns."""
+    prefix: int
+    """P, the number of tokens before those of patches: CLS and registers."""
     reads: int | None
     """How many leading tokens `pool` reads: 1 where it reads CLS alone, None where it reads all."""
-    learned: frozenset[str] = frozenset()
-    """Names of the parameters in it that are not frozen: none, unless `lpt.model.adapters` made this copy."""
-    recipe: Mapping[str, Any] | None = None
-    """The arguments that `lpt.model.adapters.adapted` made this copy with, to make it again."""
-    compute: torch.dtype | None = None
-    """Its precision where that is not the one of all its parameters, since learned ones are kept in fp32."""
+
+    # The joint space of images and texts.
     projection: Tensor | None
-    """What takes a feature to the joint space [D' J], a buffer; None where that is the space of the features."""
+    """From a feature to the joint space [D' J], a buffer; None where features are in it already."""
+    prototypes: Mapping[str, Tensor] | None = None
+    """Class name → vector [J] in the joint space, for example of a text; None until somebody gives or makes them."""
+
+    # Set by `lpt.model.adapters` in a copy of it.
+    learned: frozenset[str] = frozenset()
+    """Names of the parameters in it that are not frozen."""
+    recipe: Mapping[str, Any] | None = None
+    """The arguments that `with_adapter` made this copy with, to make it again; None where it is no copy."""
+    compute: torch.dtype | None = None
+    """The precision it computes in, where that of its parameters does not say so: learned ones are kept in fp32."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,14 +85,15 @@ class Backbone(nn.Module, ABC):
     ) -> Tensor:
         """Block `i` over `tokens`, which also attend to `prompt`; [B P+N D] → [B P+N D].
 
-        A prompt's own output is never computed: VPT-deep drops it after every block, so a prompt is only
+        A prompt's own output is never computed: VPT-deep (Jia 2022) drops it after every block, so a prompt is only
         keys and values there. Several prompts may be given at once; their order makes no difference.
-        `keep` computes (and returns) the first `keep` tokens only; the others still serve as keys and values.
+        Where `keep` is given, only the first `keep` tokens are computed and returned; the others still serve as keys
+        and values.
         """
 
     @abstractmethod
     def keys_values(self, i: int, prompt: Tensor) -> KeyValue:
-        """What `block` makes of a prompt [n D] or [B n D]; a constant that may be kept while the prompt is."""
+        """What block `i` makes of a prompt [n D] or [B n D]; it may be kept as long as the prompt does not change."""
 
     @abstractmethod
     def pool(self, tokens: Tensor) -> Tensor:
@@ -82,51 +101,59 @@ class Backbone(nn.Module, ABC):
 
     @property
     def joint_width(self) -> int:
+        """J, of the joint space."""
         return self.feature_width if self.projection is None else self.projection.shape[1]
 
     def project(self, feature: Tensor) -> Tensor:
-        """[B D'] → joint [B J], in fp32."""
+        """A feature in the joint space, in fp32. [B D'] → [B J]."""
         return feature if self.projection is None else feature.float() @ self.projection.float()
 
     def unproject(self, joint: Tensor) -> Tensor:
-        """Joint [C J] → [C D']: rows whose product with a feature is that of `joint` with the projected feature."""
+        """[C J] → [C D']: rows whose product with a feature is that of `joint` with the projected feature."""
         if self.projection is None:
             return joint
         return joint.to(self.projection.device, torch.float32) @ self.projection.float().T
 
-    prototypes: Mapping[str, Tensor] | None = None
-    """A vector [J] for every class name that is known in the joint space, for example of texts."""
-
     def class_prototypes(self, classes: Sequence[str]) -> Tensor:
-        """[C J], matched by name (spaces and underscores are the same). Raises BackboneError."""
+        """The prototypes [C J] of `classes`, by name: case is ignored, and an underscore is a space.
+
+        Raises BackboneError where there are none, where a class has none, and where they do not fit the joint space.
+        """
         if self.prototypes is None:
             raise BackboneError(f"{self.name} has no class prototypes: set prototypes.weights to a safetensors file")
-        known = {name.replace("_", " ").lower(): row for name, row in self.prototypes.items()}
-        names = [name.replace("_", " ").lower() for name in classes]
-        if absent := [quoted(name, 60) for name, key in zip(classes, names, strict=True) if key not in known]:
+        known = {_comparable(name): row for name, row in self.prototypes.items()}
+        absent = [quoted(name, 60) for name in classes if _comparable(name) not in known]
+        if absent:
             raise BackboneError(
                 f"the prototypes lack {len(absent)} of {len(classes)} classes: {', '.join(absent[:5])}"
                 + quoted(did_you_mean(absent[0], self.prototypes), 99)
             )
-        found = torch.stack([known[key] for key in names])
-        if found.shape[1] != self.joint_width:
-            wide = self.joint_width
-            raise BackboneError(f"prototypes of width {found.shape[1]} do not fit features of {self.name}, {wide} wide")
-        return found
+        rows = torch.stack([known[_comparable(name)] for name in classes])
+        if rows.shape[1] != self.joint_width:
+            raise BackboneError(
+                f"prototypes of width {rows.shape[1]} do not fit features of {self.name}, {self.joint_width} wide"
+            )
+        return rows
 
     def compile_blocks(self) -> None:
         """From now on `block` may run through torch.compile; a backbone that cannot stays as it is."""
 
     @property
     def dtype(self) -> torch.dtype:
+        """The precision it computes in."""
         return self.compute or next(self.parameters()).dtype
 
     def train(self, mode: bool = True) -> Self:
-        """Stays in eval mode: frozen is frozen."""
+        """Stays in eval mode, whatever `mode` is."""
         return super().train(False)
 
     def freeze(self) -> Self:
+        """No gradients, eval mode."""
         return self.requires_grad_(False).train()
+
+
+def _comparable(name: str) -> str:
+    return name.replace("_", " ").lower()
 
 
 def read_prototypes(path: Path) -> dict[str, Tensor]:
@@ -143,8 +170,8 @@ def read_prototypes(path: Path) -> dict[str, Tensor]:
             "the class names as a JSON list under `classes` in its metadata"
         ) from None
     if not isinstance(names, list) or rows.dim() != 2 or len(names) != len(rows):
-        number = len(names) if isinstance(names, list) else "no"
-        raise BackboneError(f"prototypes.weights {path}: {number} names for prototypes of shape {list(rows.shape)}")
+        count = len(names) if isinstance(names, list) else "no"
+        raise BackboneError(f"prototypes.weights {path}: {count} names for prototypes of shape {list(rows.shape)}")
     if not bool(torch.isfinite(rows).all()):
         raise BackboneError(f"prototypes.weights {path}: its prototypes hold numbers that are not finite")
     return {str(name): row for name, row in zip(names, rows, strict=True)}
@@ -153,8 +180,7 @@ def read_prototypes(path: Path) -> dict[str, Tensor]:
 def fingerprint_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """SHA-256 over names, shapes and fp32 values in order of name; 16 hex digits.
 
-    The same weights give the same fingerprint whatever file, precision of storage ≤ fp32 or device they
-    came from.
+    The same weights give the same fingerprint, whichever file or device they come from.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors):

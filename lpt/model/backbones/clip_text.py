@@ -13,22 +13,25 @@ from lpt.errors import BackboneError
 from lpt.model.backbones.timm_vit import check_fit, read_weights
 
 TEMPLATE = "a photo of a {}"
-TEXTS = 256
+TEXTS_AT_A_TIME = 256
 """Texts that the tower encodes at a time."""
 
 
 @dataclass(frozen=True)
-class Texts:
-    """A text tower that is on disk only: `encode` reads it, in fp32, and drops it when done.
+class TextTower:
+    """A text tower that stays on disk: `encode` reads it, in fp32, and drops it when done.
 
-    So it is never in memory beside a training, no `.to(bfloat16)` reaches it, and a copy of the backbone copies a path.
+    So it takes no memory while a model trains, no `.to(bfloat16)` reaches it, and a copy of the backbone copies a path.
     """
 
     name: str
+    """Of the backbone, for error messages."""
     model: str
+    """open_clip's name of the architecture."""
     config: Mapping[str, Any]
     """Of open_clip's model: `embed_dim`, `text_cfg` and `quick_gelu`."""
     path: Path
+    """The safetensors file of the whole model, image tower included."""
 
     @torch.no_grad()
     def encode(self, classes: Sequence[str], templates: Sequence[str], device: torch.device) -> dict[str, Tensor]:
@@ -38,10 +41,11 @@ class Texts:
         Raises BackboneError where the tower or its tokenizer cannot be loaded.
         """
         tokenizer, tower = self._tokenizer(), self._tower().to(device)
-        texts = [t.replace("{}", name.replace("_", " ")) for name in classes for t in templates]
-        parts = [tower(tokenizer(texts[i : i + TEXTS]).to(device)) for i in range(0, len(texts), TEXTS)]
-        features = F.normalize(torch.cat(parts), dim=1).view(len(classes), len(templates), -1)
-        return dict(zip(classes, F.normalize(features.mean(1), dim=1).cpu(), strict=True))
+        texts = [template.replace("{}", name.replace("_", " ")) for name in classes for template in templates]
+        batches = [texts[start : start + TEXTS_AT_A_TIME] for start in range(0, len(texts), TEXTS_AT_A_TIME)]
+        features = torch.cat([tower(tokenizer(batch).to(device)) for batch in batches])
+        unit = F.normalize(features, dim=1).view(len(classes), len(templates), -1)
+        return dict(zip(classes, F.normalize(unit.mean(1), dim=1).cpu(), strict=True))
 
     def _tower(self) -> nn.Module:
         from open_clip import CustomTextCLIP
@@ -52,18 +56,17 @@ class Texts:
                 f"the texts of {self.name} are those of another library's tower ({text['hf_model_name']}), which is "
                 "not supported: set prototypes.weights to a safetensors file"
             )
-        image: Any = {
-            "layers": 1,
-            "width": 64,
-            "patch_size": 32,
-            "image_size": 32,
-        }  # comes with the text tower; not kept
+        # open_clip makes both towers at once: the smallest image tower, which is dropped again.
+        image: Any = {"layers": 1, "width": 64, "patch_size": 32, "image_size": 32}
         tower = CustomTextCLIP(self.config["embed_dim"], image, text, quick_gelu=self.config["quick_gelu"]).text
-        # open_clip has two layouts of a file: the text tower's keys begin with `text.`, or stand beside `visual.`.
-        found = {k.removeprefix("text."): v for k, v in read_weights(self.path).items()}
-        found = {k: v for k, v in found.items() if not k.startswith(("visual.", "logit_"))}
-        check_fit(tower.state_dict(), found, self.path, f"the text tower of {self.model}")
-        tower.load_state_dict(found)
+        tensors = {}
+        for name, value in read_weights(self.path).items():
+            # open_clip has two layouts of a file: the text tower's keys begin with `text.`, or stand beside `visual.`.
+            bare_name = name.removeprefix("text.")
+            if not bare_name.startswith(("visual.", "logit_")):
+                tensors[bare_name] = value
+        check_fit(tower.state_dict(), tensors, self.path, f"the text tower of {self.model}")
+        tower.load_state_dict(tensors)
         return tower.requires_grad_(False).eval()
 
     def _tokenizer(self) -> Any:
@@ -86,7 +89,7 @@ def read_templates(template: str) -> tuple[str, ...]:
     if template == "ensemble":
         from open_clip import OPENAI_IMAGENET_TEMPLATES
 
-        return tuple(of("{}") for of in OPENAI_IMAGENET_TEMPLATES)
+        return tuple(make_text("{}") for make_text in OPENAI_IMAGENET_TEMPLATES)
     if "{}" in template:
         return (template,)
     path = Path(template)
@@ -99,8 +102,9 @@ def read_templates(template: str) -> tuple[str, ...]:
         lines = tuple(line.strip() for line in path.read_text().splitlines() if line.strip())
     except UnicodeDecodeError:
         raise BackboneError(f"prototypes.template {path} is not a text file: give one with a template a line") from None
-    if without := [line for line in lines if "{}" not in line]:
-        raise BackboneError(f"prototypes.template {path}: {without[0]!r} has no {{}} for the class name: put it in")
+    for line in lines:
+        if "{}" not in line:
+            raise BackboneError(f"prototypes.template {path}: {line!r} has no {{}} for the class name: put it in")
     if not lines:
         raise BackboneError(f"prototypes.template {path} is empty: give it one template a line")
     return lines

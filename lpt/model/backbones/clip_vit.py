@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lpt.data.preprocess import Preprocess
 from lpt.errors import BackboneError, did_you_mean
 from lpt.model.backbones.base import fingerprint_of
-from lpt.model.backbones.clip_text import TEMPLATE, Texts
+from lpt.model.backbones.clip_text import TEMPLATE, TextTower
 from lpt.model.backbones.timm_vit import (
     TimmViT,
     check_fit,
@@ -30,9 +30,9 @@ SUPPORTED = (
     "open_clip's own ViTs that read the class token (ViT-B-16, ViT-L-14, ...), and plain timm ViTs with one matrix or "
     "nothing behind them (ViT-*-SigLIP, ViT-*-SigLIP2)"
 )
-FILE = "open_clip_model.safetensors"
+HUB_FILE = "open_clip_model.safetensors"
 """What open_clip calls the weights in a repository of its own."""
-NAMES = {
+OPEN_CLIP_NAMES = {
     "cls_token": "class_embedding",
     "pos_embed": "positional_embedding",
     "patch_embed.proj": "conv1",
@@ -52,7 +52,8 @@ NAMES = {
 class ClipViT(TimmViT):
     """An image tower of open_clip as a timm ViT, with its projection to the joint space beside it.
 
-    `templates` make texts of class names when prototypes are first asked for.
+    `templates` make texts of class names when prototypes are first asked for. `encoded` says that `prototypes` are of
+    such texts, and not given by somebody.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class ClipViT(TimmViT):
         preprocess: Preprocess,
         fingerprint: str,
         projection: Tensor | None = None,
-        texts: Texts,
+        texts: TextTower,
     ) -> None:
         super().__init__(vit, name=name, preprocess=preprocess, fingerprint=fingerprint)
         self.projection, self.texts = projection, texts
@@ -74,8 +75,9 @@ class ClipViT(TimmViT):
         """[C J] of texts, each of which is encoded once, unless `prototypes` were given. Raises BackboneError."""
         if self.prototypes is None or self.encoded:
             known = dict(self.prototypes or {})
-            if fresh := [name for name in classes if name not in known]:
-                known |= self.texts.encode(fresh, self.templates, next(self.parameters()).device)
+            new = [name for name in classes if name not in known]
+            if new:
+                known |= self.texts.encode(new, self.templates, next(self.parameters()).device)
             self.prototypes, self.encoded = known, True
         return super().class_prototypes(classes)
 
@@ -88,10 +90,34 @@ def load(model: str, *, weights: Path | None = None, image_size: int | None = No
     the first tag of the model the second. Raises BackboneError for unknown names, for towers that the seam cannot serve
     (before any download), for weights that are pickles only, and for weights that do not fit (every key named).
     """
-    import open_clip
-
     name = f"open_clip:{model}"
     model, _, tag = model.partition("/")
+    config, published = _read_config(name, model, tag, needs_tag=weights is None)
+    path = _download(name, published["hf_hub"]) if weights is None else weights
+
+    is_timm_tower = bool(config["vision_cfg"].get("timm_model_name"))
+    vit, projection = (_timm_tower if is_timm_tower else _own_tower)(name, config, path)
+    # Before positions are resampled to another size.
+    fingerprint = _fingerprint(vit, projection, quick_gelu=config["quick_gelu"] and not is_timm_tower)
+    size = image_size or vit.patch_embed.img_size[0]
+    set_size(vit, size, name)
+    return ClipViT(
+        vit,
+        name=name,
+        preprocess=_preprocess(published, size),
+        fingerprint=fingerprint,
+        projection=projection,
+        texts=TextTower(name, model, config, path),
+    )
+
+
+def _read_config(name: str, model: str, tag: str, *, needs_tag: bool) -> tuple[dict[str, Any], Mapping[str, Any]]:
+    """open_clip's config of `model` with the activation that `tag` was trained with, and what is published of the tag.
+
+    Raises BackboneError for unknown names, and for towers that the seam cannot serve.
+    """
+    import open_clip
+
     if model not in open_clip.list_models():
         raise BackboneError(
             f"backbone {name} is not a model of open_clip {open_clip.__version__}"
@@ -101,40 +127,39 @@ def load(model: str, *, weights: Path | None = None, image_size: int | None = No
     _refuse_unserved(name, config)
     tags = open_clip.list_pretrained_tags_by_model(model)
     if tag and not open_clip.is_pretrained_cfg(model, tag):
-        known = did_you_mean(tag, tags) or f"; its tags are {', '.join(tags) or 'none'}"
-        raise BackboneError(f"backbone {name}: open_clip has no weights {tag!r} of {model}{known}")
-    if not tag and weights is None:
+        hint = did_you_mean(tag, tags) or f"; its tags are {', '.join(tags) or 'none'}"
+        raise BackboneError(f"backbone {name}: open_clip has no weights {tag!r} of {model}{hint}")
+    if needs_tag and not tag:
         raise BackboneError(
             f"backbone {name} does not say which weights: add a tag ({', '.join(tags) or 'none published'}), or give "
             "backbone.weights a local safetensors file"
         )
-    published = open_clip.get_pretrained_cfg(model, tag or next(iter(tags), ""))
+    first_tag = tags[0] if tags else ""
+    published = open_clip.get_pretrained_cfg(model, tag or first_tag)
     config["quick_gelu"] = bool(config.get("quick_gelu") or (tag and published.get("quick_gelu")))
-    path = _download(name, published["hf_hub"]) if weights is None else weights
+    return config, published
 
-    timm_tower = bool(config["vision_cfg"].get("timm_model_name"))
-    vit, projection = (_timm_tower if timm_tower else _own_tower)(name, config, path)
-    parts = [*vit.named_parameters()] + ([] if projection is None else [("projection", projection)])
-    if config["quick_gelu"] and not timm_tower:  # the same weights are another tower under another activation
+
+def _fingerprint(vit: nn.Module, projection: Tensor | None, *, quick_gelu: bool) -> str:
+    parts: list[tuple[str, Tensor]] = [*vit.named_parameters()]
+    if projection is not None:
+        parts.append(("projection", projection))
+    if quick_gelu:  # the same weights are another tower under another activation
         parts.append(("quick_gelu", torch.ones(())))
-    fingerprint = fingerprint_of(parts)  # before positions are resampled to another size
-    size = image_size or vit.patch_embed.img_size[0]
-    set_size(vit, size, name)
+    return fingerprint_of(parts)
+
+
+def _preprocess(published: Mapping[str, Any], size: int) -> Preprocess:
+    """The pixels that a tag was trained with, or CLIP's where nothing is published, at `size`."""
+    import open_clip
+
     pixels = published or {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
-    preprocess = Preprocess(
+    return Preprocess(
         size=size,
         mean=tuple(pixels["mean"]),
         std=tuple(pixels["std"]),
         interpolation=pixels.get("interpolation", "bicubic"),
         square=pixels.get("resize_mode") == "squash",
-    )
-    return ClipViT(
-        vit,
-        name=name,
-        preprocess=preprocess,
-        fingerprint=fingerprint,
-        projection=projection,
-        texts=Texts(name, model, config, path),
     )
 
 
@@ -157,10 +182,13 @@ def _refuse_unserved(name: str, config: Mapping[str, Any]) -> None:
         return
     served = {"layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size", "ls_init_value"}
     served |= {"patch_dropout", "output_tokens", "timm_model_name"}  # of training, of CoCa, None
-    odd = [f.name for f in fields(vision) if f.name not in served and getattr(vision, f.name) != f.default]
-    if odd:
-        said = ", ".join(f"{key}={getattr(vision, key)}" for key in odd)
-        raise BackboneError(f"backbone {name} ({said}) has no prompt seam; supported: {SUPPORTED}")
+    unserved = []
+    for field in fields(vision):
+        value = getattr(vision, field.name)
+        if field.name not in served and value != field.default:
+            unserved.append(f"{field.name}={value}")
+    if unserved:
+        raise BackboneError(f"backbone {name} ({', '.join(unserved)}) has no prompt seam; supported: {SUPPORTED}")
 
 
 def _own_tower(name: str, config: Mapping[str, Any], path: Path) -> tuple[Any, Tensor]:
@@ -188,21 +216,22 @@ def _own_tower(name: str, config: Mapping[str, Any], path: Path) -> tuple[Any, T
         weight_init="skip",
     )
     projection = torch.empty(vision.width, config["embed_dim"])
-    wanted = {_open_clips(key): value for key, value in vit.state_dict().items()}
+    wanted = {_open_clip_name(key): value for key, value in vit.state_dict().items()}
+    # open_clip's have no axis for the batch (views: what is copied into them is copied into the tower).
     wanted["visual.class_embedding"] = wanted["visual.class_embedding"][0, 0]
     wanted["visual.positional_embedding"] = wanted["visual.positional_embedding"][0]
     _fill({**wanted, "visual.proj": projection}, path, name)
     return vit, projection
 
 
-def _open_clips(key: str) -> str:
+def _open_clip_name(key: str) -> str:
     """open_clip's name of a tensor of timm's VisionTransformer.
 
-    >>> _open_clips("blocks.3.attn.qkv.weight"), _open_clips("norm.bias")
+    >>> _open_clip_name("blocks.3.attn.qkv.weight"), _open_clip_name("norm.bias")
     ('visual.transformer.resblocks.3.attn.in_proj_weight', 'visual.ln_post.bias')
     """
-    for timms, theirs in NAMES.items():
-        key = key.replace(timms, theirs)
+    for timm_part, open_clip_part in OPEN_CLIP_NAMES.items():
+        key = key.replace(timm_part, open_clip_part)
     return f"visual.{key}"
 
 
@@ -222,11 +251,14 @@ def _timm_tower(name: str, config: Mapping[str, Any], path: Path) -> tuple[Any, 
     )
     refuse_unserved_module(name, tower.trunk, SUPPORTED)
     _fill({f"visual.{key}": value for key, value in tower.state_dict().items()}, path, name)
+    # timm's own classifier may be the projection, or open_clip adds one behind the trunk.
     inside, behind = tower.trunk.get_classifier(), getattr(tower.head, "proj", None)
-    matrix = next((part for part in (inside, behind) if isinstance(part, nn.Linear)), None)
     if isinstance(inside, nn.Linear):
+        matrix = inside
         tower.trunk.head = nn.Identity()
-    if matrix is None:
+    elif isinstance(behind, nn.Linear):
+        matrix = behind
+    else:
         return tower.trunk, None
     if matrix.bias is not None and matrix.bias.any():
         raise BackboneError(f"backbone {name} ends in a matrix with a bias; supported: {SUPPORTED}")
@@ -235,14 +267,17 @@ def _timm_tower(name: str, config: Mapping[str, Any], path: Path) -> tuple[Any, 
 
 @torch.no_grad()
 def _fill(wanted: Mapping[str, Tensor], path: Path, name: str) -> None:
-    """Copies the image tower of a file into tensors by open_clip's names, all of them. Raises BackboneError."""
-    found = {key: value for key, value in read_weights(path).items() if key.startswith("visual.")}
-    check_fit(wanted, found, path, name)
+    """Copies the image tower of a file into the tensors `wanted`, by open_clip's names.
+
+    Raises BackboneError unless the file has all of them and no others.
+    """
+    tower = {key: value for key, value in read_weights(path).items() if key.startswith("visual.")}
+    check_fit(wanted, tower, path, name)
     for key, value in wanted.items():
-        value.copy_(found[key])
+        value.copy_(tower[key])
 
 
-def _download(name: str, place: str) -> Path:
+def _download(name: str, hf_hub: str) -> Path:
     """The safetensors file at open_clip's `hf_hub` entry, `<owner>/<repository>/` with or without a file's name.
 
     Raises BackboneError where it cannot be downloaded, and where there are pickles only.
@@ -250,11 +285,12 @@ def _download(name: str, place: str) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    repository, _, file = place.rpartition("/")
-    file = file or FILE
+    repository, _, file = hf_hub.rpartition("/")
+    file = file or HUB_FILE
+    lack = file if file == HUB_FILE else f"weights but {file}"
     pickled = BackboneError(
-        f"backbone {name}: {repository} has no {file if file == FILE else 'weights but ' + file}, and pickles are not "
-        "read: convert its weights to safetensors and give them as backbone.weights"
+        f"backbone {name}: {repository} has no {lack}, and pickles are not read: convert its weights to safetensors "
+        "and give them as backbone.weights"
     )
     if not file.endswith(".safetensors"):
         raise pickled

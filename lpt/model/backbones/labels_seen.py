@@ -4,15 +4,18 @@ from collections.abc import Sequence
 
 from lpt.model.backbones import nano
 
-LABELLED = {"in1k": "imagenet-1k", "in12k": "imagenet-12k", "in21k": "imagenet-21k-goog", "in22k": "imagenet-22k"}
-"""What a timm tag says about labels seen, and timm's name of that label set."""
+LABEL_SETS = {"in1k": "imagenet-1k", "in12k": "imagenet-12k", "in21k": "imagenet-21k-goog", "in22k": "imagenet-22k"}
+"""What timm's tags call a label set, and what timm's table of label sets calls it."""
 
 
 def labels_seen(classes: Sequence[str], backbone: str) -> dict[str, list[str]]:
     """Those of `classes` that the backbone has been trained to tell apart: label set → names, where there are any."""
-    sets = label_sets(backbone).items()
-    seen = {name: [c for c in classes if c.replace("_", " ").lower() in labels] for name, labels in sets}
-    return {name: shared for name, shared in seen.items() if shared}
+    shared_with: dict[str, list[str]] = {}
+    for label_set, labels in label_sets(backbone).items():
+        shared = [name for name in classes if name.replace("_", " ").lower() in labels]
+        if shared:
+            shared_with[label_set] = shared
+    return shared_with
 
 
 def label_sets(backbone: str) -> dict[str, set[str]]:
@@ -23,10 +26,12 @@ def label_sets(backbone: str) -> dict[str, set[str]]:
 
     tag = backbone.rpartition(".")[2].lower() if "." in backbone else ""
     sets: dict[str, set[str]] = {}
-    for name in (name for short, name in LABELLED.items() if short in tag):
-        info = ImageNetInfo(name)
-        names = (info.label_name_to_description(label) for label in info.label_names())
-        sets[name] = {word.strip().lower() for text in names for word in text.split(",")}
+    for in_tag, label_set in LABEL_SETS.items():
+        if in_tag in tag:
+            info = ImageNetInfo(label_set)
+            descriptions = (info.label_name_to_description(label) for label in info.label_names())
+            # A description lists synonyms: "tench, Tinca tinca".
+            sets[label_set] = {word.strip().lower() for text in descriptions for word in text.split(",")}
     return sets
 
 
@@ -36,10 +41,10 @@ def overlap_notes(classes: Sequence[str], backbone: str) -> list[str]:
     if not label_sets(backbone):
         return [f"what labels {backbone} was trained with is not in its name: overlap not checked"]
     notes = []
-    for name, shared in labels_seen(classes, backbone).items():
+    for label_set, shared in labels_seen(classes, backbone).items():
         more = f", and {len(shared) - 5} more" if len(shared) > 5 else ""
         notes.append(
-            f"{backbone} was trained with the labels of {name}, which has {len(shared)} of these {len(classes)} "
+            f"{backbone} was trained with the labels of {label_set}, which has {len(shared)} of these {len(classes)} "
             f"classes: {', '.join(shared[:5])}{more}; accuracy on them is not that of unseen labels"
         )
     return notes

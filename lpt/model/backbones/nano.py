@@ -21,7 +21,7 @@ PREPROCESS = Preprocess(size=32, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 
 
 def architecture() -> Any:
-    """8 blocks of width 128, 64 patches and CLS: 1.6 million parameters."""
+    """An untrained ViT of 8 blocks of width 128, for 64 patches and CLS: 1.6 million parameters."""
     from timm.models.vision_transformer import VisionTransformer
 
     return VisionTransformer(
@@ -37,12 +37,12 @@ def labels() -> set[str]:
 
 def load(*, image_size: int | None = None) -> TimmViT:
     """nano with its weights; other image sizes interpolate the position embedding. Raises BackboneError."""
-    size = image_size or PREPROCESS.size
+    size = image_size or PREPROCESS.size  # in pixels
     if size % PATCH:
         raise BackboneError(f"backbone.image_size {size} is not a multiple of the patch size {PATCH} of nano")
     vit = architecture()
-    vit.load_state_dict({k: v.float() for k, v in read_weights(FILE).items()})
-    fingerprint = fingerprint_of(vit.named_parameters())
+    vit.load_state_dict({name: value.float() for name, value in read_weights(FILE).items()})
+    fingerprint = fingerprint_of(vit.named_parameters())  # before positions are resampled to another size
     if size != PREPROCESS.size:
         vit.set_input_size((size, size))
     return TimmViT(vit, name="nano", preprocess=PREPROCESS.with_(size=size), fingerprint=fingerprint)

@@ -36,7 +36,7 @@ class TimmViT(Backbone):
         self.depth, self.width, self.prefix = len(vit.blocks), vit.embed_dim, vit.num_prefix_tokens
         self.feature_width = vit.num_features
         self.reads = 1 if vit.global_pool == "token" else None
-        self._run = _run
+        self._block_with_prompts = _block_with_prompts
         self.freeze()
 
     def embed(self, images: Tensor) -> Tensor:
@@ -50,9 +50,9 @@ class TimmViT(Backbone):
 
     def keys_values(self, i: int, prompt: Tensor) -> KeyValue:
         block: Any = self.vit.blocks[i]
-        prompt = block.norm1(prompt.to(self.dtype))
-        prompt = prompt if prompt.dim() == 3 else prompt[None]
-        key, value = _heads(_project(block.attn.qkv, prompt, 1, 3), 2, block.attn)
+        normed = block.norm1(prompt.to(self.dtype))
+        normed = normed if normed.dim() == 3 else normed[None]
+        key, value = _keys_values(block.attn, normed)
         return KeyValue(block.attn.k_norm(key), value)
 
     def block(
@@ -62,43 +62,47 @@ class TimmViT(Backbone):
         prompts = [prompt] if isinstance(prompt, Tensor | KeyValue) else list(prompt)
         if not prompts and keep is None:
             return block(tokens)
-        # A prompt only answers: its own queries, projection and MLP would be thrown away.
+        # A prompt only answers: what its own queries, projection and MLP give would be thrown away.
         answers = [p if isinstance(p, KeyValue) else self.keys_values(i, p) for p in prompts]
-        return self._run(block, tokens, answers, keep)
+        return self._block_with_prompts(block, tokens, answers, keep)
 
     def compile_blocks(self) -> None:
-        """Needs a C++ compiler on CPUs. The same numbers up to rounding; the first steps wait for the compiler."""
-        if next(self.parameters()).device.type == "cpu" and not (os.environ.get("CXX") or shutil.which("g++")):
+        """The same numbers up to rounding; the first steps wait for the compiler.
+
+        Raises BackboneError on a CPU without a C++ compiler.
+        """
+        on_cpu = next(self.parameters()).device.type == "cpu"
+        if on_cpu and not (os.environ.get("CXX") or shutil.which("g++")):
             raise BackboneError("train.compile needs a C++ compiler on a CPU: install g++, or set train.compile=false")
-        self._run = torch.compile(_run)
+        # A function outside the class: all blocks of a model share its one compiled graph.
+        self._block_with_prompts = torch.compile(_block_with_prompts)
 
 
-def _run(block: Any, tokens: Tensor, prompts: list[KeyValue], keep: int | None) -> Tensor:
-    """A block of timm over `tokens`, which also attend to `prompts`; all blocks of a model share one compiled graph.
+def _block_with_prompts(block: Any, tokens: Tensor, prompts: list[KeyValue], keep: int | None) -> Tensor:
+    """A block of timm over `tokens`, which also attend to `prompts`. [B N D] → [B keep D].
 
-    Every token is a key and a value; only the first `keep` ask. Queries are projected alone: as a part of one tensor
-    with keys and values they would keep those in memory beside their copies below.
+    Every token gives a key and a value; only the first `keep` ask (all where it is None).
     """
     attn = block.attn
     normed, tokens = block.norm1(tokens), tokens[:, :keep]
-    (query,) = _heads(_project(attn.qkv, normed[:, :keep], 0, 1), 1, attn)
-    key, value = _heads(_project(attn.qkv, normed, 1, 3), 2, attn)
+    # Queries are projected alone: as a part of one tensor with keys and values they would keep those in memory, beside
+    # the copies that `cat` makes.
+    (query,) = _split_heads(_project(attn.qkv, normed[:, :keep], 0, 1), 1, attn)
+    key, value = _keys_values(attn, normed)
     query, key = attn.q_norm(query), attn.k_norm(key)
     if prompts:
         batch = len(tokens)
-        key = torch.cat([key, *(p.key.expand(batch, -1, -1, -1) for p in prompts)], dim=2)
-        value = torch.cat([value, *(p.value.expand(batch, -1, -1, -1) for p in prompts)], dim=2)
+        key = torch.cat([key, *(prompt.key.expand(batch, -1, -1, -1) for prompt in prompts)], dim=2)
+        value = torch.cat([value, *(prompt.value.expand(batch, -1, -1, -1) for prompt in prompts)], dim=2)
     mixed = attend(query, key, value).transpose(1, 2).reshape(*tokens.shape[:2], attn.attn_dim)
     tokens = tokens + block.ls1(attn.proj(attn.norm(mixed)))
     return tokens + block.ls2(block.mlp(block.norm2(tokens)))
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """softmax(QKᵀ/√d)V, by whichever exact form is faster where the tensors live.
-
-    On CPUs torch's fused kernel loses to two matrix products in bf16 (6× at 60 tokens, 2× at 217, forward and
-    backward) and in fp32 at few tokens; the matrix it avoids is small there. Elsewhere it is the fused one.
-    """
+    """softmax(QKᵀ/√d)V [B heads n d], by whichever exact form is faster where the tensors are."""
+    # On CPUs torch's fused kernel loses to two matrix products in bf16 (6× at 60 tokens, 2× at 217, forward and
+    # backward) and in fp32 at few tokens; the matrix that it avoids is small there.
     few = query.shape[2] * key.shape[2] <= 100 * 100
     if query.device.type == "cpu" and (query.dtype == torch.bfloat16 or few):
         scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
@@ -106,18 +110,23 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(query, key, value)
 
 
+def _keys_values(attn: Any, normed: Tensor) -> tuple[Tensor, ...]:
+    """(key, value) [B heads n D/heads] of normed tokens [B n D], before timm's norm of keys."""
+    return _split_heads(_project(attn.qkv, normed, 1, 3), 2, attn)
+
+
 def _project(qkv: Any, tokens: Tensor, first: int, last: int) -> Tensor:
     """The parts `first`..`last`-1 of (q, k, v) of a packed projection, with peft's low-rank update if it has one."""
-    d = qkv.out_features // 3
-    rows = slice(first * d, last * d)
+    width = qkv.out_features // 3
+    rows = slice(first * width, last * width)
     packed = F.linear(tokens, qkv.weight[rows], None if qkv.bias is None else qkv.bias[rows])
     if hasattr(qkv, "lora_A"):
-        low = qkv.lora_A["default"](tokens)
-        packed = packed + qkv.scaling["default"] * F.linear(low, qkv.lora_B["default"].weight[rows])
+        low_rank = qkv.lora_A["default"](tokens)
+        packed = packed + qkv.scaling["default"] * F.linear(low_rank, qkv.lora_B["default"].weight[rows])
     return packed
 
 
-def _heads(packed: Tensor, parts: int, attn: Any) -> tuple[Tensor, ...]:
+def _split_heads(packed: Tensor, parts: int, attn: Any) -> tuple[Tensor, ...]:
     """[B n parts·D] → `parts` tensors [B heads n D/heads]."""
     batch, n = packed.shape[:2]
     return packed.reshape(batch, n, parts, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
@@ -131,24 +140,16 @@ def load(name: str, *, weights: Path | None = None, image_size: int | None = Non
     """
     import timm
 
-    architecture, _, tag = name.partition(".")
-    if not timm.is_model(architecture):
-        raise BackboneError(
-            f"backbone timm:{name} is not a model of timm {timm.__version__}"
-            + did_you_mean(architecture, timm.list_models("*vit*") + timm.list_models("deit*"))
-        )
+    architecture = name.partition(".")[0]
+    _refuse_unknown(f"timm:{name}", architecture)
     refuse_unserved(f"timm:{name}", architecture)
     if weights is None:
-        tags = [full for full in timm.list_pretrained(f"{architecture}.*") if full.startswith(architecture + ".")]
-        if not tag:
-            raise BackboneError(
-                f"backbone timm:{name} is a bare name, whose weights change between timm versions: "
-                f"give backbone.weights a local file, or a full tag ({', '.join(tags[:6]) or 'none published'})"
-            )
-        if name not in tags:
-            raise BackboneError(f"backbone timm:{name} has no published weights{did_you_mean(name, tags)}")
-    with _quiet(), download_errors(f"timm:{name}", "timm") if weights is None else contextlib.nullcontext():
-        vit = timm.create_model(name if weights is None else architecture, pretrained=weights is None, num_classes=0)
+        _refuse_unpublished(name)
+        with _quiet(), download_errors(f"timm:{name}", "timm"):
+            vit = timm.create_model(name, pretrained=True, num_classes=0)
+    else:
+        with _quiet():
+            vit = timm.create_model(architecture, pretrained=False, num_classes=0)
     refuse_unserved_module(f"timm:{name}", vit)
     if weights is not None:
         _load_weights(vit, weights, architecture)
@@ -156,14 +157,13 @@ def load(name: str, *, weights: Path | None = None, image_size: int | None = Non
 
 
 def untrained(architecture: str, *, image_size: int | None = None, seed: int = 0, **changes: Any) -> TimmViT:
-    """Random weights from `seed`, for tests and smoke runs; `changes` go to timm's constructor."""
+    """Random weights from `seed`, for tests and smoke runs; `changes` go to timm's constructor.
+
+    Raises BackboneError for unknown names, and for families that the seam cannot serve.
+    """
     import timm
 
-    if not timm.is_model(architecture):
-        raise BackboneError(
-            f"backbone untrained:{architecture} is not a model of timm {timm.__version__}"
-            + did_you_mean(architecture, timm.list_models("*vit*") + timm.list_models("deit*"))
-        )
+    _refuse_unknown(f"untrained:{architecture}", architecture)
     refuse_unserved(f"untrained:{architecture}", architecture)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -202,6 +202,31 @@ def set_size(vit: Any, size: int, name: str) -> None:
         vit.set_input_size((size, size))
 
 
+def _refuse_unknown(name: str, architecture: str) -> None:
+    import timm
+
+    if not timm.is_model(architecture):
+        raise BackboneError(
+            f"backbone {name} is not a model of timm {timm.__version__}"
+            + did_you_mean(architecture, timm.list_models("*vit*") + timm.list_models("deit*"))
+        )
+
+
+def _refuse_unpublished(name: str) -> None:
+    """Before a download: does `name` have a tag, and does timm know weights of this tag?"""
+    import timm
+
+    architecture, _, tag = name.partition(".")
+    published = [full for full in timm.list_pretrained(f"{architecture}.*") if full.startswith(architecture + ".")]
+    if not tag:
+        raise BackboneError(
+            f"backbone timm:{name} is a bare name, whose weights change between timm versions: "
+            f"give backbone.weights a local file, or a full tag ({', '.join(published[:6]) or 'none published'})"
+        )
+    if name not in published:
+        raise BackboneError(f"backbone timm:{name} has no published weights{did_you_mean(name, published)}")
+
+
 def refuse_unserved(name: str, architecture: str, supported: str = SUPPORTED) -> None:
     """Before any download: is this one of timm's plain ViTs at all?"""
     from timm.models import model_entrypoint
@@ -216,50 +241,55 @@ def refuse_unserved_module(name: str, vit: Any, supported: str = SUPPORTED) -> N
     from timm.layers.attention import Attention
     from timm.models.vision_transformer import Block, VisionTransformer
 
-    plain = type(vit) is VisionTransformer and all(
-        type(b) is Block and type(b.attn) is Attention and b.attn.gate is None for b in vit.blocks
-    )
-    if not plain:
-        kind = type(vit).__name__ if type(vit) is not VisionTransformer else type(vit.blocks[0]).__name__
-        raise BackboneError(f"backbone {name} ({kind}) has no prompt seam; supported: {supported}")
+    # Exact types: a subclass may compute something else in its forward.
+    if type(vit) is not VisionTransformer:
+        raise BackboneError(f"backbone {name} ({type(vit).__name__}) has no prompt seam; supported: {supported}")
+    for block in vit.blocks:
+        if type(block) is not Block or type(block.attn) is not Attention or block.attn.gate is not None:
+            kind = type(vit.blocks[0]).__name__
+            raise BackboneError(f"backbone {name} ({kind}) has no prompt seam; supported: {supported}")
 
 
 def _load_weights(vit: nn.Module, path: Path, architecture: str) -> None:
-    found = read_weights(path)
-    # The head of another label set is no part of a backbone; every other key must fit exactly.
-    found = {k: v.float() for k, v in found.items() if not k.startswith(("head.", "head_dist."))}
-    check_fit(vit.state_dict(), found, path, architecture)
-    vit.load_state_dict(found)
+    tensors = {}
+    for name, value in read_weights(path).items():
+        # The head of another label set is no part of a backbone; every other key must fit exactly.
+        if not name.startswith(("head.", "head_dist.")):
+            tensors[name] = value.float()
+    check_fit(vit.state_dict(), tensors, path, architecture)
+    vit.load_state_dict(tensors)
 
 
-def check_fit(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], path: Path, architecture: str) -> None:
-    """Raises BackboneError unless `found` has the names and shapes of `wanted`; every key that does not is named."""
-    shapes = {k: tuple(v.shape) for k, v in wanted.items()}
+def check_fit(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor], path: Path, architecture: str) -> None:
+    """Raises BackboneError unless `given` has the names and shapes of `wanted`; every key that has not is named."""
+    misshapen = []
+    for name in sorted(wanted.keys() & given.keys()):
+        in_file, in_model = tuple(given[name].shape), tuple(wanted[name].shape)
+        if in_file != in_model:
+            misshapen.append(f"{name} (file {in_file}, model {in_model})")
     complaints = {
-        "missing": sorted(shapes.keys() - found.keys()),
-        "unexpected": sorted(found.keys() - shapes.keys()),
-        "of another shape": [
-            f"{k} (file {tuple(found[k].shape)}, model {shapes[k]})"
-            for k in sorted(shapes.keys() & found.keys())
-            if tuple(found[k].shape) != shapes[k]
-        ],
+        "missing": sorted(wanted.keys() - given.keys()),
+        "unexpected": sorted(given.keys() - wanted.keys()),
+        "of another shape": misshapen,
     }
-    if any(complaints.values()):
-        said = "; ".join(f"{what}: {', '.join(keys)}" for what, keys in complaints.items() if keys)
-        raise BackboneError(f"backbone.weights {path} does not fit {architecture}: {quoted(said, 10_000)}")
+    parts = [f"{complaint}: {', '.join(names)}" for complaint, names in complaints.items() if names]
+    if parts:
+        raise BackboneError(f"backbone.weights {path} does not fit {architecture}: {quoted('; '.join(parts), 10_000)}")
 
 
 def read_weights(path: Path) -> Mapping[str, Tensor]:
-    """All tensors of a safetensors file; pickled checkpoints are refused by name."""
+    """All tensors of a safetensors file. Raises BackboneError where there is none, for pickled checkpoints too, and
+    for numbers that are not finite."""
     if not path.is_file():
         raise BackboneError(f"backbone.weights {path} does not exist: give a local .safetensors file")
     try:
-        found = read_tensors(path)[1]
+        _, tensors = read_tensors(path)
     except ValueError as error:
         raise BackboneError(f"backbone.weights {path} is not a safetensors file ({error}): convert it first") from None
-    if bad := [name for name, value in found.items() if not bool(torch.isfinite(value.float()).all())]:
-        raise BackboneError(f"backbone.weights {path}: {quoted(bad[0])} holds numbers that are not finite")
-    return found
+    for name, value in tensors.items():
+        if not bool(torch.isfinite(value.float()).all()):
+            raise BackboneError(f"backbone.weights {path}: {quoted(name)} holds numbers that are not finite")
+    return tensors
 
 
 @contextlib.contextmanager
@@ -268,7 +298,8 @@ def download_errors(name: str, library: str) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        message = str(error).strip() or type(error).__name__
+        reason = message.splitlines()[0][:200]
         raise BackboneError(
             f"backbone {name} could not be downloaded ({reason}): "
             f"give backbone.weights a local safetensors file with {library}'s key names, or use backbone.name=nano"
@@ -277,7 +308,7 @@ def download_errors(name: str, library: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """timm and the hub log at info level while they load; a run's first lines are ours."""
+    """timm logs at info level while it loads; the first lines of a run are to be ours."""
     logger = logging.getLogger("timm")
     level = logger.level
     logger.setLevel(logging.ERROR)
