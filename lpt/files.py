@@ -14,8 +14,8 @@ from torch import Tensor
 
 from lpt.errors import DiskError, quoted
 
-LARGEST_HEADER = 4 * 2**20
-MOST_TENSORS, MOST_AXES = 10_000, 8
+MAX_HEADER = 4 * 2**20
+MAX_TENSORS, MAX_AXES = 10_000, 8
 """A header is parsed whole before it can be looked at, and takes a kilobyte of memory for each tensor that it names."""
 
 
@@ -51,14 +51,14 @@ def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     """(metadata, tensors) of a safetensors file. Raises ValueError with a short reason for whatever is wrong."""
     try:
         with path.open("rb") as file:
-            if (size := int.from_bytes(file.read(8), "little")) > LARGEST_HEADER:
-                raise ValueError(f"a header of {size:,} bytes, {LARGEST_HEADER:,} are the most")
+            if (size := int.from_bytes(file.read(8), "little")) > MAX_HEADER:
+                raise ValueError(f"a header of {size:,} bytes, {MAX_HEADER:,} are the most")
         with safe_open(path, framework="pt") as opened:
-            if len(names := list(opened.keys())) > MOST_TENSORS:
-                raise ValueError(f"{len(names):,} tensors, {MOST_TENSORS:,} are the most")
+            if len(names := list(opened.keys())) > MAX_TENSORS:
+                raise ValueError(f"{len(names):,} tensors, {MAX_TENSORS:,} are the most")
             found = {name: opened.get_tensor(name) for name in names}
-            if deep := [name for name, value in found.items() if value.dim() > MOST_AXES]:
-                raise ValueError(f"{deep[0]} has {found[deep[0]].dim()} axes, {MOST_AXES} are the most")
+            if deep := [name for name, value in found.items() if value.dim() > MAX_AXES]:
+                raise ValueError(f"{deep[0]} has {found[deep[0]].dim()} axes, {MAX_AXES} are the most")
             return opened.metadata() or {}, found
     except (SafetensorError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(quoted(error) or type(error).__name__) from None

@@ -48,7 +48,7 @@ Mean = Callable[[Tensor], Tensor]
 """The mean of a number over processes: a weighted loss is divided by the weights of the global batch."""
 
 
-def alone(number: Tensor) -> Tensor:
+def identity(number: Tensor) -> Tensor:
     """What one process has is the mean."""
     return number
 
@@ -59,7 +59,7 @@ class Weighted:
 
     weights: Tensor
     scale: float = 1.0
-    mean: Mean = alone
+    mean: Mean = identity
 
     def __call__(self, logits: Tensor, labels: Tensor, noise: Tensor | None = None) -> Tensor:
         return _weighted(self.scale * logits.float(), labels, self.weights.to(logits.device), self.mean)
@@ -121,7 +121,7 @@ class LDAM:
     margin: float = 0.5
     beta: float = 0.0
     scale: float = 30.0
-    mean: Mean = alone
+    mean: Mean = identity
 
     @cached_property
     def _constants(self) -> tuple[Tensor, Tensor]:
@@ -219,7 +219,7 @@ def loss_by_name(
     gamma: float = 2.0,
     beta: float = 0.9999,
     margin: float = 0.5,
-    mean: Mean = alone,
+    mean: Mean = identity,
 ) -> Any:
     """The loss `name` on logits that `scale` multiplies. `ldam_drw` is LDAM here: its weights come with the schedule,
     as `ldam_cb`, in the last fifth of training (Cao 2019)."""

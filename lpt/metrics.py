@@ -67,7 +67,7 @@ def harmonic_mean(accuracies: Tensor, *, floor: float = 1e-5) -> float | None:
     return len(present) / (1 / present.clamp(min=floor)).sum().item() if len(present) else None
 
 
-def summarise(probabilities: Tensor, labels: Tensor, counts: Tensor, *, group_rule: str = "lt20") -> dict[str, object]:
+def summarize(probabilities: Tensor, labels: Tensor, counts: Tensor, *, group_rule: str = "lt20") -> dict[str, object]:
     """Everything `report.json` says about predictions. `class_accuracy` is the mean of per-class accuracies."""
     predicted = probabilities.argmax(1)
     per_class = per_class_accuracy(predicted, labels, len(counts))

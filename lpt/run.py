@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from lpt.config import Config, load_config
-from lpt.data import PLACES, load_task
+from lpt.data import LOCATION_SETTINGS, load_task
 from lpt.data.task import Task
 from lpt.device import PRECISIONS, peak_memory, pick_device, pick_precision, versions
 from lpt.engine.evaluate import PrefixCache, evaluate, measure, predict
@@ -107,7 +107,7 @@ def _train(
             raise LptError(f"--out {out} holds a run on other images than there are now: give another --out")
 
     check_same()
-    for line in task.described():
+    for line in task.summary_lines():
         say(line)
     seen = labels_seen(task.classes, backbone.name)
     for name, shared in seen.items():
@@ -221,7 +221,7 @@ def _train(
             data={
                 **data,
                 "labelled_sha256": (replace(task, unlabeled=None).manifest() if task.unlabeled else manifest)["sha256"],
-                "settings": {k: v for k, v in config.data.items() if k not in PLACES},
+                "settings": {k: v for k, v in config.data.items() if k not in LOCATION_SETTINGS},
             },
             metrics={k: metrics[k] for k in (*WATCHED, "nll")},
             versions=versions(),

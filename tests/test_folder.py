@@ -168,8 +168,8 @@ def test_files_give_the_views_that_memory_gives(mode):
     files = [File(str(i), png(p)) for i, p in enumerate(pixels)]
     chance = torch.rand(6, 5, generator=torch.Generator().manual_seed(0))
     for theirs, ours in (
-        (preprocess.test(pixels), preprocess.normalised(preprocess.cut(files))),
-        (preprocess.train(pixels, chance), preprocess.normalised(preprocess.cut(files, chance))),
+        (preprocess.test(pixels), preprocess.normalized(preprocess.cut(files))),
+        (preprocess.train(pixels, chance), preprocess.normalized(preprocess.cut(files, chance))),
     ):
         assert (theirs - ours).abs().max() <= 2.5 / 127.5 and (theirs - ours).abs().mean() <= 0.6 / 127.5
 
@@ -319,7 +319,9 @@ def test_broken_images_are_skipped_when_asked_and_listed(flat, tmp_path):
     (flat / "dog" / "1.png").write_bytes(b"")
     task = lpt.load_task("folder", root=str(flat), on_error="skip")
     assert len(task.train) + len(task.test) == 8 and task.classes == ("cat", "dog", "owl")
-    assert any("3 images cannot be decoded and are skipped, for example image cat/2.png" in x for x in task.described())
+    assert any(
+        "3 images cannot be decoded and are skipped, for example image cat/2.png" in x for x in task.summary_lines()
+    )
     from lpt import run
     from lpt.config import resolve
 
@@ -342,7 +344,7 @@ def test_an_empty_folder_is_named_and_is_no_class(flat):
     (flat / "emu" / ".DS_Store").write_text("x")
     task = lpt.load_task("folder", root=str(flat))
     assert task.classes == ("cat", "dog", "owl")
-    assert any("1 folders hold no image and are no classes, for example emu" in line for line in task.described())
+    assert any("1 folders hold no image and are no classes, for example emu" in line for line in task.summary_lines())
 
 
 @pytest.mark.parametrize("other", ["Cat", "CAT ", "ｃａｔ"])
@@ -389,7 +391,7 @@ def test_unlabelled_images_lie_at_any_depth_and_keep_the_truth_of_their_topmost_
         "dog.png": -1, "dog/yard/0.png": 1,
     }  # fmt: skip
     assert task.classes == ("cat", "dog", "owl") and task.counts.tolist() == [5, 2, 1]
-    assert "8 unlabelled" in task.described()[0] and task.manifest()["parts"]["unlabeled"]["images"] == 8
+    assert "8 unlabelled" in task.summary_lines()[0] and task.manifest()["parts"]["unlabeled"]["images"] == 8
     assert Preprocess(size=8).cut(task.unlabeled.take(torch.arange(8))).shape == (8, 3, 8, 8)
     monkeypatch.chdir(more)
     again = lpt.load_task("folder", root=str(flat), unlabeled=".")
@@ -474,7 +476,9 @@ def test_a_broken_unlabelled_image_is_named_or_skipped(flat, more):
         Preprocess(size=8).cut(task.unlabeled.take(torch.arange(8)))
     task = lpt.load_task("folder", root=str(flat), unlabeled=str(more), on_error="skip")
     assert len(task.unlabeled) == 7 and "cat/1.png" not in task.unlabeled.ids
-    assert any("1 images cannot be decoded and are skipped, for example image cat/1.png" in x for x in task.described())
+    assert any(
+        "1 images cannot be decoded and are skipped, for example image cat/1.png" in x for x in task.summary_lines()
+    )
     for file in more.rglob("*.png"):
         file.write_bytes(b"no image")
     with pytest.raises(DataError, match="no unlabelled image that can be decoded"):
@@ -493,4 +497,4 @@ def test_unlabelled_images_that_are_test_images_are_told(flat, more):
 
 
 def _described(root, unlabeled):
-    return lpt.load_task("folder", root=str(root), unlabeled=str(unlabeled)).described()
+    return lpt.load_task("folder", root=str(root), unlabeled=str(unlabeled)).summary_lines()

@@ -146,11 +146,11 @@ def test_an_unlabelled_list_is_a_part_of_the_task(tree, tmp_path):
     found = task(tree, unlabeled=str(tmp_path / "more.txt"))
     assert found.unlabeled.labels.tolist() == [-1, 1] and found.counts.tolist() == [6, 3, 1]
     assert Preprocess(size=8).cut(found.unlabeled.take(torch.arange(2))).shape == (2, 3, 8, 8)
-    assert "2 unlabelled" in found.described()[0] and "leaked" not in found.facts
+    assert "2 unlabelled" in found.summary_lines()[0] and "leaked" not in found.facts
     assert found.manifest()["parts"]["unlabeled"]["images"] == 2
     assert found.manifest()["sha256"] != task(tree).manifest()["sha256"]
     (tmp_path / "more.txt").write_text("train/red panda/an image 1.png\nval/./n015/an image 0.png\n")
-    warned = task(tree, unlabeled=str(tmp_path / "more.txt")).described()
+    warned = task(tree, unlabeled=str(tmp_path / "more.txt")).summary_lines()
     assert "warning: 1 unlabelled images are test images too, for example val/./n015/an image 0.png" in warned
 
 

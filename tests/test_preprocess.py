@@ -240,7 +240,7 @@ def test_a_huge_image_of_few_bytes_is_refused():
 
 
 def test_a_large_jpeg_is_made_smaller_before_it_is_judged(monkeypatch):
-    monkeypatch.setattr("lpt.data.preprocess.LARGEST", 10_000)
+    monkeypatch.setattr("lpt.data.preprocess.MAX_PIXELS", 10_000)
     buffer = io.BytesIO()
     Image.new("RGB", (640, 640)).save(buffer, "JPEG")
     assert decoded(File("x", buffer.getvalue()), least=64).size == (80, 80)
@@ -264,7 +264,7 @@ def test_a_long_strip_and_a_jpeg_of_many_scans_are_refused(tmp_path):
 
 
 def test_numbers_of_32_bits_have_a_fourth_of_the_pixels(monkeypatch):
-    monkeypatch.setattr("lpt.data.preprocess.LARGEST", 10_000)
+    monkeypatch.setattr("lpt.data.preprocess.MAX_PIXELS", 10_000)
     buffer = io.BytesIO()
     Image.new("F", (60, 60)).save(buffer, "TIFF")
     with pytest.raises(DataError, match="60 x 60 pixels, 2500 are the most"):

@@ -64,5 +64,5 @@ def balanced(
         Image.fromarray(changed.permute(1, 2, 0).numpy()).save(buffer, format="bmp")
         return buffer.getvalue()
 
-    prints = tuple(f"{files.prints[row]}#{augmenter}{j}" for row, j in drawn)
-    return Files(content, chosen, ids, prints, files.stamp)
+    fingerprints = tuple(f"{files.fingerprints[row]}#{augmenter}{j}" for row, j in drawn)
+    return Files(content, chosen, ids, fingerprints, files.stamp)

@@ -18,8 +18,8 @@ from pydantic import Field
 from lpt.data.lists import read_unlabeled
 from lpt.data.longtail import shot_groups
 from lpt.data.preprocess import decoded
-from lpt.data.tables import PARTS, Part, metadata, read_metadata, read_tables
-from lpt.data.task import Files, Task, hold_out, of_each_class
+from lpt.data.tables import PART_NAMES, EncodedPart, metadata, read_metadata, read_tables
+from lpt.data.task import Files, Task, hold_out, rows_by_class
 from lpt.errors import DataError
 from lpt.settings import Count, Seed
 
@@ -127,7 +127,9 @@ def _empty_folders(place: Path) -> list[str]:
     return sorted(str(here.relative_to(place)) for here, names in found if all(n.startswith(".") for n in names))
 
 
-def _read(root: str, unlabeled: str | None, image_column: str | None, label_column: str | None) -> dict[str, Part]:
+def _read(
+    root: str, unlabeled: str | None, image_column: str | None, label_column: str | None
+) -> dict[str, EncodedPart]:
     """The parts train, val, test and unlabeled that are there."""
     place = Path(root)
     if place.is_dir():
@@ -150,7 +152,7 @@ def _apart(root: Path, unlabeled: str | None) -> Path | None:
     if unlabeled is None or os.path.realpath(unlabeled) == os.path.realpath(root):
         return None
     name = Path(unlabeled).name.lower()
-    return None if any(name in names for names in PARTS.values()) else Path(unlabeled)
+    return None if any(name in names for names in PART_NAMES.values()) else Path(unlabeled)
 
 
 # Folders of images.
@@ -178,7 +180,7 @@ def _unreadable(error: OSError) -> None:
     )
 
 
-def _folders(place: Path, images: list[tuple[str, ...]], label_column: str | None) -> dict[str, Part]:
+def _folders(place: Path, images: list[tuple[str, ...]], label_column: str | None) -> dict[str, EncodedPart]:
     """A folder called train may be a part or a class: it is a part where images lie one folder deeper, or where a
     metadata file describes them. Beside train a folder called unlabeled is a part too."""
     inside: dict[str, list[tuple[str, ...]]] = {}
@@ -187,7 +189,7 @@ def _folders(place: Path, images: list[tuple[str, ...]], label_column: str | Non
             inside.setdefault(parts[0], []).append(parts)
     roles: dict[str, list[str]] = {}
     for name, own in inside.items():
-        role = next((r for r, names in PARTS.items() if name.lower() in names), None)
+        role = next((r for r, names in PART_NAMES.items() if name.lower() in names), None)
         if role and (metadata(place / name) or any(len(parts) > 2 for parts in own)):
             roles.setdefault(role, []).append(name)
         if name.lower() in UNLABELED:
@@ -206,7 +208,7 @@ def _folders(place: Path, images: list[tuple[str, ...]], label_column: str | Non
     return found | {"unlabeled": _unlabeled(str(place / loose[0]), ())} if loose else found
 
 
-def _part(root: Path, place: Path, images: list[tuple[str, ...]], label_column: str | None) -> Part:
+def _part(root: Path, place: Path, images: list[tuple[str, ...]], label_column: str | None) -> EncodedPart:
     depth = len(place.relative_to(root).parts)
     if table := metadata(place):
         files, names = read_metadata(table, label_column)
@@ -226,7 +228,7 @@ def _part(root: Path, place: Path, images: list[tuple[str, ...]], label_column: 
             )
     ids = [path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path) for path in files]
     paths = [str(path) for path in files]
-    return Part(lambda i: paths[i], ids, names, *_prints(paths), (), left_out)
+    return EncodedPart(lambda i: paths[i], ids, names, *_fingerprints(paths), (), left_out)
 
 
 def _below(root: Path, path: Path) -> Path:
@@ -237,7 +239,7 @@ def _below(root: Path, path: Path) -> Path:
     return path
 
 
-def _unlabeled(given: str, classes: Sequence[str]) -> Part:
+def _unlabeled(given: str, classes: Sequence[str]) -> EncodedPart:
     """Images of a folder at any depth, or of a list; `names` hold folders or classes, and nothing where there is none.
 
     Raises DataError.
@@ -261,10 +263,10 @@ def _unlabeled(given: str, classes: Sequence[str]) -> Part:
     else:
         raise DataError(f"data.unlabeled {given} does not exist: give a folder of images, or a list of them")
     paths = [str(place / name) for name in ids]
-    return Part(lambda i: paths[i], ids, names, *_prints(paths))
+    return EncodedPart(lambda i: paths[i], ids, names, *_fingerprints(paths))
 
 
-def _prints(paths: Sequence[str]) -> tuple[list[str], str]:
+def _fingerprints(paths: Sequence[str]) -> tuple[list[str], str]:
     """(the size of each file, a stamp of when they were written). Raises DataError."""
     try:
         facts = [os.stat(path) for path in paths]
@@ -309,14 +311,14 @@ def _in_order(order: Sequence[str], used: set[str]) -> list[str]:
     return sorted(used, key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name))
 
 
-def _files(root: str, role: str, part: Part, classes: list[str]) -> Files:
+def _files(root: str, role: str, part: EncodedPart, classes: list[str]) -> Files:
     """A part with classes as numbers; -1 where a name is none, as in the unlabelled part alone."""
     if len(set(part.ids)) < len(part.ids):
         twice = next(name for name in part.ids if part.ids.count(name) > 1)
         raise DataError(f"the {role} part of data.root {root} lists an image twice: {twice}")
     index = {name: k for k, name in enumerate(classes)}
     labels = torch.tensor([index.get(name, -1) for name in part.names])
-    return Files(part.source, labels, tuple(part.ids), tuple(part.prints), part.stamp)
+    return Files(part.source, labels, tuple(part.ids), tuple(part.fingerprints), part.stamp)
 
 
 def _split_off(files: Files, share: float, seed: int) -> tuple[Files, Files]:
@@ -324,7 +326,7 @@ def _split_off(files: Files, share: float, seed: int) -> tuple[Files, Files]:
     rng = np.random.default_rng((seed, 13))
     by_id = np.argsort(np.array(files.ids))  # not the file system's order
     test: list[int] = []
-    for of in of_each_class(by_id, files.labels.numpy()).values():
+    for of in rows_by_class(by_id, files.labels.numpy()).values():
         own = rng.permutation(of)
         test += own[: min(max(round(share * len(own)), 1), len(own) - 1)].tolist()
     kept = sorted(set(range(len(files))) - set(test))

@@ -1,7 +1,7 @@
-"""Pixels: images in, normalised float views out.
+"""Pixels: images in, normalized float views out.
 
 Small images lie in memory as uint8 and become views a whole batch at a time on the compute device. Files are decoded
-and cut by Pillow in threads, to bytes of the view's size, and only normalised there. Both cut the same way.
+and cut by Pillow in threads, to bytes of the view's size, and only normalized there. Both cut the same way.
 
 Shapes: images [B 3 h w] uint8, views [B 3 S S] float.
 """
@@ -28,12 +28,12 @@ from lpt.errors import DataError, quoted
 Transform = Literal["timm", "lift", "lpt"]
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "PPM", "JPEG2000")
 """What is read where this Pillow can. It would read more, PostScript by running a program."""
-LARGEST, LONGEST, SCANS = 2**25, 2**16, 100
+MAX_PIXELS, MAX_SIDE, MAX_SCANS = 2**25, 2**16, 100
 """Pixels of an image (of a JPEG once it is smaller; a fourth with 32 bits each), those of its longer side, and scans of
 a progressive JPEG: in a few bytes of a file there is room for far more."""
-LARGEST_VIEW = 1024
+MAX_VIEW = 1024
 """Pixels of a view's side: attention over many more patches than that has would never end."""
-ALONE, _alone = 2**24, threading.Lock()
+DECODE_ALONE_ABOVE, _alone = 2**24, threading.Lock()
 """Pixels above which images are decoded one at a time, whatever the number of workers."""
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 
@@ -140,9 +140,9 @@ class Preprocess:
             view = image.resize((self.size, self.size), resample, box=box)
         return torch.from_numpy(np.array(view)).permute(2, 0, 1)
 
-    def normalised(self, views: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
+    def normalized(self, views: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
         """(x/255 - mean)/std of what `cut` returns."""
-        return self._normalised(views.float()).to(dtype)
+        return self._normalized(views.float()).to(dtype)
 
     def _resampling(self, start: Tensor, length: Tensor, old: int, new: int, first: int = 0) -> Tensor:
         """The matrices [B S old] that resample pixels [start, start + length) of `old` ones to `new` ones, of which
@@ -159,10 +159,10 @@ class Preprocess:
         return weight / weight.sum(-1, keepdim=True)
 
     def _resampled(self, images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        """rows · image · columnsᵀ, normalised. → [B 3 S S]."""
-        return self._normalised((rows[:, None] @ (images.float() @ columns[:, None].mT)).clamp_(0, 255))
+        """rows · image · columnsᵀ, normalized. → [B 3 S S]."""
+        return self._normalized((rows[:, None] @ (images.float() @ columns[:, None].mT)).clamp_(0, 255))
 
-    def _normalised(self, views: Tensor) -> Tensor:
+    def _normalized(self, views: Tensor) -> Tensor:
         """(x/255 - mean)/std as one multiply-add, in place."""
         mean = views.new_tensor(self.mean).view(1, 3, 1, 1)
         std = views.new_tensor(self.std).view(1, 3, 1, 1)
@@ -190,14 +190,14 @@ def decoded(file: File, *, least: int = 0) -> Image.Image:
                 scans = whole.count(b"\xff\xda")
             elif least:
                 image.draft("RGB", (least, least))
-            pixels, most = image.width * image.height, LARGEST // (4 if image.mode in ("I", "F") else 1)
+            pixels, most = image.width * image.height, MAX_PIXELS // (4 if image.mode in ("I", "F") else 1)
             if pixels > most:
                 raise ValueError(f"{image.width} x {image.height} pixels, {most} are the most: make it smaller")
-            if max(image.size) > LONGEST or scans > SCANS:
+            if max(image.size) > MAX_SIDE or scans > MAX_SCANS:
                 raise ValueError(f"{image.width} x {image.height} pixels in {scans} scans: save it in another way")
             if least and scans > 1:
                 image.draft("RGB", (least, least))
-            with _alone if pixels > ALONE else contextlib.nullcontext():
+            with _alone if pixels > DECODE_ALONE_ABOVE else contextlib.nullcontext():
                 ImageOps.exif_transpose(image, in_place=True)
                 return (_eight_bits(image) if image.mode[0] in "IF" else image).convert("RGB")
     except Exception as error:  # a decoder's error on a damaged file can be of any class

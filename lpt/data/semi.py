@@ -142,6 +142,6 @@ def _semi(
             "variant": f"{preset}{'' if official else '-reordered'}",
             "profile": f"{shape}, unlabelled {m1} / {gamma_u:g}",
             "seed": seed,
-            "unlabelled_counts": np.bincount(labels[unlabelled], minlength=num_classes).tolist(),
+            "unlabeled_counts": np.bincount(labels[unlabelled], minlength=num_classes).tolist(),
         },
     )

@@ -12,19 +12,19 @@ from typing import Any, NamedTuple
 
 from lpt.errors import DataError, LptError, did_you_mean, quoted
 
-PARTS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test",)}
+PART_NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test",)}
 METADATA = ("metadata.csv", "metadata.jsonl")
 LABELS = ("label", "fine_label", "labels", "class", "category", "species")
 
 
-class Part(NamedTuple):
+class EncodedPart(NamedTuple):
     """Encoded images of one part by number, and for each an id, a class name and a print of its content. `order` is
     the dataset's own order of its classes, `left_out` what lies beside them and belongs to none."""
 
     source: Callable[[int], str | bytes]
     ids: list[str]
     names: list[str]
-    prints: list[str]
+    fingerprints: list[str]
     stamp: str = ""
     order: Sequence[str] = ()
     left_out: Sequence[str] = ()
@@ -76,20 +76,20 @@ def _rows(table: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def read_tables(root: str, image_column: str | None, label_column: str | None) -> dict[str, Part]:
+def read_tables(root: str, image_column: str | None, label_column: str | None) -> dict[str, EncodedPart]:
     """The parts of a folder of parquet files or of a Hub dataset. Raises DataError."""
     # Of a folder its parquet files alone: a README beside them may name others, anywhere.
     local = Path(root).is_dir()
     found = _load(root, "parquet", data_dir=str(Path(root).resolve())) if local else _load(root, root)
-    parts: dict[str, Part] = {}
-    for role, names in PARTS.items():
+    parts: dict[str, EncodedPart] = {}
+    for role, names in PART_NAMES.items():
         name = next((n for n in names if n in found), None)
         if name and (part := _table(root, role, found[name], image_column, label_column)):
             parts[role] = part
     return parts
 
 
-def _table(root: str, role: str, rows: Any, image_column: str | None, label_column: str | None) -> Part | None:
+def _table(root: str, role: str, rows: Any, image_column: str | None, label_column: str | None) -> EncodedPart | None:
     """None for a part other than train whose labels are withheld, as the Hub's test parts often are."""
     import datasets
 
@@ -114,7 +114,7 @@ def _table(root: str, role: str, rows: Any, image_column: str | None, label_colu
         raise DataError(f"data.{image}: this column of {root} ({features[image]}) holds no images") from None
     if empty := [i for i, c in enumerate(contents) if not c or not (c["bytes"] or c["path"])]:
         raise DataError(f"data.root {root}: {len(empty)} {role} rows hold no image, the first is row {empty[0]}")
-    prints = [hashlib.sha256(c["bytes"]).hexdigest()[:16] if c["bytes"] else str(c["path"]) for c in contents]
+    fingerprints = [hashlib.sha256(c["bytes"]).hexdigest()[:16] if c["bytes"] else str(c["path"]) for c in contents]
     del contents
 
     def source(i: int) -> str | bytes:
@@ -123,7 +123,7 @@ def _table(root: str, role: str, rows: Any, image_column: str | None, label_colu
 
     order = list(kind.names) if isinstance(kind, datasets.ClassLabel) else []
     names = [order[v] for v in values] if order else [str(v) for v in values]
-    return Part(source, [f"{role}/{i:07d}" for i in range(len(names))], names, prints, "", order)
+    return EncodedPart(source, [f"{role}/{i:07d}" for i in range(len(names))], names, fingerprints, "", order)
 
 
 def _load(what: str, *words: str, **settings: Any) -> Any:

@@ -56,26 +56,26 @@ class Images:
 class Files:
     """Labelled image files, read when they are asked for.
 
-    `source(i)` is the path of image i, or its encoded bytes; `prints` say what is in each (a size, a hash) without
+    `source(i)` is the path of image i, or its encoded bytes; `fingerprints` say what is in each (size, hash) without
     regard to where and when it was written; `stamp` changes also when a file is only written anew, or lies elsewhere.
     """
 
     source: Callable[[int], str | bytes]
     labels: Tensor
     ids: tuple[str, ...]
-    prints: tuple[str, ...]
+    fingerprints: tuple[str, ...]
     stamp: str = ""
 
     def __post_init__(self) -> None:
-        assert len(self.labels) == len(self.ids) == len(self.prints)
+        assert len(self.labels) == len(self.ids) == len(self.fingerprints)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over ids, in this order, prints and stamp."""
-        return hashlib.sha256("\n".join([self.stamp, *self.ids, *self.prints]).encode()).hexdigest()
+        """SHA-256 over ids, in this order, fingerprints and stamp."""
+        return hashlib.sha256("\n".join([self.stamp, *self.ids, *self.fingerprints]).encode()).hexdigest()
 
     def take(self, indices: Tensor) -> list[File]:
         """[B] → encoded images, for `Preprocess.cut`."""
@@ -83,19 +83,21 @@ class Files:
 
     def subset(self, indices: Iterable[int]) -> "Files":
         chosen = [int(i) for i in indices]
-        ids, prints = (tuple(of[i] for i in chosen) for of in (self.ids, self.prints))
+        ids, fingerprints = (tuple(of[i] for i in chosen) for of in (self.ids, self.fingerprints))
         source = self.source
-        return Files(lambda i: source(chosen[i]), self.labels[chosen], ids, prints, self.stamp)
+        return Files(lambda i: source(chosen[i]), self.labels[chosen], ids, fingerprints, self.stamp)
 
     def plus(self, other: "Files") -> "Files":
         mine, n = self.source, len(self)
-        ids, prints = self.ids + other.ids, self.prints + other.prints
+        ids, fingerprints = self.ids + other.ids, self.fingerprints + other.fingerprints
         labels = torch.cat([self.labels, other.labels])
-        return Files(lambda i: mine(i) if i < n else other.source(i - n), labels, ids, prints, self.stamp + other.stamp)
+        return Files(
+            lambda i: mine(i) if i < n else other.source(i - n), labels, ids, fingerprints, self.stamp + other.stamp
+        )
 
     def content(self, rows: np.ndarray) -> bytes:
-        """What a split's hash covers beside ids and labels: the prints, so that a long list starts at once."""
-        return "\n".join(self.prints[i] for i in rows.tolist()).encode()
+        """What a split's hash covers beside ids and labels: the fingerprints, so that a long list starts at once."""
+        return "\n".join(self.fingerprints[i] for i in rows.tolist()).encode()
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,7 @@ class Task:
             "parts": parts,
         }
 
-    def described(self) -> list[str]:
+    def summary_lines(self) -> list[str]:
         """What a run says of its data before it trains: a line on sizes, and a warning for each thing amiss."""
         held = f", {len(self.unlabeled)} unlabelled" if self.unlabeled else ""
         held += f", {len(self.val)} held out" if self.val else ""
@@ -193,8 +195,8 @@ def hold_out(
     """
     rng = np.random.default_rng((seed, 7))
     held: list[np.ndarray] = []
-    spare = of_each_class(np.setdiff1d(candidates, chosen), labels)
-    mine, none = of_each_class(np.sort(chosen), labels), chosen[:0]
+    spare = rows_by_class(np.setdiff1d(candidates, chosen), labels)
+    mine, none = rows_by_class(np.sort(chosen), labels), chosen[:0]
     for k in np.unique(labels[candidates]).tolist():
         free = rng.permutation(spare.get(k, none))[:per_class]
         own = mine.get(k, none)
@@ -205,7 +207,7 @@ def hold_out(
     return np.setdiff1d(chosen, out), out
 
 
-def of_each_class(rows: np.ndarray, labels: np.ndarray) -> dict[int, np.ndarray]:
+def rows_by_class(rows: np.ndarray, labels: np.ndarray) -> dict[int, np.ndarray]:
     """The `rows` of each class that has some, in their order; `labels` are those of all rows."""
     if len(rows) == 0:
         return {}
