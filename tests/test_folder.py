@@ -184,7 +184,7 @@ def test_a_large_jpeg_is_decoded_small_and_looks_the_same():
     image = picture(3, 800, 1200)
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=95)
-    small = decoded(File("x", buffer.getvalue()), least=64)
+    small = decoded(File("x", buffer.getvalue()), min_side=64)
     assert 64 <= min(small.size) < 400
     preprocess = Preprocess(size=32)
     cut = preprocess.cut([File("x", buffer.getvalue())]).float()

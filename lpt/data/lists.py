@@ -180,7 +180,9 @@ def _lines(path: Path) -> list[tuple[int, str]]:
 
 
 def _is_label(word: str) -> bool:
-    return word.isascii() and word.isdigit() and len(word) <= 9  # a longer number is no class, and may not fit into 64 bits
+    return (
+        word.isascii() and word.isdigit() and len(word) <= 9
+    )  # a longer number is no class, and may not fit into 64 bits
 
 
 def _largest_label(lists: Mapping[str, ListedImages]) -> int:

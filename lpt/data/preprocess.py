@@ -124,7 +124,7 @@ class Preprocess:
         resample = Image.Resampling.BILINEAR if self.interpolation == "bilinear" else Image.Resampling.BICUBIC
         short = math.floor(self.size / self.crop_ratio)
         least = short if chance is None else math.ceil(self.size / math.sqrt(self.min_area))
-        image = decoded(file, least=2 * least)
+        image = decoded(file, min_side=2 * least)
         w, h = image.size
         if chance is not None:
             left, top, width, height, flipped = (value.item() for value in self._crop(chance, w, h))
@@ -176,9 +176,9 @@ class File(NamedTuple):
     content: str | Path | bytes
 
 
-def decoded(file: File, *, least: int = 0) -> Image.Image:
+def decoded(file: File, *, min_side: int = 0) -> Image.Image:
     """The whole image, upright as its EXIF data says, as 8-bit RGB; a large JPEG may come smaller, with its shorter
-    side still at least `least`. Raises DataError."""
+    side still at least `min_side`. Raises DataError."""
     content = io.BytesIO(file.content) if isinstance(file.content, bytes) else file.content
     try:
         if not isinstance(file.content, bytes) and not os.path.isfile(file.content):
@@ -188,15 +188,15 @@ def decoded(file: File, *, least: int = 0) -> Image.Image:
             if image.info.get("progressive"):  # each scan goes over the whole image, whatever the draft
                 whole = file.content if isinstance(file.content, bytes) else Path(file.content).read_bytes()
                 scans = whole.count(b"\xff\xda")
-            elif least:
-                image.draft("RGB", (least, least))
+            elif min_side:
+                image.draft("RGB", (min_side, min_side))
             pixels, most = image.width * image.height, MAX_PIXELS // (4 if image.mode in ("I", "F") else 1)
             if pixels > most:
                 raise ValueError(f"{image.width} x {image.height} pixels, {most} are the most: make it smaller")
             if max(image.size) > MAX_SIDE or scans > MAX_SCANS:
                 raise ValueError(f"{image.width} x {image.height} pixels in {scans} scans: save it in another way")
-            if least and scans > 1:
-                image.draft("RGB", (least, least))
+            if min_side and scans > 1:
+                image.draft("RGB", (min_side, min_side))
             with _alone if pixels > DECODE_ALONE_ABOVE else contextlib.nullcontext():
                 ImageOps.exif_transpose(image, in_place=True)
                 return (_eight_bits(image) if image.mode[0] in "IF" else image).convert("RGB")
