@@ -24,8 +24,8 @@ DATA: dict[str, Callable[..., Task]] = {
     "folder": folder,
 }
 LOCATION_SETTINGS = ("root", "download", "train", "val", "test", "unlabeled", "classes", "lists")
-"""Settings that say where to look: no part of a run's identity, and in no prompt file, which must not point anywhere on
-the disk of who opens it."""
+"""Settings that say where images and lists lie. They are no part of a run's identity, and stand in no prompt file: it
+must not point anywhere on the disk of whoever opens it."""
 
 
 def load_task(name: str, **settings: Any) -> Task:
