@@ -12,8 +12,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
-from lpt.data import DATA, PLACES
-from lpt.data.preprocess import LARGEST_VIEW, Transform
+from lpt.data import DATA, LOCATION_SETTINGS
+from lpt.data.preprocess import MAX_VIEW, Transform
 from lpt.errors import ConfigError, did_you_mean, quoted
 from lpt.methods import METHODS
 from lpt.model.backbones.clip_text import TEMPLATE
@@ -30,7 +30,7 @@ class BackboneSettings(BaseModel):
 
     name: str
     weights: str | None = None
-    image_size: int | None = Field(default=None, ge=1, le=LARGEST_VIEW)
+    image_size: int | None = Field(default=None, ge=1, le=MAX_VIEW)
     transform: Transform = "timm"
     """Whose pixels: the backbone's own (timm), or those of LIFT's or LPT's code."""
     min_area: float | None = Field(default=None, gt=0, le=1)
@@ -104,7 +104,7 @@ class Config(BaseModel):
             ("train", "feature_cache"),
             ("train", "checkpoint_seconds"),
             ("prototypes", "weights"),
-            *(("data", place) for place in PLACES),
+            *(("data", place) for place in LOCATION_SETTINGS),
         ):
             parts[part].pop(key, None)
         text = json.dumps([parts, split_sha256, backbone], sort_keys=True, default=list)

@@ -12,7 +12,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is the first GPU if there is one. Raises LptError for a device that is not there."""
+    """The device called `name`; `auto` is the first GPU if there is one. Raises LptError for one that is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -27,16 +27,19 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_precision(name: str, device: torch.device) -> str:
-    """`auto` is bf16 where the processor computes in it, fp32 elsewhere."""
+    """A key of `PRECISIONS`; `auto` is bf16 where the processor computes in it, fp32 elsewhere."""
     if name != "auto":
         return name
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    able = torch.cpu.get_capabilities()
-    return "bf16" if able.get("avx512_bf16") or able.get("amx_bf16") else "fp32"
+        has_bf16 = torch.cuda.is_bf16_supported()
+    else:
+        capabilities = torch.cpu.get_capabilities()
+        has_bf16 = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+    return "bf16" if has_bf16 else "fp32"
 
 
 def versions() -> dict[str, str]:
+    """Of Python and of the libraries that results may depend on."""
     names = ("lpt", "torch", "torchvision", "timm", "faiss-cpu", "numpy", "safetensors", "accelerate")
     return {"python": sys.version.split()[0], **{name: version(name) for name in names}}
 
@@ -55,4 +58,4 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, kilobytes elsewhere

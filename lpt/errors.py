@@ -43,13 +43,13 @@ class DiskError(LptError):
 
 
 def quoted(words: object, limit: int = 200) -> str:
-    """What a file or a library says, fit for a sentence of ours: printable, on one line, not long.
+    """What a file or a library says, made fit for an error message: printable, on one line, at most `limit` letters.
 
     >>> quoted("two\\nlines\\x1b[2J", 12)
     'two lines...'
     """
-    text = " ".join(str(words)[: 10 * limit].split())
-    text = "".join(letter if letter.isprintable() else "?" for letter in text)
+    one_line = " ".join(str(words)[: 10 * limit].split())  # cut first: words may be megabytes
+    text = "".join(letter if letter.isprintable() else "?" for letter in one_line)
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 

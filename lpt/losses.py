@@ -1,7 +1,8 @@
-"""Losses for long tails, in one call shape: `loss(logits [B C], labels [B]) -> scalar`.
+"""Losses for long tails, in one call shape: `loss(logits [B C], labels [B], noise [B C] or None) -> scalar`.
 
-Constants of a loss (class counts, scale, gammas) are fields of a small frozen object; randomness is an
-argument. Everything is computed in fp32 whatever the logits' precision.
+Constants of a loss (class counts, scale, gammas) are fields of a small frozen object; randomness is an argument, which
+GCL alone reads. Everything is computed in fp32 whatever the logits' precision. In formulas z are logits, y labels, n_j
+the training images of class j of C.
 """
 
 import math
@@ -48,27 +49,28 @@ Mean = Callable[[Tensor], Tensor]
 """The mean of a number over processes: a weighted loss is divided by the weights of the global batch."""
 
 
-def alone(number: Tensor) -> Tensor:
-    """What one process has is the mean."""
+def identity(number: Tensor) -> Tensor:
+    """Single process: the local value is already the mean."""
     return number
 
 
 @dataclass(frozen=True)
 class Weighted:
-    """Σ_b c_y CE(scale · z, y) / Σ_b c_y with weights c [C] as they are."""
+    """Σ_b c_y CE(scale · z, y) / Σ_b c_y with class weights c [C], which need not sum to anything."""
 
     weights: Tensor
     scale: float = 1.0
-    mean: Mean = alone
+    mean: Mean = identity
 
     def __call__(self, logits: Tensor, labels: Tensor, noise: Tensor | None = None) -> Tensor:
         return _weighted(self.scale * logits.float(), labels, self.weights.to(logits.device), self.mean)
 
 
 def _weighted(logits: Tensor, labels: Tensor, weights: Tensor, mean: Mean) -> Tensor:
-    """The mean over processes of what this returns is Σ_b c_y CE / Σ_b c_y over the global batch."""
-    mine = weights[labels].sum()
-    return F.cross_entropy(logits, labels, weight=weights) * (mine / mean(mine))
+    """This process's share of Σ_b c_y CE / Σ_b c_y over the global batch: the mean of all shares is that loss."""
+    local_weight = weights[labels].sum()
+    # cross_entropy divides by the weights of the local batch alone; undo that, and divide by the global mean.
+    return F.cross_entropy(logits, labels, weight=weights) * (local_weight / mean(local_weight))
 
 
 @dataclass(frozen=True)
@@ -94,43 +96,52 @@ class Focal:
 
     def __call__(self, logits: Tensor, labels: Tensor, noise: Tensor | None = None) -> Tensor:
         log_p = (self.scale * logits.float()).log_softmax(dim=1).gather(1, labels[:, None])[:, 0]
-        return -((1 - log_p.exp()).clamp(min=0) ** self.gamma * log_p).mean() if self.gamma else -log_p.mean()
+        if self.gamma == 0:
+            return -log_p.mean()
+        weight = (1 - log_p.exp()).clamp(min=0) ** self.gamma  # rounding may bring p above 1
+        return -(weight * log_p).mean()
 
 
 def effective_weights(counts: Tensor, beta: float) -> Tensor:
     """c_j ∝ (1 - β)/(1 - β^n_j), Σ c = C (Cui 2019); β = 0 gives ones. An absent class counts as one image. [C]"""
     n = counts.double().clamp(min=1)
+    # expm1, since 1 - β^n is a difference of almost equal numbers for β near 1.
     weights = torch.ones_like(n) if beta == 0 else (1 - beta) / -torch.expm1(n * math.log(beta))
     return (weights * len(n) / weights.sum()).float()
 
 
-def ldam_margins(counts: Tensor, largest: float) -> Tensor:
-    """Δ_j = m (n_min / n_j)^¼: `largest` for the rarest class (Cao 2019). An absent class counts as one image. [C]"""
+def ldam_margins(counts: Tensor, max_margin: float) -> Tensor:
+    """Δ_j = m (n_min / n_j)^¼, m = `max_margin` for the rarest class (Cao 2019). An absent class counts as one image.
+    [C]"""
     n = counts.float().clamp(min=1)
-    return largest * (n.min() / n) ** 0.25
+    return max_margin * (n.min() / n) ** 0.25
 
 
 @dataclass(frozen=True)
 class LDAM:
     """Σ_b c_y CE(s (z - Δ_y e_y), y) / Σ_b c_y: margins (Cao 2019) and class-balanced weights (Cui 2019).
 
-    `margin=0` leaves the weights alone, `beta=0` the margins. Margins are in units of the unscaled logits.
+    `margin=0` has no margins, `beta=0` has equal weights. Margins are in units of the unscaled logits.
     """
 
     counts: Tensor
     margin: float = 0.5
     beta: float = 0.0
     scale: float = 30.0
-    mean: Mean = alone
+    mean: Mean = identity
 
     @cached_property
-    def _constants(self) -> tuple[Tensor, Tensor]:
-        return effective_weights(self.counts, self.beta), ldam_margins(self.counts, self.margin)
+    def _weights(self) -> Tensor:
+        return effective_weights(self.counts, self.beta)
+
+    @cached_property
+    def _margins(self) -> Tensor:
+        return ldam_margins(self.counts, self.margin)
 
     def __call__(self, logits: Tensor, labels: Tensor, noise: Tensor | None = None) -> Tensor:
-        weights, margins = (part.to(logits.device) for part in self._constants)
+        margins = self._margins.to(logits.device)
         lowered = logits.float() - F.one_hot(labels, logits.shape[1]) * margins
-        return _weighted(self.scale * lowered, labels, weights, self.mean)
+        return _weighted(self.scale * lowered, labels, self._weights.to(logits.device), self.mean)
 
 
 @dataclass(frozen=True)
@@ -167,47 +178,54 @@ class GCL:
         return self.cloud * tail_margins(self.counts)
 
     def __call__(self, logits: Tensor, labels: Tensor, noise: Tensor | None = None) -> Tensor:
-        num_classes = logits.shape[1]
-        target = F.one_hot(labels, num_classes).bool()
-        clouded = logits if logits.dtype == torch.float64 else logits.float()
-        if noise is not None and self.cloud:
-            clouded = clouded - self._push.to(clouded) * noise.to(clouded).clamp(-1, 1).abs()
-        onehot = target.to(clouded)
-        clouded = self.scale * (clouded - self.margin * onehot)
+        is_target = F.one_hot(labels, logits.shape[1]).bool()
+        clouded = self._clouded(logits, is_target, noise)
         log_p = clouded.log_softmax(dim=1)
-        smoothing = self.label_smoothing if self.form == "code" else 0.0
-        targets = onehot * (1 - smoothing) + smoothing / num_classes
+        targets = self._smoothed(is_target.to(clouded))
         if not self.asymmetric:
             return -(targets * log_p).sum(1).mean()
 
         # log(1 - p_y) without a difference of almost equal numbers: where p_y rounds to 1, the naive power
         # of γ+ = 0.5 has derivative 0.5 · 0^-0.5, NaN in every gradient.
-        others = clouded.masked_fill(target, -torch.inf)
+        others = clouded.masked_fill(is_target, -torch.inf)
         log_rest = others.logsumexp(1) - clouded.logsumexp(1)
         weight_pos = (self.gamma_pos * log_rest).exp() if self.gamma_pos else torch.ones_like(log_rest)
         weight_neg = (self.gamma_neg * log_p).exp()
         if self.form == "code":
-            weight = torch.where(target, weight_pos[:, None], weight_neg)
+            weight = torch.where(is_target, weight_pos[:, None], weight_neg)
             return -(targets * weight * log_p).sum(1).mean()
-        positive = weight_pos * log_p.masked_fill(~target, 0).sum(1)
-        negative = (weight_neg * _log_not(clouded, log_p)).masked_fill(target, 0).sum(1)
+        positive = weight_pos * log_p.masked_fill(~is_target, 0).sum(1)
+        negative = (weight_neg * _log_not(clouded, log_p)).masked_fill(is_target, 0).sum(1)
         return -(positive + negative).mean()
+
+    def _clouded(self, logits: Tensor, is_target: Tensor, noise: Tensor | None) -> Tensor:
+        """l [B C]: logits pushed down by the noise, the target's by the margin too, and scaled."""
+        clouded = logits if logits.dtype == torch.float64 else logits.float()
+        if noise is not None and self.cloud:
+            clouded = clouded - self._push.to(clouded) * noise.to(clouded).clamp(-1, 1).abs()
+        return self.scale * (clouded - self.margin * is_target.to(clouded))
+
+    def _smoothed(self, onehot: Tensor) -> Tensor:
+        """t [B C], the targets of the form `code`."""
+        smoothing = self.label_smoothing if self.form == "code" else 0.0
+        return onehot * (1 - smoothing) + smoothing / onehot.shape[1]
 
 
 def _log_not(logits: Tensor, log_p: Tensor) -> Tensor:
     """log(1 - p_j) [B C]: exact also where the largest p rounds to 1, by LSE_{i≠j}(l) - LSE_i(l) for that one."""
-    largest = F.one_hot(logits.argmax(1), logits.shape[1]).bool()
-    rest = logits.masked_fill(largest, -torch.inf).logsumexp(1) - logits.logsumexp(1)
-    others = torch.log1p(-log_p.exp().masked_fill(largest, 0))  # each of these is at most 1/2
-    return torch.where(largest, rest[:, None], others)
+    is_largest = F.one_hot(logits.argmax(1), logits.shape[1]).bool()
+    log_rest = logits.masked_fill(is_largest, -torch.inf).logsumexp(1) - logits.logsumexp(1)
+    log_not_others = torch.log1p(-log_p.exp().masked_fill(is_largest, 0))  # each p of these is at most 1/2
+    return torch.where(is_largest, log_rest[:, None], log_not_others)
 
 
-def cloud_noise(chance: Tensor) -> Tensor:
+def cloud_noise(standard_normal: Tensor) -> Tensor:
     """Standard normal numbers [B C] → e ~ clamp(N(0, (1/3)²), -1, 1)."""
-    return (chance / 3).clamp(-1, 1)
+    return (standard_normal / 3).clamp(-1, 1)
 
 
 LossName = Literal["ce", "focal", "cb", "ldam", "ldam_cb", "ldam_drw", "bs", "la"]
+"""Those of `LOSSES` that any supervised method may take."""
 
 
 def loss_by_name(
@@ -219,20 +237,28 @@ def loss_by_name(
     gamma: float = 2.0,
     beta: float = 0.9999,
     margin: float = 0.5,
-    mean: Mean = alone,
+    mean: Mean = identity,
 ) -> Any:
-    """The loss `name` on logits that `scale` multiplies. `ldam_drw` is LDAM here: its weights come with the schedule,
-    as `ldam_cb`, in the last fifth of training (Cao 2019)."""
-    if name == "focal":
-        return Focal(gamma, scale)
-    if name in ("bs", "la"):
-        return LogitAdjusted(counts, 1.0 if name == "bs" else tau, scale)
+    """The loss `name` for training `counts` [C], on logits that `scale` multiplies.
+
+    `ldam_drw` is LDAM here: its weights come with the schedule, as `ldam_cb`, in the last fifth of training (Cao 2019).
+    """
     if name == "ce":
         return CrossEntropy(scale)
-    weighted = name in ("cb", "ldam_cb")
-    return LDAM(counts, 0.0 if name == "cb" else margin, beta if weighted else 0.0, scale, mean)
+    if name == "focal":
+        return Focal(gamma, scale)
+    if name == "bs":
+        return LogitAdjusted(counts, tau=1.0, scale=scale)
+    if name == "la":
+        return LogitAdjusted(counts, tau=tau, scale=scale)
+    if name == "cb":
+        return LDAM(counts, margin=0.0, beta=beta, scale=scale, mean=mean)
+    if name == "ldam_cb":
+        return LDAM(counts, margin=margin, beta=beta, scale=scale, mean=mean)
+    return LDAM(counts, margin=margin, beta=0.0, scale=scale, mean=mean)
 
 
+# What `lpt list` says of each. Of gcl and agcl there is no `loss_by_name`: they need noise, which LPT alone draws.
 LOSSES = {
     "ce": "cross-entropy",
     "focal": "focal loss (Lin 2017)",

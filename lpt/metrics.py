@@ -21,7 +21,7 @@ def per_class_accuracy(predicted: Tensor, labels: Tensor, num_classes: int) -> T
 
 
 def mean_of_present(values: Tensor) -> float | None:
-    """Mean over the classes that have test images, None where there are none (never NaN)."""
+    """Mean of `values` [C], NaN for a class without test images, over the other classes; None where there are none."""
     present = values[~values.isnan()]
     return present.mean().item() if len(present) else None
 
@@ -52,23 +52,28 @@ def brier_score(probabilities: Tensor, labels: Tensor) -> float:
 
 
 def geometric_mean(accuracies: Tensor) -> float | None:
-    """(Π a_k)^(1/C) over the present classes; 0 if any is 0 (LIFT's convention, no floor)."""
+    """(Π a_k)^(1/C) over the present classes; 0 if any is 0 (LIFT, no floor), None where no class is present."""
     present = accuracies[~accuracies.isnan()]
-    return (
-        math.exp(present.log().mean().item())
-        if len(present) and bool((present > 0).all())
-        else (0.0 if len(present) else None)
-    )
+    if len(present) == 0:
+        return None
+    if not bool((present > 0).all()):
+        return 0.0
+    return math.exp(present.log().mean().item())
 
 
 def harmonic_mean(accuracies: Tensor, *, floor: float = 1e-5) -> float | None:
-    """C / Σ 1/max(a_k, δ) over the present classes, δ = 1e-5 as a fraction (LIFT)."""
+    """C / Σ 1/max(a_k, δ) over the present classes, δ = 1e-5 as a fraction (LIFT); None where there are none."""
     present = accuracies[~accuracies.isnan()]
-    return len(present) / (1 / present.clamp(min=floor)).sum().item() if len(present) else None
+    if len(present) == 0:
+        return None
+    return len(present) / (1 / present.clamp(min=floor)).sum().item()
 
 
-def summarise(probabilities: Tensor, labels: Tensor, counts: Tensor, *, group_rule: str = "lt20") -> dict[str, object]:
-    """Everything `report.json` says about predictions. `class_accuracy` is the mean of per-class accuracies."""
+def summarize(probabilities: Tensor, labels: Tensor, counts: Tensor, *, group_rule: str = "lt20") -> dict[str, object]:
+    """Everything `report.json` says about predictions. `class_accuracy` is the mean of per-class accuracies.
+
+    A class without test images has None in `per_class`, and a group without such images is None: JSON has no NaN.
+    """
     predicted = probabilities.argmax(1)
     per_class = per_class_accuracy(predicted, labels, len(counts))
     groups = shot_groups(counts, group_rule)

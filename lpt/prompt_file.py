@@ -17,7 +17,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, model_validator
 from torch import Tensor
 
-from lpt.data.preprocess import LARGEST_VIEW, Preprocess
+from lpt.data.preprocess import MAX_VIEW, Preprocess
 from lpt.errors import PromptFileError, quoted
 from lpt.files import is_intact, read_tensors, to_bytes, write_atomic
 from lpt.head_spec import HEAD_RANKS, Fused, HeadSpec, Space, head_fields, head_problem, head_spec
@@ -50,7 +50,7 @@ RANKS = {
 class BackboneFacts(BaseModel):
     name: str
     fingerprint: str
-    image_size: int = Field(gt=0, le=LARGEST_VIEW)
+    image_size: int = Field(gt=0, le=MAX_VIEW)
 
 
 class Inside(BaseModel):

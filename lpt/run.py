@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from lpt.config import Config, load_config
-from lpt.data import PLACES, load_task
+from lpt.data import LOCATION_SETTINGS, load_task
 from lpt.data.task import Task
 from lpt.device import PRECISIONS, peak_memory, pick_device, pick_precision, versions
 from lpt.engine.batches import Progress
@@ -423,7 +423,7 @@ def write_prompt(setup: Setup, path: Path, results: Results) -> None:
         data={
             **data_facts(setup),
             "labelled_sha256": labeled_sha256,
-            "settings": {key: value for key, value in config.data.items() if key not in PLACES},
+            "settings": {key: value for key, value in config.data.items() if key not in LOCATION_SETTINGS},
         },
         metrics={key: results.report[key] for key in (*EPOCH_METRICS, "nll")},
         versions=versions(),

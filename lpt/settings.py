@@ -13,7 +13,7 @@ from lpt.errors import did_you_mean, quoted
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**31 - 1)]
-"""What every library takes, and the number after it."""
+"""A number that every library takes as a seed, as it does the next one."""
 Factor = Annotated[float, Field(ge=1)]
 FractionBelowOne = Annotated[float, Field(ge=0, lt=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -74,21 +74,25 @@ def call_with(function: Callable[..., Any], *arguments: Any, settings: Mapping[s
 
 
 def validated(section: str, model: type[BaseModel], given: Any) -> tuple[dict[str, Any], list[str]]:
-    """`given` checked and filled in with the defaults, and what is wrong with it, a sentence each."""
+    """(`given` checked and filled in with the defaults, what is wrong with it, a sentence each); one of the two is
+    empty, unless the schema has no setting. `section` begins the path of each setting in a sentence."""
     if not isinstance(given, dict):
         return {}, [f"{section}: expected settings, got {quoted(repr(given))}"]
     try:
         return model.model_validate(given).model_dump(mode="json"), []
     except ValidationError as error:
-        return {}, [_mistake(section, model, one) for one in error.errors()]
+        return {}, [_sentence(section, model, mistake) for mistake in error.errors()]
 
 
-def _mistake(section: str, model: type[BaseModel], error: Any) -> str:
-    where = quoted(".".join([section, *(str(part) for part in error["loc"])]), 100)
-    if error["type"] == "extra_forbidden":
+def _sentence(section: str, model: type[BaseModel], mistake: Any) -> str:
+    """One of pydantic's errors in our words, with the path of the setting."""
+    keys = [str(key) for key in mistake["loc"]]
+    path = quoted(".".join([section, *keys]), 100)
+    if mistake["type"] == "extra_forbidden":
         known = ["name", *model.model_fields]
-        key = str(error["loc"][-1])
-        return f"{where}: there is no such setting{did_you_mean(key[:99], known) or '; there are ' + ', '.join(known)}"
-    if error["type"] == "missing":
-        return f"{where} is missing"
-    return f"{where}: got {quoted(repr(error['input']))}; {error['msg'][0].lower()}{quoted(error['msg'][1:])}"
+        hint = did_you_mean(keys[-1][:99], known) or f"; there are {', '.join(known)}"
+        return f"{path}: there is no such setting{hint}"
+    if mistake["type"] == "missing":
+        return f"{path} is missing"
+    reason = mistake["msg"]
+    return f"{path}: got {quoted(repr(mistake['input']))}; {reason[0].lower()}{quoted(reason[1:])}"

@@ -168,8 +168,8 @@ def test_files_give_the_views_that_memory_gives(mode):
     files = [File(str(i), png(p)) for i, p in enumerate(pixels)]
     chance = torch.rand(6, 5, generator=torch.Generator().manual_seed(0))
     for theirs, ours in (
-        (preprocess.test(pixels), preprocess.normalised(preprocess.cut(files))),
-        (preprocess.train(pixels, chance), preprocess.normalised(preprocess.cut(files, chance))),
+        (preprocess.test(pixels), preprocess.normalized(preprocess.cut(files))),
+        (preprocess.train(pixels, chance), preprocess.normalized(preprocess.cut(files, chance))),
     ):
         assert (theirs - ours).abs().max() <= 2.5 / 127.5 and (theirs - ours).abs().mean() <= 0.6 / 127.5
 
@@ -184,7 +184,7 @@ def test_a_large_jpeg_is_decoded_small_and_looks_the_same():
     image = picture(3, 800, 1200)
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=95)
-    small = decoded(File("x", buffer.getvalue()), least=64)
+    small = decoded(File("x", buffer.getvalue()), min_side=64)
     assert 64 <= min(small.size) < 400
     preprocess = Preprocess(size=32)
     cut = preprocess.cut([File("x", buffer.getvalue())]).float()

@@ -12,9 +12,9 @@ from lpt.losses import (
     Focal,
     LogitAdjusted,
     Weighted,
-    alone,
     cloud_noise,
     effective_weights,
+    identity,
     ldam_margins,
     log_prior,
     loss_by_name,
@@ -342,5 +342,5 @@ def test_a_weighted_loss_over_processes_is_that_of_the_global_batch(name):
     for rows in shares:
         loss(lambda mine: sums.append(mine) or mine)(logits[rows], labels[rows])
     parts = [loss(lambda mine: sum(sums) / 3)(logits[rows], labels[rows]) for rows in shares]
-    torch.testing.assert_close(sum(parts) / 3, loss(alone)(logits, labels))
-    assert abs(sum(loss(alone)(logits[rows], labels[rows]) for rows in shares) / 3 - sum(parts) / 3) > 0.01
+    torch.testing.assert_close(sum(parts) / 3, loss(identity)(logits, labels))
+    assert abs(sum(loss(identity)(logits[rows], labels[rows]) for rows in shares) / 3 - sum(parts) / 3) > 0.01

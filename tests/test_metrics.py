@@ -13,14 +13,14 @@ from lpt.metrics import (
     mean_of_present,
     negative_log_likelihood,
     per_class_accuracy,
-    summarise,
+    summarize,
 )
 
 
 def test_a_hand_worked_case():
     probabilities = torch.tensor([[0.7, 0.2, 0.1], [0.5, 0.3, 0.2], [0.1, 0.8, 0.1], [0.6, 0.1, 0.3], [0.2, 0.2, 0.6]])
     labels = torch.tensor([0, 0, 1, 2, 2])
-    report = summarise(probabilities, labels, torch.tensor([200, 50, 3]))
+    report = summarize(probabilities, labels, torch.tensor([200, 50, 3]))
     # Right: rows 0, 1, 2 and 4; row 3 is a 2 taken for a 0.
     assert report["accuracy"] == pytest.approx(4 / 5)
     assert report["per_class"] == pytest.approx([1.0, 1.0, 0.5])
@@ -67,7 +67,7 @@ CASES = pytest.mark.parametrize(
 def test_metrics_agree_with_torchmetrics_and_scikit_learn(case):
     p, y = random_case(case)
     num_classes = p.shape[1]
-    report = summarise(p, y, torch.full((num_classes,), 10))
+    report = summarize(p, y, torch.full((num_classes,), 10))
     predicted = p.argmax(1)
     present = y.unique().tolist()
 
@@ -99,18 +99,18 @@ def no_nan(value):
 @pytest.mark.parametrize("rule", ["lt20", "le20", "thirds"])
 def test_a_report_never_says_nan(case, rule):
     p, y = random_case(case)
-    assert no_nan(summarise(p, y, torch.full((p.shape[1],), 10), group_rule=rule))
+    assert no_nan(summarize(p, y, torch.full((p.shape[1],), 10), group_rule=rule))
 
 
 def test_empty_groups_are_none():
     p, y = random_case("random")
-    report = summarise(p, y, torch.full((6,), 10))
+    report = summarize(p, y, torch.full((6,), 10))
     assert report["many"] is None and report["medium"] is None and report["few"] is not None
     assert report["group_sizes"] == {"many": 0, "medium": 0, "few": 6}
 
 
 def test_a_group_whose_classes_have_no_test_image_is_none():
-    report = summarise(torch.eye(3), torch.arange(3).clamp(max=1), torch.tensor([500, 50, 5]))
+    report = summarize(torch.eye(3), torch.arange(3).clamp(max=1), torch.tensor([500, 50, 5]))
     assert report["few"] is None and report["per_class"][2] is None
     assert report["group_sizes"]["few"] == 1
 
@@ -118,8 +118,8 @@ def test_a_group_whose_classes_have_no_test_image_is_none():
 def test_the_group_rule_decides_a_class_of_twenty():
     p, y = random_case("random")
     counts = torch.tensor([500, 500, 50, 50, 20, 20])
-    assert summarise(p, y, counts)["few"] is None
-    assert summarise(p, y, counts, group_rule="le20")["few"] is not None
+    assert summarize(p, y, counts)["few"] is None
+    assert summarize(p, y, counts, group_rule="le20")["few"] is not None
 
 
 def test_per_class_accuracy_is_nan_where_there_is_no_test_image():

@@ -240,10 +240,10 @@ def test_a_huge_image_of_few_bytes_is_refused():
 
 
 def test_a_large_jpeg_is_made_smaller_before_it_is_judged(monkeypatch):
-    monkeypatch.setattr("lpt.data.preprocess.LARGEST", 10_000)
+    monkeypatch.setattr("lpt.data.preprocess.MAX_PIXELS", 10_000)
     buffer = io.BytesIO()
     Image.new("RGB", (640, 640)).save(buffer, "JPEG")
-    assert decoded(File("x", buffer.getvalue()), least=64).size == (80, 80)
+    assert decoded(File("x", buffer.getvalue()), min_side=64).size == (80, 80)
     with pytest.raises(DataError, match="640 x 640 pixels"):
         decoded(File("x", buffer.getvalue()))
 
@@ -256,7 +256,7 @@ def test_a_long_strip_and_a_jpeg_of_many_scans_are_refused(tmp_path):
     buffer = io.BytesIO()
     Image.new("RGB", (64, 64), (9, 99, 199)).save(buffer, "JPEG", progressive=True)
     whole = buffer.getvalue()
-    assert decoded(File("x", whole), least=16).size == (16, 16)
+    assert decoded(File("x", whole), min_side=16).size == (16, 16)
     scan = whole[whole.rindex(b"\xff\xda") : -2]
     (tmp_path / "x.jpg").write_bytes(whole[:-2] + 200 * scan + b"\xff\xd9")
     with pytest.raises(DataError, match=r"64 x 64 pixels in 2\d\d scans"):
@@ -264,7 +264,7 @@ def test_a_long_strip_and_a_jpeg_of_many_scans_are_refused(tmp_path):
 
 
 def test_numbers_of_32_bits_have_a_fourth_of_the_pixels(monkeypatch):
-    monkeypatch.setattr("lpt.data.preprocess.LARGEST", 10_000)
+    monkeypatch.setattr("lpt.data.preprocess.MAX_PIXELS", 10_000)
     buffer = io.BytesIO()
     Image.new("F", (60, 60)).save(buffer, "TIFF")
     with pytest.raises(DataError, match="60 x 60 pixels, 2500 are the most"):

@@ -59,7 +59,7 @@ def test_presets_differ_exactly_where_they_should(cifar100_root, preset):
         assert set(task.val.ids).isdisjoint(labelled | unlabelled)
     other = load_task("cifar100-semi", root=str(cifar100_root), preset=preset, gamma_l=20, seed=1)
     assert (set(other.train.ids) == labelled) == (preset in ("acr", "simpro"))
-    assert task.facts["unlabelled_counts"] == torch.bincount(task.unlabeled.labels).tolist()
+    assert task.facts["unlabeled_counts"] == torch.bincount(task.unlabeled.labels).tolist()
 
 
 def test_a_mismatched_tail_and_more_than_there_is(cifar100_root):
@@ -91,7 +91,7 @@ def test_counts_that_make_no_split_are_told_before_the_data_is_read(wrong, says)
 def test_the_manifest_holds_the_unlabelled_counts(tmp_path):
     root = str(parquet_folder(tmp_path))
     manifest = load_task("cifar10-semi", root=root, n1=5, m1=9, gamma_l=4, preset="simpro").manifest()
-    assert manifest["counts"] == semi_counts(10, 5, 4) and manifest["unlabelled_counts"] == semi_counts(10, 9, 4)
+    assert manifest["counts"] == semi_counts(10, 5, 4) and manifest["unlabeled_counts"] == semi_counts(10, 9, 4)
     assert manifest["parts"]["unlabeled"]["images"] == sum(semi_counts(10, 9, 4))
     with pytest.raises(DataError, match=r"needs 500 labelled and 4600 .* 5000 are there: lower data\.m1 \(now 4600"):
         load_task("cifar10-semi", root=root, m1=4600)

@@ -53,7 +53,7 @@ def test_another_dataset_is_matched_by_name(prompt, tmp_path):
             views = model.backbone.preprocess.cut(test.take(torch.tensor([i])))
             with torch.no_grad():
                 logits = dict(
-                    zip(header.classes, model(model.backbone.preprocess.normalised(views)).logits[0], strict=True)
+                    zip(header.classes, model(model.backbone.preprocess.normalized(views)).logits[0], strict=True)
                 )
             right[name].append(max(right, key=lambda k: logits[k].item()) == name)
     means = [sum(r) / len(r) for r in right.values()]

@@ -34,7 +34,7 @@ def test_a_header_too_long_or_of_too_many_tensors_is_not_read(tmp_path, monkeypa
     path.write_bytes(struct.pack("<Q", 99 * 2**20) + b"{" * 100)
     with pytest.raises(ValueError, match="a header of 103,809,024 bytes, 4,194,304 are the most"):
         read_tensors(path)
-    monkeypatch.setattr(tensors, "MOST_TENSORS", 3)
+    monkeypatch.setattr(tensors, "MAX_TENSORS", 3)
     save_file({str(i): torch.zeros(1) for i in range(4)}, path)
     with pytest.raises(ValueError, match="4 tensors, 3 are the most"):
         read_tensors(path)

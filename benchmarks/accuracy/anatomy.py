@@ -15,7 +15,7 @@ import torch
 from benchmarks.accuracy.__main__ import interval
 from lpt.config import nested
 from lpt.data import Images, load_task
-from lpt.metrics import summarise
+from lpt.metrics import summarize
 from lpt.serve.opening import open_prompt
 
 
@@ -28,7 +28,7 @@ def main() -> None:
         task, held = load_task(**data), load_task(**(data | {"val_per_class": 20})).val
         for name, images in (("training", task.train), ("held out", held), ("test", task.test)):
             for which, logits in passes(model, images).items():
-                metrics = summarise(model.probabilities(logits), images.labels, task.counts, group_rule=task.group_rule)
+                metrics = summarize(model.probabilities(logits), images.labels, task.counts, group_rule=task.group_rule)
                 found.setdefault((name, which), []).append(metrics)
     print("| images | pass | all | class mean | many | medium | few |\n|---|---|---:|---:|---:|---:|---:|")
     for (name, which), runs in found.items():

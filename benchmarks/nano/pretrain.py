@@ -151,7 +151,7 @@ def augmented(images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tenso
     mirrored = torch.randint(0, 2, (n,), generator=generator)
     columns = torch.where(mirrored[:, None].bool(), columns.flip(1), columns)
     views = padded[torch.arange(n)[:, None, None], :, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
-    return PREPROCESS.normalised(views.contiguous()), mirrored
+    return PREPROCESS.normalized(views.contiguous()), mirrored
 
 
 def lr_at(step: int, steps: int, ramp: int, lr: float) -> float:

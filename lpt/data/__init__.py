@@ -23,9 +23,9 @@ DATA: dict[str, Callable[..., Task]] = {
     "lists": own_lists,
     "folder": folder,
 }
-PLACES = ("root", "download", "train", "val", "test", "unlabeled", "classes", "lists")
-"""Settings that say where to look: no part of a run's identity, and in no prompt file, which must not point anywhere on
-the disk of who opens it."""
+LOCATION_SETTINGS = ("root", "download", "train", "val", "test", "unlabeled", "classes", "lists")
+"""Settings that say where images and lists lie. They are no part of a run's identity, and stand in no prompt file: it
+must not point anywhere on the disk of whoever opens it."""
 
 
 def load_task(name: str, **settings: Any) -> Task:
@@ -35,4 +35,4 @@ def load_task(name: str, **settings: Any) -> Task:
     return DATA[name](**settings)
 
 
-__all__ = ["DATA", "PLACES", "Files", "Images", "Task", "load_task"]
+__all__ = ["DATA", "LOCATION_SETTINGS", "Files", "Images", "Task", "load_task"]

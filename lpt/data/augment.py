@@ -11,15 +11,16 @@ import torch
 from torch import Tensor
 
 Augmenter = Literal["trivial", "rand", "weak", "strong"]
-"""`trivial` (Müller 2021), `rand` (Cubuk 2020, 2 operations of strength 10 of 30), `weak` (crop, flip and colour), and
-`strong`, which is `rand` and then a grey square of up to a quarter of the area, as FixMatch's views have it."""
+"""`trivial` (Müller 2021), `rand` (Cubuk 2020, 2 operations of strength 10 of 30), `weak` (crop, flip and color), and
+`strong`, which is `rand` and then a gray square of up to a quarter of the area, as FixMatch's views have it."""
 
 
 def augmented(images: Tensor, seeds: Sequence[int], augmenter: Augmenter) -> Tensor:
-    """Each image changed as its own seed says; the shape stays."""
+    """Each image [B 3 h w] changed as its own of B seeds says. → uint8 [B 3 h w]."""
     operation = _operation(augmenter)
-    with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
-        changed = []
+    changed: list[Tensor] = []
+    # torchvision draws from the global generator, whose state must come back as it was.
+    with torch.random.fork_rng(devices=[]):
         for image, seed in zip(images, seeds, strict=True):
             torch.manual_seed(seed)
             changed.append(operation(image))

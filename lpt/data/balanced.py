@@ -16,11 +16,15 @@ from lpt.data.augment import Augmenter, augmented
 from lpt.data.preprocess import decoded
 from lpt.data.task import Files, Images
 
+PerClass = Literal["min", "median", "max"] | int
+ORIGINAL = -1
+"""Stands for the number of a view where the image itself is meant."""
+
 
 def balanced(
     images: Images | Files,
     num_classes: int,
-    per_class: Literal["min", "median", "max"] | int,
+    per_class: PerClass,
     views: int,
     augmenter: Augmenter,
     *,
@@ -33,36 +37,55 @@ def balanced(
     A class with fewer images repeats them, in cycles of a shuffled order, each time under other views. Images in
     memory are augmented at once, files when they are read; view j of an image is a function of (seed, image, j).
     """
-    counts = torch.bincount(images.labels, minlength=num_classes)
-    present = counts[counts > 0]
-    size = {"min": present.min(), "median": present.median(), "max": present.max()}.get(str(per_class), per_class)
-    labels = images.labels.numpy()
-    drawn: list[tuple[int, int]] = []  # (row, its view; -1 is the image itself)
-    for k in counts.nonzero().flatten().tolist():
-        order = np.random.default_rng((seed, 13, k)).permutation(np.flatnonzero(labels == k)).tolist()
-        for i in range(int(size)):
-            turn, row = divmod(i, len(order))[0], order[i % len(order)]
-            drawn += [(row, -1)] * originals + [(row, turn * views + j) for j in range(views)]
-    ids = tuple(f"{images.ids[row]}#{j}" if j >= 0 else images.ids[row] for row, j in drawn)
-    chosen = images.labels[torch.tensor([row for row, _ in drawn])]
+    size = _class_size(images.labels, num_classes, per_class)
+    drawn = _draw(images.labels, size, views, seed, originals)
+    ids = tuple(images.ids[row] if view == ORIGINAL else f"{images.ids[row]}#{view}" for row, view in drawn)
+    labels = images.labels[torch.tensor([row for row, _ in drawn])]
 
-    def view(image: Tensor, row: int, j: int) -> Tensor:
-        if j < 0:
+    def seen_as(image: Tensor, row: int, view: int) -> Tensor:
+        if view == ORIGINAL:
             return image
-        key = hashlib.sha256(f"{seed}/{images.ids[row]}/{j}".encode()).digest()
-        return augmented(image[None], [int.from_bytes(key[:7], "big")], augmenter)[0]
+        key = hashlib.sha256(f"{seed}/{images.ids[row]}/{view}".encode()).digest()
+        seed_of_view = int.from_bytes(key[:7], "big")  # 56 bits: torch takes 64
+        return augmented(image[None], [seed_of_view], augmenter)[0]
 
     if isinstance(images, Images):
-        return Images(torch.stack([view(images.pixels[row], row, j) for row, j in drawn]), chosen, ids)
+        return Images(torch.stack([seen_as(images.pixels[row], row, view) for row, view in drawn]), labels, ids)
     files = images
 
-    def content(i: int) -> bytes:
-        row, j = drawn[i]
+    def encoded(i: int) -> bytes:
+        row, view = drawn[i]
         (file,) = files.take(torch.tensor([row]))
-        changed = view(torch.from_numpy(np.array(decoded(file))).permute(2, 0, 1), row, j)
+        image = torch.from_numpy(np.array(decoded(file))).permute(2, 0, 1)
+        changed = seen_as(image, row, view).permute(1, 2, 0).numpy()
         buffer = io.BytesIO()
-        Image.fromarray(changed.permute(1, 2, 0).numpy()).save(buffer, format="bmp")
+        Image.fromarray(changed).save(buffer, format="bmp")  # loses nothing, and takes no time to compress
         return buffer.getvalue()
 
-    prints = tuple(f"{files.prints[row]}#{augmenter}{j}" for row, j in drawn)
-    return Files(content, chosen, ids, prints, files.stamp)
+    fingerprints = tuple(f"{files.fingerprints[row]}#{augmenter}{view}" for row, view in drawn)
+    return Files(encoded, labels, ids, fingerprints, files.stamp)
+
+
+def _class_size(labels: Tensor, num_classes: int, per_class: PerClass) -> int:
+    """How many images to draw of each class, where `per_class` may be a statistic of the classes that have any."""
+    if isinstance(per_class, int):
+        return per_class
+    counts = torch.bincount(labels, minlength=num_classes)
+    present = counts[counts > 0]
+    statistics = {"min": present.min(), "median": present.median(), "max": present.max()}
+    return int(statistics[per_class])
+
+
+def _draw(labels: Tensor, size: int, views: int, seed: int, originals: bool) -> list[tuple[int, int]]:
+    """(row, number of its view) of each image to make, class by class."""
+    drawn: list[tuple[int, int]] = []
+    for k in labels.unique().tolist():
+        rows = np.flatnonzero(labels.numpy() == k)
+        shuffled = np.random.default_rng((seed, 13, k)).permutation(rows).tolist()
+        for i in range(size):
+            turn, position = divmod(i, len(shuffled))
+            row = shuffled[position]
+            if originals:
+                drawn.append((row, ORIGINAL))
+            drawn += [(row, turn * views + j) for j in range(views)]
+    return drawn

@@ -4,13 +4,16 @@ Which images make the tail (`protocols.md` §3): the legacy NumPy generator seed
 ascending label, indices in file order shuffled, the first n_k taken. With the official binary files and seed 0
 these are the images of LDAM-DRW and LIFT (`cao`), with seed 42 LPT's (`lpt42`). A parquet folder may hold the
 images in another order; the same seed then gives other images, and the variant says `-reordered`.
+
+Shapes: pixels [N 3 32 32] uint8, labels [N].
 """
 
 import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +26,8 @@ from lpt.errors import DataError
 from lpt.settings import Count, Seed
 
 ClassOrder = Literal["label", "seed"]
+IMAGE_COLUMNS = ("img", "image")
+LABEL_COLUMNS = ("fine_label", "label")
 
 
 def cifar100_lt(
@@ -41,8 +46,18 @@ def cifar100_lt(
     Every published split ranks classes by label, which ties the tail to the last classes; `class_order=seed` draws
     the ranks by `seed` (ours).
     """
-    tail = (imbalance_factor, profile, class_order, group_rule)
-    return _cifar_lt("cifar100-lt", 100, root, *tail, seed, val_per_class, download)
+    return _cifar_lt(
+        "cifar100-lt",
+        num_classes=100,
+        root=root,
+        imbalance_factor=imbalance_factor,
+        profile=profile,
+        class_order=class_order,
+        group_rule=group_rule,
+        seed=seed,
+        val_per_class=val_per_class,
+        download=download,
+    )
 
 
 def cifar10_lt(
@@ -57,15 +72,26 @@ def cifar10_lt(
     download: bool = False,
 ) -> Task:
     """CIFAR-10-LT: 5000 images of the largest class; groups by rank thirds, since no class has below 20."""
-    tail = (imbalance_factor, profile, class_order, group_rule)
-    return _cifar_lt("cifar10-lt", 10, root, *tail, seed, val_per_class, download)
+    return _cifar_lt(
+        "cifar10-lt",
+        num_classes=10,
+        root=root,
+        imbalance_factor=imbalance_factor,
+        profile=profile,
+        class_order=class_order,
+        group_rule=group_rule,
+        seed=seed,
+        val_per_class=val_per_class,
+        download=download,
+    )
 
 
 def _cifar_lt(
     name: str,
+    *,
     num_classes: int,
     root: str | None,
-    factor: float,
+    imbalance_factor: float,
     profile: Profile,
     class_order: ClassOrder,
     group_rule: GroupRule,
@@ -73,113 +99,151 @@ def _cifar_lt(
     val_per_class: int,
     download: bool,
 ) -> Task:
-    wanted = long_tail(num_classes, 50_000 // num_classes, factor, profile)
+    counts = long_tail(num_classes, 50_000 // num_classes, imbalance_factor, profile)
     if class_order == "seed":
-        rank = np.random.default_rng((seed, 17)).permutation(num_classes)
-        wanted = [wanted[r] for r in rank]
-    names, labels, train_part, test, official = parts_of(name, num_classes, root, download)
-    rng = np.random.RandomState(seed)
-    chosen: list[int] = []
-    for k, n in enumerate(wanted):
-        indices = np.where(labels == k)[0]
-        if len(indices) < n:
-            raise DataError(f"{name}: class {names[k]!r} has {len(indices)} images, {n} are needed")
-        rng.shuffle(indices)
-        chosen += indices[:n].tolist()
-    train, held = np.array(sorted(chosen)), np.array([], dtype=int)
+        ranks = np.random.default_rng((seed, 17)).permutation(num_classes)
+        counts = [counts[rank] for rank in ranks]
+    cifar = open_cifar(name, num_classes, root, download)
+    chosen = _draw_tail(name, cifar, counts, seed)
+    held_out = chosen[:0]
     if val_per_class:
-        train, held = hold_out(np.arange(len(labels)), train, labels, val_per_class, seed)
-    variant = {0: "cao", 42: "lpt42"}.get(seed, f"seed{seed}") + ("" if official else "-reordered")
+        every_row = np.arange(len(cifar.train_labels))
+        chosen, held_out = hold_out(every_row, chosen, cifar.train_labels, val_per_class, seed)
+    variant = {0: "cao", 42: "lpt42"}.get(seed, f"seed{seed}")
+    if not cifar.official_order:
+        variant += "-reordered"
+    if class_order == "seed":
+        variant += "-permuted"
     return Task(
         name=name,
-        classes=names,
-        train=train_part(train.tolist()),
-        val=train_part(held.tolist()) if len(held) else None,
-        test=test,
+        classes=cifar.classes,
+        train=cifar.train_images(chosen.tolist()),
+        val=cifar.train_images(held_out.tolist()) if len(held_out) else None,
+        test=cifar.test,
         group_rule=group_rule,
-        facts={
-            "variant": variant + ("-permuted" if class_order == "seed" else ""),
-            "profile": profile,
-            "seed": seed,
-            "val_per_class": val_per_class,
-        },
+        facts={"variant": variant, "profile": profile, "seed": seed, "val_per_class": val_per_class},
     )
 
 
-def parts_of(
-    name: str, num_classes: int, root: str | None, download: bool
-) -> tuple[tuple[str, ...], np.ndarray, Callable[[Sequence[int]], Images], Images, bool]:
-    """(class names, labels of all training images, a function from rows of those to images, the test part, whether
-    their order is the official one). Raises DataError."""
-    source = _open(name, num_classes, root, download)
-
-    def part(which: str, rows: np.ndarray) -> Images:
-        of = source[f"{which}_labels"]
-        ids = tuple(f"{which}/{row:05d}" for row in rows.tolist())
-        return Images(source[which](rows), torch.from_numpy(of[rows]), ids)
-
-    test = part("test", np.arange(len(source["test_labels"])))
-    names = tuple(source["classes"])
-    return names, source["train_labels"], lambda rows: part("train", np.array(rows)), test, source["official_order"]
+def _draw_tail(name: str, cifar: "Cifar", counts: Sequence[int], seed: int) -> np.ndarray:
+    """Sorted rows of the training images that make the tail, `counts[k]` of class k."""
+    rng = np.random.RandomState(seed)  # the legacy generator, as the published splits were drawn
+    chosen: list[int] = []
+    for k, count in enumerate(counts):
+        rows = np.where(cifar.train_labels == k)[0]
+        if len(rows) < count:
+            raise DataError(f"{name}: class {cifar.classes[k]!r} has {len(rows)} images, {count} are needed")
+        rng.shuffle(rows)
+        chosen += rows[:count].tolist()
+    return np.array(sorted(chosen))
 
 
-def _open(name: str, num_classes: int, root: str | None, download: bool) -> dict[str, Any]:
+# CIFAR as it is stored.
+
+ReadPixels = Callable[[np.ndarray], Tensor]
+"""Row numbers [n] -> pixels [n 3 32 32] uint8."""
+
+
+class StoredPart(NamedTuple):
+    """The training or the test part on the disk: all labels [N], and a function that reads the pixels of some rows."""
+
+    labels: np.ndarray
+    read: ReadPixels
+
+    def images(self, part: str, rows: np.ndarray) -> Images:
+        """The images `rows` [n], with ids that begin with the name of the part."""
+        ids = tuple(f"{part}/{row:05d}" for row in rows.tolist())
+        return Images(self.read(rows), torch.from_numpy(self.labels[rows]), ids)
+
+
+@dataclass(frozen=True)
+class Cifar:
+    """CIFAR-10 or CIFAR-100: the test images, and training images by row."""
+
+    classes: tuple[str, ...]
+    train: StoredPart
+    test: Images
+    official_order: bool
+    """Whether rows are in the order of the official files, so that a seed draws the published images."""
+
+    @property
+    def train_labels(self) -> np.ndarray:
+        """Labels of all training images [50000]."""
+        return self.train.labels
+
+    def train_images(self, rows: Sequence[int]) -> Images:
+        """The training images `rows`."""
+        return self.train.images("train", np.array(rows, dtype=int))
+
+
+def open_cifar(name: str, num_classes: int, root: str | None, download: bool) -> Cifar:
+    """CIFAR with `num_classes` from a folder with train.parquet and test.parquet, or with torchvision's files, which
+    `download` may fetch. `name` is for errors. Raises DataError."""
     if root is None:
         raise DataError(
             f"data.root is missing: {name} needs a folder with train.parquet and test.parquet, or with "
             "torchvision's CIFAR files (data.download=true fetches them)"
         )
     folder = Path(root)
-    if (folder / "train.parquet").is_file() and (folder / "test.parquet").is_file():
-        return _open_parquet(name, num_classes, folder)
-    return _open_torchvision(name, num_classes, folder, download)
+    is_parquet = all((folder / f"{part}.parquet").is_file() for part in ("train", "test"))
+    if is_parquet:
+        classes, train, test = _open_parquet(name, num_classes, folder)
+    else:
+        classes, train, test = _open_torchvision(name, num_classes, folder, download)
+    test_images = test.images("test", np.arange(len(test.labels)))
+    return Cifar(tuple(classes), train, test_images, official_order=not is_parquet)
 
 
-def _open_parquet(name: str, num_classes: int, folder: Path) -> dict[str, Any]:
+def _open_parquet(name: str, num_classes: int, folder: Path) -> tuple[Sequence[str], StoredPart, StoredPart]:
+    """(class names, training part, test part); numbers are the names where neither file has any."""
+    train, train_names = _read_parquet(name, num_classes, folder / "train.parquet")
+    test, test_names = _read_parquet(name, num_classes, folder / "test.parquet")
+    for names in (train_names, test_names):
+        if len(set(names)) == num_classes == len(names):
+            return names, train, test
+    return [str(k) for k in range(num_classes)], train, test
+
+
+def _read_parquet(name: str, num_classes: int, path: Path) -> tuple[StoredPart, list[str]]:
+    """(the part in the file, class names as the file has them, or none)."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    source: dict[str, Any] = {"official_order": False, "classes": None}
-    for which in ("train", "test"):
-        path = folder / f"{which}.parquet"
-        try:
-            table = pq.read_table(path)
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{path} cannot be read as parquet ({str(error).splitlines()[0]})") from None
-        label = next((c for c in ("fine_label", "label") if c in table.column_names), None)
-        image = next((c for c in ("img", "image") if c in table.column_names), None)
-        if label is None or image is None:
-            raise DataError(
-                f"{path} has columns {table.column_names}: an image column (img) and a label column "
-                "(fine_label or label) are needed"
-            )
-        labels = table.column(label).to_numpy()
-        found = len(np.unique(labels))
-        if found != num_classes:
-            raise DataError(f"{path} holds {found} classes, {name} has {num_classes}: is data.root the right folder?")
-        if labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= num_classes:
-            raise DataError(f"{path}: column {label} does not hold labels from 0 to {num_classes - 1}")
-        cells = table.column(image).combine_chunks()
-        source[f"{which}_labels"] = labels
-        source[which] = lambda rows, cells=cells, path=path: _decode(cells, rows, path)
-        names = _hub_names(table.schema.metadata, label) or ()
-        if len(set(names)) == num_classes == len(names):
-            source["classes"] = source["classes"] or names
-    source["classes"] = source["classes"] or [str(k) for k in range(num_classes)]
-    return source
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path} cannot be read as parquet ({str(error).splitlines()[0]})") from None
+    label = next((column for column in LABEL_COLUMNS if column in table.column_names), None)
+    image = next((column for column in IMAGE_COLUMNS if column in table.column_names), None)
+    if label is None or image is None:
+        raise DataError(
+            f"{path} has columns {table.column_names}: an image column (img) and a label column "
+            "(fine_label or label) are needed"
+        )
+    labels = table.column(label).to_numpy()
+    present = len(np.unique(labels))
+    if present != num_classes:
+        raise DataError(f"{path} holds {present} classes, {name} has {num_classes}: is data.root the right folder?")
+    if labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= num_classes:
+        raise DataError(f"{path}: column {label} does not hold labels from 0 to {num_classes - 1}")
+    cells = table.column(image).combine_chunks()
+    part = StoredPart(labels, lambda rows: _decode_cells(cells, rows, path))
+    return part, _hub_class_names(table.schema.metadata, label)
 
 
-def _hub_names(metadata: dict[bytes, bytes] | None, label: str) -> list[str] | None:
-    """Class names as the Hub's `datasets` writes them beside the columns."""
+def _hub_class_names(metadata: dict[bytes, bytes] | None, label: str) -> list[str]:
+    """Class names as the Hub's `datasets` writes them beside the columns; none where it did not write the file."""
     try:
         info = json.loads((metadata or {})[b"huggingface"])
         return [str(name) for name in info["info"]["features"][label]["names"]]
     except (KeyError, ValueError, TypeError):
-        return None
+        return []
 
 
-def _decode(cells: Any, rows: np.ndarray, path: Path) -> Tensor:
-    def one(row: int) -> np.ndarray:
+def _decode_cells(cells: Any, rows: np.ndarray, path: Path) -> Tensor:
+    """Images in a column of encoded ones → pixels [n 3 h w] uint8. Raises DataError."""
+
+    def decode(row: int) -> np.ndarray:
         cell = cells[row].as_py()
         content = cell.get("bytes") if isinstance(cell, dict) else None
         if not isinstance(content, bytes):
@@ -187,19 +251,23 @@ def _decode(cells: Any, rows: np.ndarray, path: Path) -> Tensor:
         return np.asarray(decoded(File(f"{path}, row {row}", content)))
 
     with ThreadPoolExecutor() as pool:
-        found = list(pool.map(one, rows.tolist()))
-    if odd := next((row for row, of in zip(rows, found, strict=True) if of.shape != found[0].shape), None):
-        raise DataError(f"{path}, row {odd}: the image is not of the same size as the others")
-    pixels = np.stack(found)
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+        images = list(pool.map(decode, rows.tolist()))
+    for row, image in zip(rows, images, strict=True):
+        if image.shape != images[0].shape:
+            raise DataError(f"{path}, row {row}: the image is not of the same size as the others")
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
 
 
-def _open_torchvision(name: str, num_classes: int, folder: Path, download: bool) -> dict[str, Any]:
+def _open_torchvision(
+    name: str, num_classes: int, folder: Path, download: bool
+) -> tuple[Sequence[str], StoredPart, StoredPart]:
+    """(class names, training part, test part) of the official files, in their order."""
     from torchvision.datasets import CIFAR10, CIFAR100
 
     dataset = CIFAR100 if num_classes == 100 else CIFAR10
     try:
-        parts = {which: dataset(str(folder), train=which == "train", download=download) for which in ("train", "test")}
+        train = dataset(str(folder), train=True, download=download)
+        test = dataset(str(folder), train=False, download=download)
     except RuntimeError:
         raise DataError(
             f"data.root {folder} holds neither train.parquet and test.parquet nor torchvision's "
@@ -207,9 +275,9 @@ def _open_torchvision(name: str, num_classes: int, folder: Path, download: bool)
         ) from None
     except OSError as error:
         raise DataError(f"{name} could not be downloaded to {folder} ({error})") from None
-    source: dict[str, Any] = {"official_order": True, "classes": parts["train"].classes}
-    for which, part in parts.items():
-        pixels = torch.from_numpy(part.data).permute(0, 3, 1, 2)
-        source[f"{which}_labels"] = np.array(part.targets)
-        source[which] = lambda rows, pixels=pixels: pixels[torch.from_numpy(rows)].contiguous()
-    return source
+    return train.classes, _torchvision_part(train), _torchvision_part(test)
+
+
+def _torchvision_part(dataset: Any) -> StoredPart:
+    pixels = torch.from_numpy(dataset.data).permute(0, 3, 1, 2)
+    return StoredPart(np.array(dataset.targets), lambda rows: pixels[torch.from_numpy(rows)].contiguous())

@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -24,102 +25,167 @@ class Findings:
 
 
 def examine(task: Task) -> Findings:
-    """Looks at every image once."""
+    """Looks at every image of `task` once."""
     findings = Findings()
-    _tail(task, findings)
-    _images(task, findings)
+    _describe(task, findings)
+    _check_classes(task, findings)
+    _check_images(task, findings)
     return findings
 
 
 def _parts(task: Task) -> dict[str, Images | Files]:
     parts = {"training": task.train, "unlabelled": task.unlabeled, "held-out": task.val, "test": task.test}
-    return {role: part for role, part in parts.items() if part is not None}
+    return {role: images for role, images in parts.items() if images is not None}
 
 
-def _tail(task: Task, found: Findings) -> None:
-    counts, order = task.counts, task.counts.argsort(descending=True, stable=True).tolist()
-    sizes = ", ".join(f"{len(part)} {name}" for name, part in _parts(task).items())
-    groups = ", ".join(f"{name} {len(ids)}" for name, ids in shot_groups(counts, task.group_rule).items())
-    found.facts += [
-        f"{len(task.classes)} classes; images: {sizes}" + (f" ({p})" if (p := task.facts.get("test_part")) else ""),
-        f"imbalance factor {task.imbalance_factor:g}: {_counted(task, order[:3])} ... {_counted(task, order[-3:])}",
-        f"groups by training count ({task.group_rule}): {groups} classes",
+# The long tail.
+
+
+def _describe(task: Task, findings: Findings) -> None:
+    sizes = ", ".join(f"{len(images)} {role}" for role, images in _parts(task).items())
+    if task.facts.get("test_part"):
+        sizes += f" ({task.facts['test_part']})"
+    by_count = _by_count(task)
+    groups = shot_groups(task.counts, task.group_rule)
+    group_sizes = ", ".join(f"{name} {len(classes)}" for name, classes in groups.items())
+    findings.facts += [
+        f"{len(task.classes)} classes; images: {sizes}",
+        f"imbalance factor {task.imbalance_factor:g}: {_counted(task, by_count[:3])} ... "
+        f"{_counted(task, by_count[-3:])}",
+        f"groups by training count ({task.group_rule}): {group_sizes} classes",
     ]
-    if left_out := task.facts.get("left_out"):
-        found.problems.append(f"{len(left_out)} images belong to no class and are left out: {_some(left_out)}")
-    if absent := task.absent_classes():
-        found.problems.append(f"{len(absent)} classes have no training image: {_some(absent)}")
-    if rare := [task.classes[k] for k in order if counts[k] == 1]:
-        found.notes.append(f"{len(rare)} classes have a single training image: {_some(rare)}")
-    tested = torch.bincount(task.test.labels, minlength=len(task.classes))
-    if untested := [task.classes[k] for k in order if tested[k] == 0]:
-        found.notes.append(f"{len(untested)} classes have no test image and count in no mean: {_some(untested)}")
-    if int(tested.max()) > 1.5 * max(int(tested[tested > 0].min()), 1):
-        found.notes.append(
-            f"the test part is not balanced ({int(tested[tested > 0].min())} to {int(tested.max())} images a class): "
-            "read `class mean`, not `all`"
+
+
+def _by_count(task: Task) -> list[int]:
+    """Class numbers from the largest class to the rarest."""
+    return task.counts.argsort(descending=True, stable=True).tolist()
+
+
+def _check_classes(task: Task, findings: Findings) -> None:
+    """What is wrong with the number of images per class."""
+    left_out = task.facts.get("left_out")
+    if left_out:
+        findings.problems.append(f"{len(left_out)} images belong to no class and are left out: {_first(left_out)}")
+    absent = task.absent_classes()
+    if absent:
+        findings.problems.append(f"{len(absent)} classes have no training image: {_first(absent)}")
+    by_count = _by_count(task)
+    single = [task.classes[k] for k in by_count if task.counts[k] == 1]
+    if single:
+        findings.notes.append(f"{len(single)} classes have a single training image: {_first(single)}")
+
+    test_counts = torch.bincount(task.test.labels, minlength=len(task.classes))
+    untested = [task.classes[k] for k in by_count if test_counts[k] == 0]
+    if untested:
+        findings.notes.append(f"{len(untested)} classes have no test image and count in no mean: {_first(untested)}")
+    most, least = int(test_counts.max()), int(test_counts[test_counts > 0].min())
+    if most > 1.5 * least:
+        findings.notes.append(
+            f"the test part is not balanced ({least} to {most} images a class): read `class mean`, not `all`"
         )
 
 
-def _images(task: Task, found: Findings) -> None:
+# The images themselves.
+
+
+class Appearance(NamedTuple):
+    """Where some pixels are: in which part, under which id and label (-1: unknown)."""
+
+    role: str
+    image_id: str
+    label: int
+
+
+def _check_images(task: Task, findings: Findings) -> None:
     """Unreadable files, and the same pixels in training and test or under two labels."""
-    seen: dict[bytes, list[tuple[str, str, int]]] = defaultdict(list)
     broken: list[str] = []
-    sides: list[int] = []
-    for role, part in _parts(task).items():
-        for i, (digest, side) in enumerate(_digests(part)):
-            if isinstance(digest, str):
-                broken.append(digest)
-            else:
-                seen[digest].append((role, part.ids[i], int(part.labels[i])))
-                sides.append(side)
+    shorter_sides: list[int] = []
+    by_pixels: dict[bytes, list[Appearance]] = defaultdict(list)
+    for role, images in _parts(task).items():
+        for i, scan in enumerate(_scans(images)):
+            if scan.error:
+                broken.append(scan.error)
+                continue
+            by_pixels[scan.digest].append(Appearance(role, images.ids[i], int(images.labels[i])))
+            shorter_sides.append(scan.shorter_side)
     if broken:
-        found.problems.append(f"{len(broken)} files cannot be read: {_some(broken, '; ')}")
-    if sides:
-        found.facts.append(f"shorter sides from {min(sides)} to {max(sides)} pixels")
-    leaks, two, both, same = [], [], [], []
-    for group in (group for group in seen.values() if len(group) > 1):
-        roles = {role for role, _, _ in group}
-        known = [(name, label) for _, name, label in group if label >= 0]
-        if roles == {"training", "unlabelled"}:  # as many splits have it
-            both.append(f"{group[0][1]} = {group[-1][1]}")
+        findings.problems.append(f"{len(broken)} files cannot be read: {_first(broken, '; ')}")
+    if shorter_sides:
+        findings.facts.append(f"shorter sides from {min(shorter_sides)} to {max(shorter_sides)} pixels")
+    _check_copies(task, [copies for copies in by_pixels.values() if len(copies) > 1], findings)
+
+
+def _check_copies(task: Task, groups: list[list[Appearance]], findings: Findings) -> None:
+    """Says where images with equal pixels are; each group has two appearances or more."""
+    leaks: list[str] = []
+    under_two_classes: list[str] = []
+    also_unlabeled: list[str] = []
+    within_a_part: list[str] = []
+    for copies in groups:
+        roles = {copy.role for copy in copies}
+        labeled = [copy for copy in copies if copy.label >= 0]
+        first, last = copies[0], copies[-1]
+        if roles == {"training", "unlabelled"}:  # no leak: many splits of the literature have it
+            also_unlabeled.append(f"{first.image_id} = {last.image_id}")
         elif len(roles) > 1:
-            leaks.append(f"{group[0][1]} ({group[0][0]}) = {group[-1][1]} ({group[-1][0]})")
-        if len({label for _, label in known}) > 1:
-            two.append(" = ".join(f"{name} ({task.classes[label]})" for name, label in known[:2]))
+            leaks.append(f"{first.image_id} ({first.role}) = {last.image_id} ({last.role})")
+        if len({copy.label for copy in labeled}) > 1:
+            two = [f"{copy.image_id} ({task.classes[copy.label]})" for copy in labeled[:2]]
+            under_two_classes.append(" = ".join(two))
         elif len(roles) == 1:
-            same.append(" = ".join(name for _, name, _ in group[:2]))
+            within_a_part.append(f"{first.image_id} = {copies[1].image_id}")
     if leaks:
-        found.problems.append(f"{len(leaks)} images are in more than one part: {_some(leaks)}")
-    if two:
-        found.problems.append(f"{len(two)} images stand under two classes: {_some(two)}")
-    if both:
-        found.notes.append(f"{len(both)} training images are among the unlabelled too: {_some(both)}")
-    if same:
-        found.notes.append(f"{len(same)} images are there more than once within a part: {_some(same)}")
+        findings.problems.append(f"{len(leaks)} images are in more than one part: {_first(leaks)}")
+    if under_two_classes:
+        findings.problems.append(
+            f"{len(under_two_classes)} images stand under two classes: {_first(under_two_classes)}"
+        )
+    if also_unlabeled:
+        findings.notes.append(
+            f"{len(also_unlabeled)} training images are among the unlabelled too: {_first(also_unlabeled)}"
+        )
+    if within_a_part:
+        findings.notes.append(
+            f"{len(within_a_part)} images are there more than once within a part: {_first(within_a_part)}"
+        )
 
 
-def _digests(part: Images | Files) -> Iterator[tuple[bytes | str, int]]:
-    """(hash of the pixels, shorter side) of each image in order, or (its error, 0)."""
+class Scan(NamedTuple):
+    """What one look at an image gives: a hash of its pixels and its shorter side, or an error."""
 
-    def one(i: int) -> tuple[bytes | str, int]:
-        (found,) = part.take(torch.tensor([i]))
-        if isinstance(found, torch.Tensor):
-            return hashlib.sha256(found.numpy().tobytes()).digest(), min(found.shape[-2:])
+    digest: bytes = b""
+    shorter_side: int = 0
+    error: str = ""
+
+
+def _scans(images: Images | Files) -> Iterator[Scan]:
+    """A look at each image, in order; files are decoded in threads."""
+
+    def scan(i: int) -> Scan:
+        (image,) = images.take(torch.tensor([i]))
+        if isinstance(image, torch.Tensor):
+            return Scan(hashlib.sha256(image.numpy().tobytes()).digest(), min(image.shape[-2:]))
         try:
-            image = decoded(found)
+            picture = decoded(image)
         except DataError as error:
-            return str(error), 0
-        return hashlib.sha256(f"{image.size}".encode() + image.tobytes()).digest(), min(image.size)
+            return Scan(error=str(error))
+        # The same bytes may be another image in another shape.
+        digest = hashlib.sha256(f"{picture.size}".encode() + picture.tobytes()).digest()
+        return Scan(digest, min(picture.size))
 
     with ThreadPoolExecutor() as pool:
-        yield from pool.map(one, range(len(part)))
+        yield from pool.map(scan, range(len(images)))
+
+
+# Sentences.
 
 
 def _counted(task: Task, classes: Sequence[int]) -> str:
     return ", ".join(f"{task.classes[k]} {int(task.counts[k])}" for k in classes)
 
 
-def _some(items: Sequence[str], between: str = ", ", most: int = 5) -> str:
+def _first(items: Sequence[str], between: str = ", ", most: int = 5) -> str:
+    """The first few `items` in one line, and how many more there are."""
+    line = between.join(items[:most])
     rest = len(items) - most
-    return between.join(items[:most]) + (f"{between}and {rest} more" if rest > 0 else "")
+    return f"{line}{between}and {rest} more" if rest > 0 else line

@@ -1,9 +1,10 @@
 """Long-tailed sets by list files, a `relative/path label` a line: ImageNet-LT, Places-LT, iNaturalist 2018, yours.
 
-The published lists are not shipped: their licence is unclear. What they hold is checked against known totals instead.
+The published lists are not shipped: their license is unclear. What they hold is checked against known totals instead.
 """
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,31 +71,48 @@ def own_lists(
     of its own, else by its number. `unlabeled` is a list too, whose lines need no label: one that is there is known
     truth, for audits only.
     """
-    place = _root("lists", root)
-    found = {role: read_list(Path(path)) for role, path in (("train", train), ("val", val), ("test", test)) if path}
+    root_folder = _existing_root("lists", root)
+    paths = {"train": train, "val": val, "test": test}
+    lists = {role: read_list(Path(path)) for role, path in paths.items() if path}
     if unlabeled:
-        found["unlabeled"] = read_unlabeled(Path(unlabeled), 1 + max(int(of.max()) for _, of in found.values()))
-    return _task("lists", place, found, classes, group_rule, seed, val_per_class)
+        num_classes = 1 + _largest_label(lists)
+        lists["unlabeled"] = read_unlabeled(Path(unlabeled), num_classes)
+    return _task(
+        "lists",
+        root_folder,
+        lists,
+        variant="own lists",
+        classes_file=classes,
+        group_rule=group_rule,
+        seed=seed,
+        val_per_class=val_per_class,
+    )
 
 
-def _published(name: str, root: str | None, folder: str | None, group_rule: GroupRule) -> Task:
-    place, known = _root(name, root), PUBLISHED[name]
-    where = Path(folder) if folder else place
-    roles = {"train": "train", "val": "val", "test": "test"} if known.val else {"train": "train", "test": "val"}
-    found = {role: read_list(where / f"{known.lists}_{word}.txt") for role, word in roles.items()}
-    task = _task(name, place, found, None, group_rule, 0, 0)
-    counts, sizes = task.counts, (len(task.train), len(task.val) if task.val else 0, len(task.test))
-    wanted = (known.train, known.val, known.test)
-    if sizes != wanted or len(counts) != known.classes or count_fingerprint(counts.tolist()) != known.fingerprint:
+def _published(name: str, root: str | None, lists_folder: str | None, group_rule: GroupRule) -> Task:
+    """The published split `name`. Raises DataError where the lists hold anything else."""
+    root_folder, published = _existing_root(name, root), PUBLISHED[name]
+    folder = Path(lists_folder) if lists_folder else root_folder
+    list_of = {"train": "train", "val": "val", "test": "test"}
+    if not published.val:  # iNaturalist's val list is its test set
+        list_of = {"train": "train", "test": "val"}
+    lists = {role: read_list(folder / f"{published.lists}_{word}.txt") for role, word in list_of.items()}
+    task = _task(name, root_folder, lists, variant="published", group_rule=group_rule)
+    counts = task.counts
+    sizes = (len(task.train), len(task.val) if task.val else 0, len(task.test))
+    published_sizes = (published.train, published.val, published.test)
+    same_counts = len(counts) == published.classes and count_fingerprint(counts.tolist()) == published.fingerprint
+    if sizes != published_sizes or not same_counts:
         raise DataError(
-            f"the lists in {where} are not {name}: {len(counts)} classes and {sizes} images in train, val and test, "
-            f"{int(counts.max())} to {int(counts.min())} a class; published are {known.classes} classes, {wanted}, "
-            f"{known.largest} to {known.smallest}. For lists of your own use data.name=lists"
+            f"the lists in {folder} are not {name}: {len(counts)} classes and {sizes} images in train, val and test, "
+            f"{int(counts.max())} to {int(counts.min())} a class; published are {published.classes} classes, "
+            f"{published_sizes}, {published.largest} to {published.smallest}. For lists of your own use data.name=lists"
         )
     return task
 
 
-def _root(name: str, root: str | None) -> Path:
+def _existing_root(name: str, root: str | None) -> Path:
+    """`root` as a path. Raises DataError where it is no folder."""
     if root is None:
         raise DataError(f"data.root is missing: {name} needs the folder that the paths in its lists start at")
     if not Path(root).is_dir():
@@ -102,10 +120,17 @@ def _root(name: str, root: str | None) -> Path:
     return Path(root)
 
 
-def read_list(path: Path) -> tuple[list[str], Tensor]:
-    """Paths and labels [N] of a list file: a line is split at its *last* space, since names may hold some.
+class ListedImages(NamedTuple):
+    """What a list file names: N paths below a root, and their labels [N]."""
 
-    Raises DataError with the number of a line that is none.
+    paths: list[str]
+    labels: Tensor
+
+
+def read_list(path: Path) -> ListedImages:
+    """Paths and labels of a list file: a line is split at its *last* space, since names may hold some.
+
+    Raises DataError with the number of a line that is not `relative/path label`.
     """
     lines = _lines(path)
     paths: list[str] = []
@@ -116,11 +141,11 @@ def read_list(path: Path) -> tuple[list[str], Tensor]:
             raise DataError(f"list {path}, line {number}: {line[:80]!r} is not `relative/path label`")
         labels[row] = int(label)
         paths.append(name.rstrip())
-    return paths, torch.from_numpy(labels)
+    return ListedImages(paths, torch.from_numpy(labels))
 
 
-def read_unlabeled(path: Path, num_classes: int) -> tuple[list[str], Tensor]:
-    """Paths and labels [N] of a list that needs no labels: -1 where a line ends with none, or with -1.
+def read_unlabeled(path: Path, num_classes: int) -> ListedImages:
+    """Paths and labels of a list that needs no labels: -1 where a line ends with none, or with -1.
 
     A line whose last word is no number is a path as a whole. Raises DataError for a label of no class.
     """
@@ -129,7 +154,8 @@ def read_unlabeled(path: Path, num_classes: int) -> tuple[list[str], Tensor]:
     labels = np.full(len(lines), -1, dtype=np.int64)
     for row, (number, line) in enumerate(lines):
         name, space, label = line.rpartition(" ")
-        if not space or not (label == "-1" or _is_label(label)):
+        has_label = space and (label == "-1" or _is_label(label))
+        if not has_label:
             paths.append(line)
             continue
         labels[row] = int(label)
@@ -139,7 +165,7 @@ def read_unlabeled(path: Path, num_classes: int) -> tuple[list[str], Tensor]:
                 "label of an image that is of none"
             )
         paths.append(name.rstrip())
-    return paths, torch.from_numpy(labels)
+    return ListedImages(paths, torch.from_numpy(labels))
 
 
 def _lines(path: Path) -> list[tuple[int, str]]:
@@ -154,52 +180,48 @@ def _lines(path: Path) -> list[tuple[int, str]]:
 
 
 def _is_label(word: str) -> bool:
-    return word.isascii() and word.isdigit() and len(word) <= 9
+    return (
+        word.isascii() and word.isdigit() and len(word) <= 9
+    )  # a longer number is no class, and may not fit into 64 bits
+
+
+def _largest_label(lists: Mapping[str, ListedImages]) -> int:
+    return max(int(listed.labels.max()) for listed in lists.values())
 
 
 def _task(
     name: str,
     root: Path,
-    found: dict[str, tuple[list[str], Tensor]],
-    classes: str | None,
+    lists: Mapping[str, ListedImages],
+    *,
+    variant: str,
     group_rule: GroupRule,
-    seed: int,
-    val_per_class: int,
+    classes_file: str | None = None,
+    seed: int = 0,
+    val_per_class: int = 0,
 ) -> Task:
-    paths, labels = found["train"]
-    largest = max(int(of.max()) for _, of in found.values())
-    if largest > 10 * len(paths):
+    largest = _largest_label(lists)
+    num_train = len(lists["train"].paths)
+    if largest > 10 * num_train:  # numbers of some other kind, and as many classes would fill the memory
         raise DataError(
-            f"{name}: a list has label {largest} with {len(paths)} training images: labels start at 0 and have no gaps"
+            f"{name}: a list has label {largest} with {num_train} training images: labels start at 0 and have no gaps"
         )
-    names = _names(classes, paths, labels, largest + 1)
-    for role, (some, _) in found.items():  # a wrong root shows at once, not after an hour
-        if absent := [path for path in some[:: max(1, len(some) // 5)] if not os.path.isfile(root / path)]:
-            raise DataError(f"data.root {root} has no {quoted(absent[0], 99)}, which the {role} list names")
-
-    def part(role: str) -> Files | None:
-        if role not in found:
-            return None
-        mine, of = found[role]
-        # The list itself is the print: reading a million files to name them would take an hour.
-        stamp = os.path.realpath(root)
-        return Files(lambda i: str(root / mine[i]), of, tuple(mine), tuple([""] * len(mine)), stamp)
-
-    train, val, test, unlabeled = part("train"), part("val"), part("test"), part("unlabeled")
-    assert train is not None and test is not None
+    classes = _class_names(classes_file, lists["train"], largest + 1)
+    for role, listed in lists.items():
+        _check_root(root, role, listed.paths)
+    parts = {role: _files(root, listed) for role, listed in lists.items()}
+    train, val, test, unlabeled = parts["train"], parts.get("val"), parts["test"], parts.get("unlabeled")
     if val is None and val_per_class:
-        every = np.arange(len(train))
-        kept, held = hold_out(every, every, train.labels.numpy(), val_per_class, seed)
-        train, val = train.subset(kept.tolist()), train.subset(held.tolist())
-    variant = "published" if name in PUBLISHED else "own lists"
+        rows = np.arange(len(train))
+        remaining, held_out = hold_out(rows, rows, train.labels.numpy(), val_per_class, seed)
+        train, val = train.subset(remaining.tolist()), train.subset(held_out.tolist())
     facts: dict[str, Any] = {"variant": variant, "profile": "natural", "seed": seed}
-    if unlabeled:
-        tested = {os.path.normpath(path) for path in test.ids}
-        if leaked := [path for path in unlabeled.ids if os.path.normpath(path) in tested]:
-            facts["leaked"] = leaked
+    leaked = _same_paths(test, unlabeled) if unlabeled else []
+    if leaked:
+        facts["leaked"] = leaked
     return Task(
         name=name,
-        classes=names,
+        classes=classes,
         train=train,
         val=val,
         test=test,
@@ -209,22 +231,60 @@ def _task(
     )
 
 
-def _names(file: str | None, paths: list[str], labels: Tensor, number: int) -> tuple[str, ...]:
+def _check_root(root: Path, role: str, paths: list[str]) -> None:
+    """Looks at a few paths of a list, so that a wrong root shows at once and not after an hour. Raises DataError."""
+    step = max(1, len(paths) // 5)
+    for path in paths[::step]:
+        if not os.path.isfile(root / path):
+            raise DataError(f"data.root {root} has no {quoted(path, 99)}, which the {role} list names")
+
+
+def _files(root: Path, listed: ListedImages) -> Files:
+    paths = listed.paths
+    # The list itself stands for the images: reading a million files to fingerprint them would take an hour.
+    no_fingerprints = ("",) * len(paths)
+    return Files(
+        lambda i: str(root / paths[i]),
+        labels=listed.labels,
+        ids=tuple(paths),
+        fingerprints=no_fingerprints,
+        stamp=os.path.realpath(root),
+    )
+
+
+def _same_paths(test: Files, unlabeled: Files) -> list[str]:
+    """Ids of unlabeled images that are test images too."""
+    tested = {os.path.normpath(path) for path in test.ids}
+    return [path for path in unlabeled.ids if os.path.normpath(path) in tested]
+
+
+def _class_names(file: str | None, train: ListedImages, num_classes: int) -> tuple[str, ...]:
+    """Names from `file`, a line each; or the folders of the training images; or numbers. Raises DataError."""
     if file is not None:
-        try:
-            names = [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
-        except (OSError, ValueError) as error:
-            raise DataError(f"data.classes {file} cannot be read ({error})") from None
-        if len(names) != number or len(set(names)) != number:
-            raise DataError(f"data.classes {file} has {len(set(names))} different names for {number} classes")
-        return tuple(names)
-    folders: list[str | None] = [None] * number
-    for path, label in zip(paths, labels.tolist(), strict=True):
+        return _names_in_file(file, num_classes)
+    folders = _folder_of_each_class(train, num_classes)
+    if all(folders) and len(set(folders)) == num_classes:
+        return tuple(str(folder) for folder in folders)
+    return tuple(str(k) for k in range(num_classes))
+
+
+def _names_in_file(file: str, num_classes: int) -> tuple[str, ...]:
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise DataError(f"data.classes {file} cannot be read ({error})") from None
+    names = [line.strip() for line in text.splitlines() if line.strip()]
+    if len(names) != num_classes or len(set(names)) != num_classes:
+        raise DataError(f"data.classes {file} has {len(set(names))} different names for {num_classes} classes")
+    return tuple(names)
+
+
+def _folder_of_each_class(train: ListedImages, num_classes: int) -> list[str | None]:
+    """The innermost folder of each class's images, None for a class without any; all None where a class has two."""
+    folders: list[str | None] = [None] * num_classes
+    for path, label in zip(train.paths, train.labels.tolist(), strict=True):
         folder = path.rpartition("/")[0].rpartition("/")[2]
         if folders[label] not in (None, folder):
-            break
+            return [None] * num_classes
         folders[label] = folder
-    else:
-        if all(folders) and len(set(folders)) == number:
-            return tuple(str(folder) for folder in folders)
-    return tuple(str(k) for k in range(number))
+    return folders

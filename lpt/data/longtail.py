@@ -1,6 +1,10 @@
-"""Facts about a long tail: how many images each class has, and what follows from that alone."""
+"""Facts about a long tail: how many images each class has, and what follows from that alone.
+
+Shapes: counts [C].
+"""
 
 import hashlib
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -10,8 +14,7 @@ from torch import Tensor
 from lpt.errors import DataError
 
 GROUPS = ("many", "medium", "few")
-
-
+GroupRule = Literal["lt20", "le20", "thirds"]
 Profile = Literal["exponential", "step"]
 
 
@@ -32,11 +35,10 @@ def long_tail(num_classes: int, largest: int, imbalance_factor: float, profile: 
         raise DataError(f"imbalance_factor {imbalance_factor} is not positive: it is n_max / n_min, for example 100")
     mu = min(imbalance_factor, 1 / imbalance_factor)
     if profile == "step":
-        return [largest if k < num_classes / 2 else int(largest * mu) for k in range(num_classes)]
-    return [int(largest * mu ** (k / max(num_classes - 1, 1))) for k in range(num_classes)]
-
-
-GroupRule = Literal["lt20", "le20", "thirds"]
+        num_head = math.ceil(num_classes / 2)
+        return [largest] * num_head + [int(largest * mu)] * (num_classes - num_head)
+    last_rank = max(num_classes - 1, 1)
+    return [int(largest * mu ** (rank / last_rank)) for rank in range(num_classes)]
 
 
 def shot_groups(counts: Sequence[int] | Tensor, rule: str = "lt20") -> dict[str, Tensor]:
@@ -47,16 +49,18 @@ def shot_groups(counts: Sequence[int] | Tensor, rule: str = "lt20") -> dict[str,
     """
     n = torch.as_tensor(counts)
     if rule == "thirds":
-        rank = torch.argsort(n, descending=True, stable=True)
+        by_count = torch.argsort(n, descending=True, stable=True)
         third = len(n) // 3
-        parts = (rank[:third], rank[third : len(n) - third], rank[len(n) - third :])
-        return {name: part.sort().values for name, part in zip(GROUPS, parts, strict=True)}
+        sizes = [third, len(n) - 2 * third, third]
+        many, medium, few = (classes.sort().values for classes in by_count.split(sizes))
+        return {"many": many, "medium": medium, "few": few}
     if rule not in ("lt20", "le20"):
         raise DataError(f"unknown group rule {rule!r}: use lt20, le20 or thirds")
-    few = n < 20 if rule == "lt20" else n <= 20
-    many = n > 100
-    masks = (many, ~many & ~few, few)
-    return {name: mask.nonzero().flatten() for name, mask in zip(GROUPS, masks, strict=True)}
+    is_many = n > 100
+    is_few = n < 20 if rule == "lt20" else n <= 20
+    masks = (is_many, ~is_many & ~is_few, is_few)
+    many, medium, few = (mask.nonzero().flatten() for mask in masks)
+    return {"many": many, "medium": medium, "few": few}
 
 
 def usual_group_rule(counts: Sequence[int] | Tensor) -> GroupRule:

@@ -1,7 +1,7 @@
-"""Pixels: images in, normalised float views out.
+"""Pixels: images in, normalized float views out.
 
 Small images lie in memory as uint8 and become views a whole batch at a time on the compute device. Files are decoded
-and cut by Pillow in threads, to bytes of the view's size, and only normalised there. Both cut the same way.
+and cut by Pillow in threads, to bytes of the view's size, and only normalized there. Both cut the same way.
 
 Shapes: images [B 3 h w] uint8, views [B 3 S S] float.
 """
@@ -28,13 +28,18 @@ from lpt.errors import DataError, quoted
 Transform = Literal["timm", "lift", "lpt"]
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "PPM", "JPEG2000")
 """What is read where this Pillow can. It would read more, PostScript by running a program."""
-LARGEST, LONGEST, SCANS = 2**25, 2**16, 100
-"""Pixels of an image (of a JPEG once it is smaller; a fourth with 32 bits each), those of its longer side, and scans of
-a progressive JPEG: in a few bytes of a file there is room for far more."""
-LARGEST_VIEW = 1024
+# In a few bytes of a file there is room for an image that would fill the memory, or take hours.
+MAX_PIXELS = 2**25
+"""Pixels of an image, of a JPEG once it is decoded smaller; a fourth of them with 32 bits each."""
+MAX_SIDE = 2**16
+"""Pixels of its longer side."""
+MAX_SCANS = 100
+"""Scans of a progressive JPEG, each of which goes over the whole image."""
+MAX_VIEW = 1024
 """Pixels of a view's side: attention over many more patches than that has would never end."""
-ALONE, _alone = 2**24, threading.Lock()
-"""Pixels above which images are decoded one at a time, whatever the number of workers."""
+DECODE_ALONE_ABOVE = 2**24
+"""Pixels above which one image is decoded at a time, whatever the number of workers: memory for one is enough."""
+_decode_alone = threading.Lock()
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 
 
@@ -44,7 +49,7 @@ class Preprocess:
 
     Training view: random resized crop (area in [`min_area`, 1], aspect ratio in [3/4, 4/3] of the image's own, then
     either side cut to the image's, so that an area a may become sqrt(3/4 a)) and horizontal flip; every image has its
-    own crop. Test view: resize so that the shorter side is S / `crop_ratio`, then centre crop.
+    own crop. Test view: resize so that the shorter side is S / `crop_ratio`, then center crop.
     Both go from the stored pixels to S × S in one antialiased resampling, the one of PIL and of torchvision's
     `Resize`: a product with one matrix for the rows and one for the columns of each image.
     """
@@ -69,87 +74,125 @@ class Preprocess:
 
     def as_published(self, name: "Transform") -> "Preprocess":
         """The pipeline `name` at this size: `timm` is the backbone's own. LIFT's and LPT's code crop down to 8 % of the
-        area, resize bilinearly, and show the centre 224 of 256 pixels in tests, `lpt` of a square."""
+        area, resize bilinearly, and show the center 224 of 256 pixels in tests, `lpt` of a square."""
         if name == "timm":
             return self
-        clip = self.mean[0] == CLIP_MEAN[0]  # LIFT keeps CLIP's statistics for CLIP, and 0.5 for the others
-        half = self if name == "lift" and clip else self.with_(mean=(0.5,) * 3, std=(0.5,) * 3)
-        return half.with_(interpolation="bilinear", min_area=0.08, crop_ratio=224 / 256, square=name == "lpt")
+        is_clip = self.mean[0] == CLIP_MEAN[0]
+        pipeline = self
+        if not (name == "lift" and is_clip):  # LIFT keeps CLIP's statistics for CLIP, and 0.5 for the others
+            pipeline = self.with_(mean=(0.5,) * 3, std=(0.5,) * 3)
+        return pipeline.with_(interpolation="bilinear", min_area=0.08, crop_ratio=224 / 256, square=name == "lpt")
+
+    # Images in memory.
 
     def test(self, images: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The fixed view of each image. [B 3 h w] uint8 → [B 3 S S]."""
-        sides = []
-        short, least = math.floor(self.size / self.crop_ratio), min(images.shape[-2:])
-        for side in images.shape[-2:]:
-            # Roundings as in torchvision's Resize and CenterCrop, which every published test transform uses.
-            resized = short if self.square else int(short * side / least)
-            first = round((resized - self.size) / 2)
-            zero, whole = images.new_zeros(1, dtype=torch.float32), images.new_full((1,), side, dtype=torch.float32)
-            sides.append(self._resampling(zero, whole, side, resized, first))
-        return self._resampled(images, *sides).to(dtype)
+        """The fixed view of each image. [B 3 h w] uint8 → [B 3 S S], normalized."""
+        height, width = images.shape[-2:]
+        shorter = min(height, width)
+        rows = self._test_resampling(height, shorter, images.device)
+        columns = self._test_resampling(width, shorter, images.device)
+        return self._resampled(images, rows, columns).to(dtype)
+
+    def _test_resampling(self, side: int, shorter: int, device: torch.device) -> Tensor:
+        """The matrix [1 S side] of the test view for one axis of images whose shorter side has `shorter` pixels."""
+        resized = self._resized(side, shorter)
+        first = self._first_of_center(resized)
+        start = torch.zeros(1, dtype=torch.float32, device=device)
+        length = torch.full((1,), side, dtype=torch.float32, device=device)
+        return self._resampling(start, length, side, resized, first)
+
+    # Roundings as in torchvision's Resize and CenterCrop, which every published test transform uses.
+
+    def _resized(self, side: int, shorter: int) -> int:
+        """Pixels that `side` has in the resized image, from which the test view is cropped."""
+        target = math.floor(self.size / self.crop_ratio)
+        return target if self.square else int(target * side / shorter)
+
+    def _first_of_center(self, resized: int) -> int:
+        """Where a center crop of S pixels begins; below 0 where the image has fewer."""
+        return round((resized - self.size) / 2)
 
     def train(self, images: Tensor, chance: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
-        """A random view of each image from `chance` [B 5], uniform numbers in [0, 1).
+        """A random view of each image from `chance` [B 5], uniform numbers in [0, 1). [B 3 h w] uint8 → [B 3 S S],
+        normalized.
 
         The numbers are an argument, so a view is a pure function of them and of the image.
         """
-        h, w = images.shape[-2:]
-        left, top, width, height, flipped = self._crop(chance, w, h)
-        rows = self._resampling(top, height, h, self.size)
-        columns = self._resampling(left, width, w, self.size)
-        columns = torch.where(flipped[:, None, None], columns.flip(1), columns)
+        height, width = images.shape[-2:]
+        crop = self._crop(chance, width, height)
+        rows = self._resampling(crop.top, crop.height, height, self.size)
+        columns = self._resampling(crop.left, crop.width, width, self.size)
+        columns = torch.where(crop.flipped[:, None, None], columns.flip(1), columns)
         return self._resampled(images, rows, columns).to(dtype)
 
-    def _crop(self, chance: Tensor, w: int, h: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """(left, top, width, height, flipped) [B] of training views of w × h images."""
+    def _crop(self, chance: Tensor, width: int, height: int) -> "Crop":
+        """Training views of images with width × height pixels, from `chance` [B 5]."""
         area = self.min_area + (1 - self.min_area) * chance[:, 0]
         ratio = torch.exp((2 * chance[:, 1] - 1) * math.log(4 / 3) / 2)
-        width, height = w * (area.sqrt() * ratio).clamp(max=1), h * (area.sqrt() / ratio).clamp(max=1)
-        flipped = chance[:, 4] < (0.5 if self.flip else 0.0)
-        return chance[:, 2] * (w - width), chance[:, 3] * (h - height), width, height, flipped
+        crop_width = width * (area.sqrt() * ratio).clamp(max=1)
+        crop_height = height * (area.sqrt() / ratio).clamp(max=1)
+        return Crop(
+            left=chance[:, 2] * (width - crop_width),
+            top=chance[:, 3] * (height - crop_height),
+            width=crop_width,
+            height=crop_height,
+            flipped=chance[:, 4] < (0.5 if self.flip else 0.0),
+        )
 
     # Files: the same two views, cut by Pillow.
 
     def cut(self, files: Sequence["File"], chance: Tensor | None = None) -> Tensor:
-        """Image files as bytes of a view's size: test views, or training views from `chance` [B 5]. → uint8
-        [B 3 S S].
+        """Views of B image files as bytes: test views, or training views from `chance` [B 5]. → [B 3 S S] uint8, for
+        `normalized`.
 
         JPEGs much larger than the view are decoded at the smallest of their scales that is still twice as large, as
         Pillow's thumbnails are. Raises DataError, with its name, for an image that cannot be decoded.
         """
-        rows = [None] * len(files) if chance is None else list(chance.split(1))
-        return torch.stack(list(_workers().map(self._cut, files, rows)))
+        chances = [None] * len(files) if chance is None else list(chance.split(1))
+        return torch.stack(list(_workers().map(self._cut, files, chances)))
 
     def _cut(self, file: "File", chance: Tensor | None) -> Tensor:
+        """One view of a file [3 S S]; `chance` is [1 5]."""
+        if chance is None:
+            image = decoded(file, min_side=2 * math.floor(self.size / self.crop_ratio))
+            box, flipped = self._test_box(*image.size), False
+        else:  # of an image that large the smallest crop is still as large as the view
+            image = decoded(file, min_side=2 * math.ceil(self.size / math.sqrt(self.min_area)))
+            box, flipped = self._train_box(chance, *image.size)
         resample = Image.Resampling.BILINEAR if self.interpolation == "bilinear" else Image.Resampling.BICUBIC
-        short = math.floor(self.size / self.crop_ratio)
-        least = short if chance is None else math.ceil(self.size / math.sqrt(self.min_area))
-        image = decoded(file, least=2 * least)
-        w, h = image.size
-        if chance is not None:
-            left, top, width, height, flipped = (value.item() for value in self._crop(chance, w, h))
-            box = (left, top, min(left + width, w), min(top + height, h))
-            view = image.resize((self.size, self.size), resample, box=box)
-            view = ImageOps.mirror(view) if flipped else view
-        else:
-            # Resize and centre crop in one: the whole resized image of a long one may not fit into memory.
-            wide, high = (short, short) if self.square else (int(short * w / min(w, h)), int(short * h / min(w, h)))
-            left, top = round((wide - self.size) / 2), round((high - self.size) / 2)
-            x, y = w / wide, h / high
-            box = (left * x, top * y, min((left + self.size) * x, w), min((top + self.size) * y, h))
-            view = image.resize((self.size, self.size), resample, box=box)
+        view = image.resize((self.size, self.size), resample, box=box)
+        if flipped:
+            view = ImageOps.mirror(view)
         return torch.from_numpy(np.array(view)).permute(2, 0, 1)
 
-    def normalised(self, views: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
-        """(x/255 - mean)/std of what `cut` returns."""
-        return self._normalised(views.float()).to(dtype)
+    def _train_box(self, chance: Tensor, width: int, height: int) -> tuple["Box", bool]:
+        """(what a training view shows of an image, whether it is mirrored)."""
+        left, top, crop_width, crop_height, flipped = (value.item() for value in self._crop(chance, width, height))
+        return (left, top, min(left + crop_width, width), min(top + crop_height, height)), bool(flipped)
+
+    def _test_box(self, width: int, height: int) -> "Box":
+        """What a test view shows of an image, so that one resampling does both the resize and the center crop: the
+        whole resized image of a long one may not fit into memory."""
+        shorter = min(width, height)
+        resized_width, resized_height = self._resized(width, shorter), self._resized(height, shorter)
+        left, top = self._first_of_center(resized_width), self._first_of_center(resized_height)
+        x, y = width / resized_width, height / resized_height  # pixels of the image for one of the resized image
+        return left * x, top * y, min((left + self.size) * x, width), min((top + self.size) * y, height)
+
+    def normalized(self, views: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
+        """(x/255 - mean)/std of what `cut` returns. [B 3 S S] uint8 → [B 3 S S]."""
+        return self._normalized(views.float()).to(dtype)
+
+    # Arithmetic of both.
 
     def _resampling(self, start: Tensor, length: Tensor, old: int, new: int, first: int = 0) -> Tensor:
         """The matrices [B S old] that resample pixels [start, start + length) of `old` ones to `new` ones, of which
-        only `first`..`first` + S - 1 are wanted."""
+        only `first`..`first` + S - 1 are wanted; `start` and `length` are [B]."""
         scale = (length / new)[:, None, None]
-        centre = start[:, None, None] + (first + torch.arange(self.size, device=start.device)[:, None] + 0.5) * scale
-        distance = (torch.arange(old, device=start.device) + 0.5 - centre).abs() / scale.clamp(min=1)
+        wanted = first + torch.arange(self.size, device=start.device)[:, None]
+        center = start[:, None, None] + (wanted + 0.5) * scale
+        # Antialiasing: where pixels become fewer, the kernel is as many times wider.
+        distance = (torch.arange(old, device=start.device) + 0.5 - center).abs() / scale.clamp(min=1)
         if self.interpolation == "bilinear":
             weight = (1 - distance).clamp(min=0)
         else:  # Keys' cubic with a = -1/2
@@ -159,14 +202,28 @@ class Preprocess:
         return weight / weight.sum(-1, keepdim=True)
 
     def _resampled(self, images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        """rows · image · columnsᵀ, normalised. → [B 3 S S]."""
-        return self._normalised((rows[:, None] @ (images.float() @ columns[:, None].mT)).clamp_(0, 255))
+        """rows · image · columnsᵀ, normalized. → [B 3 S S]."""
+        return self._normalized((rows[:, None] @ (images.float() @ columns[:, None].mT)).clamp_(0, 255))
 
-    def _normalised(self, views: Tensor) -> Tensor:
+    def _normalized(self, views: Tensor) -> Tensor:
         """(x/255 - mean)/std as one multiply-add, in place."""
         mean = views.new_tensor(self.mean).view(1, 3, 1, 1)
         std = views.new_tensor(self.std).view(1, 3, 1, 1)
         return views.mul_(1 / (255 * std)).sub_(mean / std)
+
+
+class Crop(NamedTuple):
+    """Training views of B images: where each lies, in pixels of the image, and whether it is mirrored. All are [B]."""
+
+    left: Tensor
+    top: Tensor
+    width: Tensor
+    height: Tensor
+    flipped: Tensor
+
+
+Box = tuple[float, float, float, float]
+"""(left, upper, right, lower) in pixels, as Pillow has it."""
 
 
 class File(NamedTuple):
@@ -176,43 +233,62 @@ class File(NamedTuple):
     content: str | Path | bytes
 
 
-def decoded(file: File, *, least: int = 0) -> Image.Image:
+def decoded(file: File, *, min_side: int = 0) -> Image.Image:
     """The whole image, upright as its EXIF data says, as 8-bit RGB; a large JPEG may come smaller, with its shorter
-    side still at least `least`. Raises DataError."""
-    content = io.BytesIO(file.content) if isinstance(file.content, bytes) else file.content
+    side still at least `min_side`. Raises DataError."""
+    content = file.content
     try:
-        if not isinstance(file.content, bytes) and not os.path.isfile(file.content):
-            raise FileNotFoundError(f"there is no such file as {file.content}")  # a pipe would be waited for
-        with Image.open(content, formats=_formats()) as image:
-            scans = 1
-            if image.info.get("progressive"):  # each scan goes over the whole image, whatever the draft
-                whole = file.content if isinstance(file.content, bytes) else Path(file.content).read_bytes()
-                scans = whole.count(b"\xff\xda")
-            elif least:
-                image.draft("RGB", (least, least))
-            pixels, most = image.width * image.height, LARGEST // (4 if image.mode in ("I", "F") else 1)
-            if pixels > most:
-                raise ValueError(f"{image.width} x {image.height} pixels, {most} are the most: make it smaller")
-            if max(image.size) > LONGEST or scans > SCANS:
-                raise ValueError(f"{image.width} x {image.height} pixels in {scans} scans: save it in another way")
-            if least and scans > 1:
-                image.draft("RGB", (least, least))
-            with _alone if pixels > ALONE else contextlib.nullcontext():
+        if not isinstance(content, bytes) and not os.path.isfile(content):
+            raise FileNotFoundError(f"there is no such file as {content}")  # a pipe would be waited for
+        opened = io.BytesIO(content) if isinstance(content, bytes) else content
+        with Image.open(opened, formats=_formats()) as image:
+            is_progressive = bool(image.info.get("progressive"))
+            scans = _scans(file) if is_progressive else 1
+            # A draft is Pillow's word for a JPEG decoded at a half, fourth or eighth. It saves a progressive one no
+            # time, as each scan goes over the whole image: such a one is held to the limits before its draft.
+            if min_side and not is_progressive:
+                image.draft("RGB", (min_side, min_side))
+            pixels = image.width * image.height
+            _check_limits(image, scans)
+            if min_side and scans > 1:
+                image.draft("RGB", (min_side, min_side))
+            with _decode_alone if pixels > DECODE_ALONE_ABOVE else contextlib.nullcontext():
                 ImageOps.exif_transpose(image, in_place=True)
-                return (_eight_bits(image) if image.mode[0] in "IF" else image).convert("RGB")
+                has_wide_pixels = image.mode[0] in "IF"
+                return (_eight_bits(image) if has_wide_pixels else image).convert("RGB")
     except Exception as error:  # a decoder's error on a damaged file can be of any class
         raise DataError(f"image {file.name} cannot be decoded ({quoted(error) or type(error).__name__})") from None
 
 
+def _scans(file: File) -> int:
+    """How many scans a JPEG has, by their markers; bytes of its pixels never look like one."""
+    content = file.content if isinstance(file.content, bytes) else Path(file.content).read_bytes()
+    return content.count(b"\xff\xda")
+
+
+def _check_limits(image: Image.Image, scans: int) -> None:
+    """Raises ValueError for an image that would take too much memory or time to decode."""
+    max_pixels = MAX_PIXELS // 4 if image.mode in ("I", "F") else MAX_PIXELS
+    if image.width * image.height > max_pixels:
+        raise ValueError(f"{image.width} x {image.height} pixels, {max_pixels} are the most: make it smaller")
+    if max(image.size) > MAX_SIDE or scans > MAX_SCANS:
+        raise ValueError(f"{image.width} x {image.height} pixels in {scans} scans: save it in another way")
+
+
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Greys of 16 or 32 bits, or floats: scaled by the smallest of 1 (floats), 255, 65535 and the maximum that holds
-    them all. 16-bit files by 65535."""
-    grey = np.asarray(image).astype(np.float64)
-    grey.clip(min=0, out=grey)
-    tops = [65535.0] if image.mode.startswith("I;16") else [1.0] * (image.mode == "F") + [255.0, 65535.0]
-    top = next((t for t in tops if grey.max() <= t), grey.max())
-    grey *= 255 / top
-    return Image.fromarray(grey.round(out=grey).clip(0, 255, out=grey).astype(np.uint8))
+    """Grays of 16 or 32 bits, or floats, in 8 bits. White is 65535 in a 16-bit file; else the smallest of 1 (floats
+    alone), 255, 65535 and the image's own maximum that is no less than this maximum."""
+    gray = np.asarray(image).astype(np.float64)
+    gray.clip(min=0, out=gray)
+    whites = [255.0, 65535.0]
+    if image.mode.startswith("I;16"):
+        whites = [65535.0]
+    elif image.mode == "F":
+        whites = [1.0, *whites]
+    maximum = gray.max()
+    white = next((value for value in whites if maximum <= value), maximum)
+    gray *= 255 / white
+    return Image.fromarray(gray.round(out=gray).clip(0, 255, out=gray).astype(np.uint8))
 
 
 @cache

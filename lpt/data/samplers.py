@@ -1,35 +1,34 @@
-"""Which images make batch t: pure functions of (seed, step), the same for any number of processes.
+"""Which images make the batch of a step: pure functions of (seed, step), the same for any number of processes.
 
 Every sampler gives the *global* batch of a step; process r of w takes rows r::w. Exact resume therefore needs
-one integer, the step.
+one integer, the step. Shapes: labels [N], batches [B] of image indices.
 """
 
 from collections import OrderedDict
-from collections.abc import Hashable
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lpt.data.task import rows_by_class
 from lpt.errors import DataError
 
 
 class _Cycle:
-    """Items in shuffled passes, without end: item at position p is perm(seed, pass)[p mod n]."""
+    """n items in shuffled passes, without end: the item at position p is permutation(seed, p // n)[p mod n]."""
 
     def __init__(self, items: np.ndarray, seed: tuple[int, ...]):
         self.items, self.seed = items, seed
-        self._passes: OrderedDict[Hashable, np.ndarray] = OrderedDict()
+        # The latest three alone: steps come in order, so earlier passes are not asked for again.
+        self._passes: OrderedDict[int, np.ndarray] = OrderedDict()
 
     def at(self, position: int) -> int:
         number, offset = divmod(position, len(self.items))
-        order = self._passes.get(number)
-        if order is None:
-            order = np.random.default_rng((*self.seed, number)).permutation(self.items)
-            self._passes[number] = order
+        if number not in self._passes:
+            self._passes[number] = np.random.default_rng((*self.seed, number)).permutation(self.items)
             if len(self._passes) > 3:
                 self._passes.popitem(last=False)
-        return int(order[offset])
+        return int(self._passes[number][offset])
 
 
 class InstanceBalanced:
@@ -48,7 +47,7 @@ class InstanceBalanced:
 
 
 class InstancePerStep:
-    """A fresh permutation of all images every step, its first rows taken (LPT's code: i.i.d. batches)."""
+    """The first rows of a fresh permutation of all images at every step: independent batches, as in LPT's code."""
 
     def __init__(self, labels: Tensor, *, batch_size: int, seed: int):
         if len(labels) == 0:
@@ -62,38 +61,36 @@ class InstancePerStep:
 
 
 class ClassBalanced:
-    """A shuffled cycle over the classes; each draw takes `per_class` items of that class's own shuffled cycle.
+    """A shuffled cycle over the classes; each draw takes `per_class` images of that class's own shuffled cycle (LPT §3,
+    with 4 per class).
 
-    A class with fewer images repeats them inside a batch; a class without images is never drawn. (LPT §3:
-    4 per class.) A batch that is no multiple of `per_class` ends inside a draw, and the next one goes on there.
+    A class with fewer images repeats them inside a batch; a class without images is never drawn. A batch that is no
+    multiple of `per_class` ends inside a draw, and the next one goes on there.
     """
 
     def __init__(self, labels: Tensor, *, batch_size: int, per_class: int = 4, seed: int):
         if len(labels) == 0:
             raise DataError("there are no training images to sample from")
-        of = labels.cpu().numpy()
-        order = np.argsort(of, kind="stable")  # once, not a pass over all labels for each class
-        present, first = np.unique(of[order], return_index=True)
         self.batch_size, self.per_class = batch_size, per_class
-        self._classes = _Cycle(present, (seed, 3))
-        self._num_present = len(present)
-        items = zip(present.tolist(), np.split(order, first[1:]), strict=True)
-        self._items = {k: _Cycle(rows, (seed, 4, k)) for k, rows in items}
+        by_class = rows_by_class(np.arange(len(labels)), labels.cpu().numpy())
+        self._classes = _Cycle(np.array(list(by_class)), (seed, 3))
+        self._images = {k: _Cycle(rows, (seed, 4, k)) for k, rows in by_class.items()}
 
     def batch(self, step: int) -> Tensor:
         """Image indices [batch_size] of step `step`."""
         indices = []
+        num_classes = len(self._images)
         for position in range(step * self.batch_size, (step + 1) * self.batch_size):
-            draw, within = divmod(position, self.per_class)
-            # Each pass over the classes draws each once, so a class has been drawn `earlier` times before.
-            earlier = draw // self._num_present
-            cycle = self._items[self._classes.at(draw)]
-            indices.append(cycle.at(earlier * self.per_class + within))
+            draw, within_draw = divmod(position, self.per_class)
+            # Each pass over the classes draws each once, so this one has been drawn as often as there were passes.
+            earlier_draws = draw // num_classes
+            images = self._images[self._classes.at(draw)]
+            indices.append(images.at(earlier_draws * self.per_class + within_draw))
         return torch.tensor(indices)
 
 
 def instance_weight(start: float, progress: float) -> float:
-    """η = max(0, η0 (E - e)/E), the weight of the instance-balanced stream; `progress` is e/E. (LPT §2.6)
+    """η = max(0, η0 (E - e)/E), the weight of the instance-balanced stream; `progress` is e/E (LPT §2.6).
 
     >>> round(instance_weight(0.5, 89 / 90), 4)
     0.0056

@@ -12,144 +12,208 @@ from typing import Any, NamedTuple
 
 from lpt.errors import DataError, LptError, did_you_mean, quoted
 
-PARTS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test",)}
-METADATA = ("metadata.csv", "metadata.jsonl")
-LABELS = ("label", "fine_label", "labels", "class", "category", "species")
+PART_NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test",)}
+"""How a folder, or a split of the Hub, may be called to be each part."""
+METADATA_FILES = ("metadata.csv", "metadata.jsonl")
+IMAGE_COLUMNS = ("image", "img")
+LABEL_COLUMNS = ("label", "fine_label", "labels", "class", "category", "species")
+"""Columns that hold images and classes where no type and no setting says which do."""
 
 
-class Part(NamedTuple):
-    """Encoded images of one part by number, and for each an id, a class name and a print of its content. `order` is
-    the dataset's own order of its classes, `left_out` what lies beside them and belongs to none."""
+class EncodedPart(NamedTuple):
+    """One part of a dataset as it was read: its encoded images by number, and what is known of each."""
 
     source: Callable[[int], str | bytes]
+    """The path of image i, or its bytes."""
     ids: list[str]
-    names: list[str]
-    prints: list[str]
+    class_names: list[str]
+    """The class of each image."""
+    fingerprints: list[str]
+    """Of the content of each image, for hashes."""
     stamp: str = ""
-    order: Sequence[str] = ()
+    """As in `lpt.data.task.Files`."""
+    class_order: Sequence[str] = ()
+    """All classes in the dataset's own order, where it has one."""
     left_out: Sequence[str] = ()
+    """Images that lie beside these and belong to no class."""
 
 
-def metadata(place: Path) -> Path | None:
-    """The file in `place` that says which class each image is of, if there is one."""
-    return next((place / name for name in METADATA if (place / name).is_file()), None)
+def metadata(folder: Path) -> Path | None:
+    """The file in `folder` that says which class each image is of, if there is one."""
+    for name in METADATA_FILES:
+        if (folder / name).is_file():
+            return folder / name
+    return None
 
 
 def read_metadata(table: Path, label_column: str | None) -> tuple[list[Path], list[str]]:
     """(files, class names) of a metadata file, row by row. Raises DataError."""
     try:
-        if not (rows := _rows(table)):
+        rows = _rows(table)
+        if not rows:
             raise ValueError("it has no rows")
     except (OSError, ValueError, RecursionError, csv.Error) as error:
         raise DataError(f"{table} cannot be read as a table ({quoted(error)})") from None
-    columns = list(dict.fromkeys(name for row in rows for name in row))
+    columns = list(dict.fromkeys(name for row in rows for name in row))  # in the order in which they come up
     if "file_name" not in columns:
         raise DataError(f"{table} has columns {quoted(', '.join(columns))}: it needs file_name and a class")
     others = [name for name in columns if name != "file_name"]
-    usual = [name for name in LABELS if name in others]
-    label = _column(str(table), "label", label_column, usual or (others if len(others) == 1 else []), others)
-    names = [row.get(label) for row in rows]
-    if (empty := sum(name is None or name == "" for name in names)) > 0:
-        raise DataError(f"{table} has {empty} rows without a {quoted(label)}; every image needs a class")
-    if odd := next((name for name in names if not isinstance(name, str | int | float)), None):
-        raise DataError(f"{table}: {quoted(label)} is to be the name of a class, and not {quoted(odd)}")
+    likely = [name for name in LABEL_COLUMNS if name in others]
+    if not likely and len(others) == 1:
+        likely = others
+    label = _column(str(table), "label", label_column, likely, others)
+    class_names = [row.get(label) for row in rows]
+    _check_class_names(table, label, class_names)
     files = [table.parent / str(row.get("file_name")) for row in rows]
-    if missing := [path for path in files if "\0" in str(path) or not path.is_file()]:
+    missing = [path for path in files if "\0" in str(path) or not path.is_file()]
+    if missing:
         raise DataError(f"{table} names {len(missing)} files that are not there, the first is {quoted(missing[0])}")
-    return files, [str(name) for name in names]
+    return files, [str(name) for name in class_names]
+
+
+def _check_class_names(table: Path, label: str, class_names: Sequence[Any]) -> None:
+    empty = sum(name is None or name == "" for name in class_names)
+    if empty:
+        raise DataError(f"{table} has {empty} rows without a {quoted(label)}; every image needs a class")
+    for name in class_names:
+        if not isinstance(name, str | int | float):
+            raise DataError(f"{table}: {quoted(label)} is to be the name of a class, and not {quoted(name)}")
 
 
 def _rows(table: Path) -> list[dict[str, Any]]:
-    """The rows of a CSV file with a header, or of a file with a JSON object a line. Raises ValueError, OSError,
-    RecursionError and csv.Error."""
+    """The rows of a CSV file with a header, or of a file with a JSON object a line.
+
+    Raises ValueError, OSError, RecursionError and csv.Error.
+    """
     with table.open(encoding="utf-8-sig", newline="") as file:
         if table.suffix == ".csv":
-            columns, *lines = list(csv.reader(file, strict=True)) or [[]]
-            if len(set(columns)) < len(columns):
-                raise ValueError("two columns have one name")
-            if odd := next((i for i, line in enumerate(lines, 2) if line and len(line) != len(columns)), None):
-                raise ValueError(f"row {odd} has not as many cells as the first, which has {len(columns)}")
-            return [dict(zip(columns, line, strict=True)) for line in lines if line]
+            return _csv_rows(list(csv.reader(file, strict=True)))
         rows = [json.loads(line) for line in file if line.strip()]
-    if odd := next((i for i, row in enumerate(rows, 1) if not isinstance(row, dict)), None):
-        raise ValueError(f"row {odd} is no object with a value for each column")
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise ValueError(f"row {number} is no object with a value for each column")
     return rows
 
 
-def read_tables(root: str, image_column: str | None, label_column: str | None) -> dict[str, Part]:
+def _csv_rows(lines: list[list[str]]) -> list[dict[str, Any]]:
+    """Rows by the names in the first line; empty lines are passed over. Raises ValueError."""
+    if not lines:
+        return []
+    columns = lines[0]
+    if len(set(columns)) < len(columns):
+        raise ValueError("two columns have one name")
+    rows: list[dict[str, Any]] = []
+    for number, cells in enumerate(lines[1:], start=2):
+        if not cells:
+            continue
+        if len(cells) != len(columns):
+            raise ValueError(f"row {number} has not as many cells as the first, which has {len(columns)}")
+        rows.append(dict(zip(columns, cells, strict=True)))
+    return rows
+
+
+def read_tables(root: str, image_column: str | None, label_column: str | None) -> dict[str, EncodedPart]:
     """The parts of a folder of parquet files or of a Hub dataset. Raises DataError."""
-    # Of a folder its parquet files alone: a README beside them may name others, anywhere.
-    local = Path(root).is_dir()
-    found = _load(root, "parquet", data_dir=str(Path(root).resolve())) if local else _load(root, root)
-    parts: dict[str, Part] = {}
-    for role, names in PARTS.items():
-        name = next((n for n in names if n in found), None)
-        if name and (part := _table(root, role, found[name], image_column, label_column)):
+    is_folder = Path(root).is_dir()
+    # Of a folder only its parquet files: a README beside them may name others, anywhere.
+    splits = _load(root, "parquet", data_dir=str(Path(root).resolve())) if is_folder else _load(root, root)
+    parts: dict[str, EncodedPart] = {}
+    for role, names in PART_NAMES.items():
+        split = next((name for name in names if name in splits), None)
+        if split is None:
+            continue
+        part = _read_split(root, role, splits[split], image_column, label_column)
+        if part is not None:
             parts[role] = part
     return parts
 
 
-def _table(root: str, role: str, rows: Any, image_column: str | None, label_column: str | None) -> Part | None:
-    """None for a part other than train whose labels are withheld, as the Hub's test parts often are."""
+def _read_split(
+    root: str, role: str, rows: Any, image_column: str | None, label_column: str | None
+) -> EncodedPart | None:
+    """The part `role` from the rows of a `datasets.Dataset`.
+
+    None for a part other than train whose labels are withheld, as the Hub's test parts often are.
+    """
     import datasets
 
     features = rows.features
-    images = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
-    labels = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
-    named = [name for name in ("image", "img") if name in features]
-    image = _column(root, "image", image_column, images + named, features)
-    label = _column(root, "label", label_column, labels + [n for n in LABELS if n in features], features)
-    values, kind = rows[label], features[label]
-    unlabelled = sum(v is None or v == -1 for v in values)
-    if unlabelled == len(values) and role != "train":
+    typed_images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    typed_labels = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    named_images = [name for name in IMAGE_COLUMNS if name in features]
+    named_labels = [name for name in LABEL_COLUMNS if name in features]
+    image = _column(root, "image", image_column, typed_images + named_images, features)
+    label = _column(root, "label", label_column, typed_labels + named_labels, features)
+    labels = rows[label]
+    unlabeled = sum(value is None or value == -1 for value in labels)
+    if unlabeled == len(labels) and role != "train":
         return None
-    if unlabelled:
+    if unlabeled:
         raise DataError(
-            f"data.root {root}: {unlabelled} of the {role} images have no {label}; every image needs a class"
+            f"data.root {root}: {unlabeled} of the {role} images have no {label}; every image needs a class"
         )
-    try:
-        cells = rows.cast_column(image, datasets.Image(decode=False)).select_columns(image)
-        contents = [cell[image] for cell in cells]
-    except Exception:  # pyarrow's and datasets' own, for a column of another type
-        raise DataError(f"data.{image}: this column of {root} ({features[image]}) holds no images") from None
-    if empty := [i for i, c in enumerate(contents) if not c or not (c["bytes"] or c["path"])]:
-        raise DataError(f"data.root {root}: {len(empty)} {role} rows hold no image, the first is row {empty[0]}")
-    prints = [hashlib.sha256(c["bytes"]).hexdigest()[:16] if c["bytes"] else str(c["path"]) for c in contents]
-    del contents
+    cells, fingerprints = _image_cells(root, role, rows, image)
 
     def source(i: int) -> str | bytes:
         cell = cells[i][image]
         return cell["bytes"] or cell["path"]
 
-    order = list(kind.names) if isinstance(kind, datasets.ClassLabel) else []
-    names = [order[v] for v in values] if order else [str(v) for v in values]
-    return Part(source, [f"{role}/{i:07d}" for i in range(len(names))], names, prints, "", order)
+    class_order = list(features[label].names) if label in typed_labels else []
+    class_names = [class_order[value] if class_order else str(value) for value in labels]
+    ids = [f"{role}/{i:07d}" for i in range(len(labels))]
+    return EncodedPart(source, ids, class_names, fingerprints, class_order=class_order)
 
 
-def _load(what: str, *words: str, **settings: Any) -> Any:
-    """`datasets.load_dataset`, quietly, with its many errors in one sentence."""
+def _image_cells(root: str, role: str, rows: Any, image: str) -> tuple[Any, list[str]]:
+    """(rows with the column `image` alone, each {"bytes", "path"} of an encoded image; a fingerprint of each).
+
+    All bytes are read once, for the fingerprints; after that only the rows that are asked for come into memory.
+    """
     import datasets
 
-    quiet = not datasets.are_progress_bars_disabled()
+    try:
+        cells = rows.cast_column(image, datasets.Image(decode=False)).select_columns(image)
+        contents = [cell[image] for cell in cells]
+    except Exception:  # pyarrow's and datasets' own, for a column of another type
+        raise DataError(f"data.{image}: this column of {root} ({rows.features[image]}) holds no images") from None
+    empty = [i for i, content in enumerate(contents) if not content or not (content["bytes"] or content["path"])]
+    if empty:
+        raise DataError(f"data.root {root}: {len(empty)} {role} rows hold no image, the first is row {empty[0]}")
+    fingerprints: list[str] = []
+    for content in contents:
+        encoded = content["bytes"]
+        fingerprints.append(hashlib.sha256(encoded).hexdigest()[:16] if encoded else str(content["path"]))
+    return cells, fingerprints
+
+
+def _load(root: str, *words: str, **settings: Any) -> Any:
+    """`datasets.load_dataset(*words, **settings)`, quietly, with its many errors in one sentence."""
+    import datasets
+
+    had_progress_bars = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
         return datasets.load_dataset(*words, **settings)
     except LptError:
         raise
     except Exception as error:  # readers raise whatever their libraries do
-        reason = quoted((str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0], 300)
-        raise DataError(f"data.root {what} cannot be read as a dataset of images ({reason})") from None
+        text = str(error.__cause__ or error).strip() or type(error).__name__
+        reason = quoted(text.splitlines()[0], 300)
+        raise DataError(f"data.root {root} cannot be read as a dataset of images ({reason})") from None
     finally:
-        if quiet:
+        if had_progress_bars:
             datasets.enable_progress_bars()
 
 
-def _column(root: str, what: str, wanted: str | None, found: list[str], columns: Any) -> str:
-    if wanted is not None and wanted not in columns:
-        there = f"({quoted(', '.join(columns))}){did_you_mean(wanted, columns)}"
-        raise DataError(f"data.{what}_column {wanted!r} is no column of {root} {there}")
-    if wanted is None and not found:
+def _column(root: str, what: str, wanted: str | None, likely: list[str], columns: Any) -> str:
+    """The column that holds the `what`, image or label: the `wanted` one, or else the likeliest. Raises DataError."""
+    if wanted is not None:
+        if wanted not in columns:
+            existing = f"({quoted(', '.join(columns))}){did_you_mean(wanted, columns)}"
+            raise DataError(f"data.{what}_column {wanted!r} is no column of {root} {existing}")
+        return wanted
+    if not likely:
         raise DataError(
             f"data.root {root} has columns {quoted(', '.join(columns))}: which holds the {what}? Set data.{what}_column"
         )
-    return wanted or found[0]
+    return likely[0]

@@ -16,10 +16,21 @@ from torch import Tensor
 from lpt.data.preprocess import File
 from lpt.errors import DataError
 
+WARNINGS = {
+    "left_out": "{} images belong to no class and are left out",
+    "skipped": "{} images cannot be decoded and are skipped",
+    "leaked": "{} unlabelled images are test images too",
+    "empty_folders": "{} folders hold no image and are no classes",
+}
+"""What is said of a task whose `facts` list something under one of these keys."""
+
+# A part of a task is `Images` or `Files`. Both have `labels` [N] and `ids`, a length, `digest`, `take`, `subset` and
+# `content`; only what `take` returns differs, and the engine asks which of the two it has.
+
 
 @dataclass(frozen=True)
 class Images:
-    """Labelled images that fit in memory as uint8; views are drawn from them batch by batch."""
+    """Images of one size in memory: `pixels` [N 3 h w] uint8, `labels` [N], and N `ids` that stay from run to run."""
 
     pixels: Tensor
     labels: Tensor
@@ -33,74 +44,89 @@ class Images:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over ids and pixels, in this order."""
+        """SHA-256 over ids and pixels in their order, in hex: what was computed from these images is cached by it."""
         digest = hashlib.sha256("\n".join(self.ids).encode())
         digest.update(f"{tuple(self.pixels.shape)}".encode())
         digest.update(self.pixels.numpy().tobytes())
         return digest.hexdigest()
 
     def take(self, indices: Tensor) -> Tensor:
-        """[B] → uint8 [B 3 h w]."""
+        """The pixels of images `indices` [B]: uint8 [B 3 h w], for `Preprocess.train` and `Preprocess.test`."""
         return self.pixels[indices]
 
     def subset(self, indices: Iterable[int]) -> "Images":
-        chosen = torch.as_tensor(list(indices), dtype=torch.long)
-        return Images(self.pixels[chosen], self.labels[chosen], tuple(self.ids[i] for i in chosen.tolist()))
+        """The images `indices` in their order, with labels and ids; pixels are copied."""
+        rows = torch.as_tensor(list(indices), dtype=torch.long)
+        ids = tuple(self.ids[i] for i in rows.tolist())
+        return Images(self.pixels[rows], self.labels[rows], ids)
 
     def content(self, rows: np.ndarray) -> bytes:
-        """What a split's hash covers beside ids and labels: the pixels."""
+        """What a split's hash covers of images `rows` beside ids and labels: their pixels."""
         return self.pixels[torch.from_numpy(rows)].numpy().tobytes()
 
 
 @dataclass(frozen=True)
 class Files:
-    """Labelled image files, read when they are asked for.
+    """Encoded images, read only when they are asked for, with `labels` [N] and N `ids` that stay from run to run.
 
-    `source(i)` is the path of image i, or its encoded bytes; `prints` say what is in each (a size, a hash) without
-    regard to where and when it was written; `stamp` changes also when a file is only written anew, or lies elsewhere.
+    `source(i)` is the path of image i, or its encoded bytes. `fingerprints` say what is in each image (its size in
+    bytes, or a hash) without regard to where and when it was written. `stamp` also changes when a file is written anew
+    or lies elsewhere.
     """
 
     source: Callable[[int], str | bytes]
     labels: Tensor
     ids: tuple[str, ...]
-    prints: tuple[str, ...]
+    fingerprints: tuple[str, ...]
     stamp: str = ""
 
     def __post_init__(self) -> None:
-        assert len(self.labels) == len(self.ids) == len(self.prints)
+        assert len(self.labels) == len(self.ids) == len(self.fingerprints)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over ids, in this order, prints and stamp."""
-        return hashlib.sha256("\n".join([self.stamp, *self.ids, *self.prints]).encode()).hexdigest()
+        """SHA-256 over stamp, ids and fingerprints in their order, in hex; no file is read for it."""
+        return hashlib.sha256("\n".join([self.stamp, *self.ids, *self.fingerprints]).encode()).hexdigest()
 
     def take(self, indices: Tensor) -> list[File]:
-        """[B] → encoded images, for `Preprocess.cut`."""
+        """The encoded images `indices` [B], for `Preprocess.cut`: B files, not yet decoded."""
         return [File(self.ids[i], self.source(i)) for i in indices.tolist()]
 
     def subset(self, indices: Iterable[int]) -> "Files":
-        chosen = [int(i) for i in indices]
-        ids, prints = (tuple(of[i] for i in chosen) for of in (self.ids, self.prints))
+        """The images `indices` in their order, with labels, ids and fingerprints, under the same stamp."""
+        rows = [int(i) for i in indices]
         source = self.source
-        return Files(lambda i: source(chosen[i]), self.labels[chosen], ids, prints, self.stamp)
+        ids = tuple(self.ids[row] for row in rows)
+        fingerprints = tuple(self.fingerprints[row] for row in rows)
+        return Files(lambda i: source(rows[i]), self.labels[rows], ids, fingerprints, self.stamp)
 
     def plus(self, other: "Files") -> "Files":
-        mine, n = self.source, len(self)
-        ids, prints = self.ids + other.ids, self.prints + other.prints
-        labels = torch.cat([self.labels, other.labels])
-        return Files(lambda i: mine(i) if i < n else other.source(i - n), labels, ids, prints, self.stamp + other.stamp)
+        """These images and then those of `other`, in one."""
+        first, second, length = self.source, other.source, len(self)
+
+        def source(i: int) -> str | bytes:
+            return first(i) if i < length else second(i - length)
+
+        return Files(
+            source,
+            labels=torch.cat([self.labels, other.labels]),
+            ids=self.ids + other.ids,
+            fingerprints=self.fingerprints + other.fingerprints,
+            stamp=self.stamp + other.stamp,
+        )
 
     def content(self, rows: np.ndarray) -> bytes:
-        """What a split's hash covers beside ids and labels: the prints, so that a long list starts at once."""
-        return "\n".join(self.prints[i] for i in rows.tolist()).encode()
+        """What a split's hash covers of images `rows` beside ids and labels: their fingerprints. To read every file of
+        a long list would take an hour."""
+        return "\n".join(self.fingerprints[row] for row in rows.tolist()).encode()
 
 
 @dataclass(frozen=True)
 class Task:
-    """One dataset with its label set. `counts` always come from the training part, never from labels present."""
+    """One dataset with its label set. `counts` always come from the training part, not from the labels present."""
 
     name: str
     classes: tuple[str, ...]
@@ -108,9 +134,10 @@ class Task:
     test: Images | Files
     val: Images | Files | None = None
     unlabeled: Images | Files | None = None
-    """Images whose labels no method may train on; where the truth is known they hold it, for the audit, else -1."""
+    """Images whose labels no method may train on. Where the truth is known they hold it, for the audit, else -1."""
     group_rule: str = "lt20"
     facts: Mapping[str, Any] = field(default_factory=dict)
+    """What else is known of the split, as `split.json` holds it: variant, profile, seed, and the keys of `WARNINGS`."""
 
     def __post_init__(self) -> None:
         if len(self.classes) < 2:
@@ -123,28 +150,31 @@ class Task:
 
     @property
     def imbalance_factor(self) -> float:
-        """n_max / n_min over the classes that have training images."""
+        """n_max / n_min over the classes that have training images, to four decimals."""
         present = self.counts[self.counts > 0]
         return round((present.max() / present.min()).item(), 4)
 
     def manifest(self) -> dict[str, Any]:
-        """What exactly is in the split: facts, counts, ids and a SHA-256 over ids, roles, labels and pixels (of files:
-        their sizes, or a hash of their bytes in a table; of those in published or own lists nothing but their paths).
+        """What exactly is in the split, for `split.json`: facts, counts, ids and a SHA-256.
 
-        The hash depends on neither file-system order nor working directory: rows are sorted by role and id.
+        The hash covers roles, ids, labels, and the content of each part: pixels; sizes of files; hashes of bytes in a
+        table; of images in published or own lists nothing but their paths. It depends on neither file-system order nor
+        working directory: rows are sorted by role and id.
         """
         digest = hashlib.sha256()
         parts: dict[str, Any] = {}
+        class_names = [*self.classes, ""]  # label -1, an unknown class, indexes the last
         roles = {"train": self.train, "unlabeled": self.unlabeled, "val": self.val, "test": self.test}
-        names = [*self.classes, ""]  # the last, -1, is an unknown label
         for role, images in roles.items():
             if images is None:
                 continue
             order = np.argsort(np.array(images.ids))
-            for i in order.tolist():
-                digest.update(f"{role}\t{images.ids[i]}\t{names[int(images.labels[i])]}\n".encode())
+            sorted_ids = [images.ids[row] for row in order.tolist()]
+            labels = images.labels.tolist()
+            for row, image_id in zip(order.tolist(), sorted_ids, strict=True):
+                digest.update(f"{role}\t{image_id}\t{class_names[labels[row]]}\n".encode())
             digest.update(images.content(order))
-            parts[role] = {"images": len(images), "ids": [images.ids[i] for i in order.tolist()]}
+            parts[role] = {"images": len(images), "ids": sorted_ids}
         return {
             "name": self.name,
             **self.facts,
@@ -157,58 +187,64 @@ class Task:
 
     def summary_lines(self) -> list[str]:
         """What a run says of its data before it trains: a line on sizes, and a warning for each thing amiss."""
-        held = f", {len(self.unlabeled)} unlabelled" if self.unlabeled else ""
-        held += f", {len(self.val)} held out" if self.val else ""
-        split = f" ({self.facts['test_part']})" if "test_part" in self.facts else ""
-        lines = [
-            f"{self.name} ({self.facts.get('variant')}): {len(self.train)} training images of {len(self.classes)} "
-            f"classes, {int(self.counts.max())} to {int(self.counts.min())} each{held}, {len(self.test)} test images"
-            + split
-        ]
-        warnings = {
-            "left_out": "{} images belong to no class and are left out",
-            "skipped": "{} images cannot be decoded and are skipped",
-            "leaked": "{} unlabelled images are test images too",
-            "empty_folders": "{} folders hold no image and are no classes",
-        }
-        for fact, text in warnings.items():
-            if names := self.facts.get(fact):
+        lines = [self._size_line()]
+        for fact, text in WARNINGS.items():
+            names = self.facts.get(fact)
+            if names:
                 lines.append(f"warning: {text.format(len(names))}, for example {names[0]}")
         for name in self.absent_classes():
             lines.append(f"warning: class {name!r} has no training image; it is kept, and cannot be learned")
         return lines
 
+    def _size_line(self) -> str:
+        largest, smallest = int(self.counts.max()), int(self.counts.min())
+        line = (
+            f"{self.name} ({self.facts.get('variant')}): {len(self.train)} training images of {len(self.classes)} "
+            f"classes, {largest} to {smallest} each"
+        )
+        if self.unlabeled:
+            line += f", {len(self.unlabeled)} unlabelled"
+        if self.val:
+            line += f", {len(self.val)} held out"
+        line += f", {len(self.test)} test images"
+        if "test_part" in self.facts:
+            line += f" ({self.facts['test_part']})"
+        return line
+
     def absent_classes(self) -> list[str]:
         """Classes without a single training image; they stay in the label set and are reported."""
-        return [name for name, n in zip(self.classes, self.counts.tolist(), strict=True) if n == 0]
+        return [name for name, count in zip(self.classes, self.counts.tolist(), strict=True) if count == 0]
 
 
 def hold_out(
     candidates: np.ndarray, chosen: np.ndarray, labels: np.ndarray, per_class: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A balanced held-out part of a training set: → (chosen without it, held out), as sorted indices.
+    """A balanced held-out part of a training set: (`chosen` without it, held out), as sorted indices into `labels` [N].
 
-    As ImageNet-LT does it: `per_class` images of each class from `candidates`, the official training images
-    that the long tail leaves out, topped up from the class's own chosen images where too few are left.
+    As ImageNet-LT does it: `per_class` images of each class from `candidates`, the official training images, of those
+    that the long tail leaves out. Where too few are left, the class's own chosen images make up for them, but for one.
     """
     rng = np.random.default_rng((seed, 7))
-    held: list[np.ndarray] = []
-    spare = of_each_class(np.setdiff1d(candidates, chosen), labels)
-    mine, none = of_each_class(np.sort(chosen), labels), chosen[:0]
+    no_rows = chosen[:0]
+    spare_by_class = rows_by_class(np.setdiff1d(candidates, chosen), labels)
+    chosen_by_class = rows_by_class(np.sort(chosen), labels)
+    parts = [no_rows]
     for k in np.unique(labels[candidates]).tolist():
-        free = rng.permutation(spare.get(k, none))[:per_class]
-        own = mine.get(k, none)
-        missing = min(per_class - len(free), max(len(own) - 1, 0))
-        taken = rng.permutation(own)[:missing] if missing > 0 else none
-        held += [free, taken]
-    out = np.sort(np.concatenate([none, *held]))
-    return np.setdiff1d(chosen, out), out
+        spare = rng.permutation(spare_by_class.get(k, no_rows))[:per_class]
+        parts.append(spare)
+        own = chosen_by_class.get(k, no_rows)
+        missing = min(per_class - len(spare), len(own) - 1)  # one image always stays for training
+        if missing > 0:
+            parts.append(rng.permutation(own)[:missing])
+    held_out = np.sort(np.concatenate(parts))
+    return np.setdiff1d(chosen, held_out), held_out
 
 
-def of_each_class(rows: np.ndarray, labels: np.ndarray) -> dict[int, np.ndarray]:
-    """The `rows` of each class that has some, in their order; `labels` are those of all rows."""
+def rows_by_class(rows: np.ndarray, labels: np.ndarray) -> dict[int, np.ndarray]:
+    """The `rows` of each class that has some, in their order; `labels` [N] are those of all rows."""
     if len(rows) == 0:
         return {}
+    # One stable sort, not a pass over all labels for each class: there may be a million rows of 8142 classes.
     order = np.argsort(labels[rows], kind="stable")
     present, first = np.unique(labels[rows][order], return_index=True)
     return dict(zip(present.tolist(), np.split(rows[order], first[1:]), strict=True))

@@ -158,7 +158,7 @@ def to_views(
         if chance is not None:
             views = preprocess.train(views, chance.to(device), dtype=dtype)
         elif views.dtype == torch.uint8:
-            views = preprocess.normalised(views, dtype=dtype)
+            views = preprocess.normalized(views, dtype=dtype)
         batches[name] = Batch(views, labels.to(device, non_blocking=True), rows)
     return batches
 

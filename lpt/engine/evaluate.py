@@ -17,7 +17,7 @@ from lpt.data.task import Files, Images, Task
 from lpt.engine.processes import all_agree, all_gather_rows, rank_and_world
 from lpt.errors import DataError
 from lpt.files import read_tensors, to_bytes, write_atomic
-from lpt.metrics import summarise
+from lpt.metrics import summarize
 from lpt.model.classifier import PromptedClassifier
 from lpt.model.heads import FusedHead
 from lpt.model.matching import key_usage
@@ -170,9 +170,9 @@ def measure(
 ) -> dict[str, Any]:
     """The metrics of predictions that `model` has made."""
     labels, opinions = predictions.labels, predictions.opinions
-    metrics = summarise(model.probabilities(predictions.logits), labels, counts, group_rule=group_rule)
+    metrics = summarize(model.probabilities(predictions.logits), labels, counts, group_rule=group_rule)
     if predictions.opinions:  # each head alone: the ablation of their fusion
-        alone = {name: summarise(z.softmax(1), labels, counts, group_rule=group_rule) for name, z in opinions.items()}
+        alone = {name: summarize(z.softmax(1), labels, counts, group_rule=group_rule) for name, z in opinions.items()}
         metrics["heads"] = {name: {key: of[key] for key in ALONE} for name, of in alone.items()}
     if predictions.ids is not None and model.pool is not None:
         metrics["key_usage"] = key_usage(predictions.ids, len(model.pool.keys))
@@ -191,7 +191,7 @@ def _views(model: PromptedClassifier, images: Images | Files, part: Tensor) -> T
     device, backbone, found = next(model.parameters()).device, model.backbone, images.take(part)
     if isinstance(found, Tensor):
         return backbone.preprocess.test(found.to(device, non_blocking=True), dtype=backbone.dtype)
-    return backbone.preprocess.normalised(backbone.preprocess.cut(found).to(device), dtype=backbone.dtype)
+    return backbone.preprocess.normalized(backbone.preprocess.cut(found).to(device), dtype=backbone.dtype)
 
 
 def _identity(model: PromptedClassifier, images: Images | Files) -> str:

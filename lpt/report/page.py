@@ -189,7 +189,7 @@ def _thumbnail(test: Images | Files, i: int, taken_for: str) -> str:
         image = (
             Image.fromarray(found.permute(1, 2, 0).numpy())
             if isinstance(found, Tensor)
-            else decoded(found, least=2 * SIDE)
+            else decoded(found, min_side=2 * SIDE)
         )
     except DataError:
         return ""

@@ -9,7 +9,7 @@ from typing import Any, get_args
 import torch
 
 from lpt.config import check_data
-from lpt.data import PLACES, load_task
+from lpt.data import LOCATION_SETTINGS, load_task
 from lpt.data.longtail import GroupRule
 from lpt.data.task import Files, Images, Task
 from lpt.device import versions
@@ -30,7 +30,7 @@ def evaluate_prompt(
     header, _ = read_prompt(path)
     check_loading(settings, sections=("data", "backbone", "train"))
     stored = header.data.get("settings")
-    stored = {k: v for k, v in stored.items() if k not in PLACES} if isinstance(stored, dict) else {}
+    stored = {k: v for k, v in stored.items() if k not in LOCATION_SETTINGS} if isinstance(stored, dict) else {}
     given = settings.get("data", {})
     data = {**stored, **given} if given.get("name", stored.get("name")) == stored.get("name") else dict(given)
     if not data.get("name"):

@@ -37,7 +37,7 @@ def predict_files(
         good = [a for a in answers if "error" not in a]
         if good:
             with torch.no_grad():
-                batch = preprocess.normalised(torch.cat(views).to(device), dtype=model.backbone.dtype)
+                batch = preprocess.normalized(torch.cat(views).to(device), dtype=model.backbone.dtype)
                 top = model.probabilities(model(batch).logits).topk(topk)
             for answer, values, ids in zip(good, top.values.tolist(), top.indices.tolist(), strict=True):
                 answer["classes"] = [model.classes[i] for i in ids]
