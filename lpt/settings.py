@@ -20,7 +20,13 @@ Scale = Annotated[float, Field(gt=0)]
 Threshold = Annotated[float, Field(gt=0, le=1)]
 
 
-def settings_of(function: Callable[..., Any]) -> type[BaseModel]:
+class NamedSettings(BaseModel):
+    """What `settings_of` returns. Beside these settings a config's section has the function's own `name`."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+def settings_of(function: Callable[..., Any]) -> type[NamedSettings]:
     """The keyword arguments of a `tune` or of a dataset function, as a schema."""
     hints = get_type_hints(function, include_extras=True)
     fields: dict[str, Any] = {}
@@ -28,7 +34,7 @@ def settings_of(function: Callable[..., Any]) -> type[BaseModel]:
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY or name == "root":
             default = ... if parameter.default is inspect.Parameter.empty else parameter.default
             fields[name] = (hints[name], default)
-    return create_model(function.__name__, __config__=ConfigDict(extra="forbid", allow_inf_nan=False), **fields)
+    return create_model(function.__name__, __base__=NamedSettings, **fields)
 
 
 def validated(section: str, model: type[BaseModel], given: Any) -> tuple[dict[str, Any], list[str]]:
@@ -44,7 +50,8 @@ def validated(section: str, model: type[BaseModel], given: Any) -> tuple[dict[st
 def _mistake(section: str, model: type[BaseModel], error: Any) -> str:
     where = quoted(".".join([section, *(str(part) for part in error["loc"])]), 100)
     if error["type"] == "extra_forbidden":
-        known = ["name", *model.model_fields]
+        known = ["name"] if issubclass(model, NamedSettings) else []
+        known += model.model_fields
         key = str(error["loc"][-1])
         return f"{where}: there is no such setting{did_you_mean(key[:99], known) or '; there are ' + ', '.join(known)}"
     if error["type"] == "missing":
