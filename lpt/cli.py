@@ -201,21 +201,21 @@ def doctor(
     from lpt.serve.opening import check_loading
 
     given = nested(settings or [])
-    if wrong := sorted(given.keys() - {"data", "backbone"}):
-        raise ConfigError([f"{section}: there is no such section here (data, backbone)" for section in wrong])
-    check_loading({"backbone": given.get("backbone", {})}, sections=("backbone",))
+    loading = check_loading(given, sections=("data", "backbone"))
     task = load_task(**check_data({"name": "folder", "root": root, **given.get("data", {})}))
-    found = examine(task)
-    if backbone := given.get("backbone", {}).get("name"):
-        found.notes += overlap_notes(task.classes, backbone)
-    for line in found.facts:
+    findings = examine(task)
+    if loading["name"]:
+        findings.notes += overlap_notes(task.classes, loading["name"])
+    for line in findings.facts:
         print(line)
-    for kind, lines in (("note", found.notes), ("problem", found.problems)):
-        for line in lines:
-            print(f"{kind}: {line}")
-    print(f"{len(found.problems)} problems" if found.problems else "nothing stands in the way of training")
-    if found.problems:
+    for line in findings.notes:
+        print(f"note: {line}")
+    for line in findings.problems:
+        print(f"problem: {line}")
+    if findings.problems:
+        print(f"{len(findings.problems)} problems")
         raise typer.Exit(1)
+    print("nothing stands in the way of training")
 
 
 @app.command("list")

@@ -28,7 +28,7 @@ def evaluate_prompt(
     predictions are among the classes that both have. Groups are by the training counts in the file.
     """
     header, _ = read_prompt(path)
-    check_loading(settings, sections=("data", "backbone", "train"))
+    loading = check_loading(settings, sections=("data", "backbone", "train"))
     stored = header.data.get("settings")
     stored = {k: v for k, v in stored.items() if k not in PLACES} if isinstance(stored, dict) else {}
     given = settings.get("data", {})
@@ -39,14 +39,7 @@ def evaluate_prompt(
     if "split off" in task.facts.get("test_part", ""):
         task = _whole(task, header)
     images, shift = _matched(task, header.classes, path)
-    backbone, run = settings.get("backbone", {}), settings.get("train", {})
-    model, _ = open_prompt(
-        path,
-        weights=backbone.get("weights"),
-        name=backbone.get("name"),
-        precision=run.get("precision"),
-        device=run.get("device", "auto"),
-    )
+    model, _ = open_prompt(path, **loading)
     for line in task.described():
         say(line)
     if shift["absent_from_data"] or shift["unknown_to_prompt"]:
