@@ -107,7 +107,7 @@ def _chosen_device(train: Mapping[str, Any]) -> torch.device:
 
 
 def _chosen_backbone(backbone: Mapping[str, Any]) -> str | None:
-    """The backbone of the overrides. What is no name is left to `resolve`, which reports it with every other mistake."""
+    """The backbone of the overrides. What is no name is left to `resolve`, which reports all mistakes at once."""
     name = backbone.get("name")
     return name if isinstance(name, str) else None
 

@@ -22,16 +22,22 @@ def open_prompt(
     precision: str | None = None,
     device: str = "auto",
 ) -> tuple[PromptedClassifier, Header]:
-    """The model of a prompt file, its backbone loaded by the name in the file (or from `weights`)."""
+    """(the model of a prompt file, the file's header).
+
+    `name`, `weights` and `precision` are by default what the file says. Raises PromptFileError where the file is
+    damaged or for another backbone, BackboneError where the backbone cannot be had, LptError where the device cannot.
+    """
     header, _ = read_prompt(path)
-    where = pick_device(device)
-    wanted = name or header.backbone.name
-    if not name and wanted.startswith("untrained:"):  # any architecture, of any size, for the asking
-        raise PromptFileError(f"prompt file {path} is for {quoted(wanted)}: give backbone.name if you want that made")
-    backbone = load_backbone(wanted, weights=weights, image_size=header.backbone.image_size)
+    torch_device = pick_device(device)
+    backbone_name = name or header.backbone.name
+    if not name and backbone_name.startswith("untrained:"):  # a file from anyone could ask for a model of any size
+        raise PromptFileError(
+            f"prompt file {path} is for {quoted(backbone_name)}: give backbone.name if you want that made"
+        )
+    backbone = load_backbone(backbone_name, weights=weights, image_size=header.backbone.image_size)
     backbone.preprocess = header.preprocess
-    chosen = pick_precision(precision or header.precision, where)
-    return load_prompt(path, backbone.to(PRECISIONS[chosen])).to(where), header
+    dtype = PRECISIONS[pick_precision(precision or header.precision, torch_device)]
+    return load_prompt(path, backbone.to(dtype)).to(torch_device), header
 
 
 class BackboneSource(BaseModel):
