@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 COLUMNS = ("accuracy", "class_accuracy", "many", "medium", "few", "worst_class", "ece")
-NAMES = {"accuracy": "all", "class_accuracy": "class mean", "worst_class": "worst class", "ece": "ECE"}
+COLUMN_NAMES = {"accuracy": "all", "class_accuracy": "class mean", "worst_class": "worst class", "ece": "ECE"}
 
 SWAPS = (("tail", "head"), ("head", "tail"))
-SEEN = {
+WATCHED = {
     "last": "last",
     "mean of 20": "mean20",
     "median of 20": "median20",
@@ -27,7 +27,7 @@ def percent(value: float | None) -> str:
 
 def table(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
     """A Markdown table of named metric rows, in percent."""
-    head = ["", *(NAMES.get(c, c) for c in COLUMNS)]
+    head = ["", *(COLUMN_NAMES.get(c, c) for c in COLUMNS)]
     body = [[name, *(percent(metrics.get(c)) for c in COLUMNS)] for name, metrics in rows]
     widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
 
@@ -58,14 +58,14 @@ def pseudo_label_line(found: Mapping[str, Any]) -> str:
     return line + f", {percent(found['precision'])} % of them right; {found['false_kept']:,} wrong ones{sure}."
 
 
-def alone_line(alone: Mapping[str, Any]) -> str:
+def single_head_line(alone: Mapping[str, Any]) -> str:
     """One head of two, by itself."""
     return f"class mean {percent(alone['class_accuracy'])}, few {percent(alone['few'])}"
 
 
 def watched_line(seen: Mapping[str, Any]) -> str:
     """What papers report of evaluations on the test set during training; the best of them is no result."""
-    values = ", ".join(f"{name} {percent(seen[key])}" for name, key in SEEN.items())
+    values = ", ".join(f"{name} {percent(seen[key])}" for name, key in WATCHED.items())
     return f"{values}, of {seen['evaluations']} evaluations"
 
 
@@ -105,7 +105,7 @@ def markdown(report: Mapping[str, Any], *, classes: Sequence[str], command: str)
             f"{usage['dead_keys']} dead |"
         )
     for name, alone in report.get("heads", {}).items():
-        lines.append(f"| the {name} head alone | {alone_line(alone)} |")
+        lines.append(f"| the {name} head alone | {single_head_line(alone)} |")
     if found := report.get("pseudo_labels"):
         lines.append(f"| pseudo-labels | {pseudo_label_line(found)} |")
         if "precision" in found:

@@ -19,7 +19,7 @@ from lpt.data.preprocess import decoded
 from lpt.data.task import Files, Images
 from lpt.errors import DataError
 from lpt.report import plots
-from lpt.report.markdown import alone_line, cost_line, percent, pseudo_label_line, watched_line
+from lpt.report.markdown import single_head_line, cost_line, percent, pseudo_label_line, watched_line
 
 WORST, SHOWN, SIDE = 10, 5, 72
 
@@ -85,10 +85,10 @@ def html(
             ),
             "One dot for each class; lines are running means.",
         ),
-        _section("Many, medium, few", plots.groups(rows), _group_note(report, against)),
+        _section("Many, medium, few", plots.accuracy_by_group(rows), _group_note(report, against)),
         _section(
             "Is its confidence right?",
-            plots.reliability(predictions["confidence"].numpy(), right),
+            plots.reliability_diagram(predictions["confidence"].numpy(), right),
             f"Expected calibration error {percent(report['ece'])} % over 15 bins; NLL {report['nll']:.3f}.",
             narrow=True,
         ),
@@ -105,7 +105,7 @@ def html(
         )
     parts += _pseudo_labels(report)
     if history:
-        parts.append(_section("Training", plots.curves(history), "Mean loss of each epoch."))
+        parts.append(_section("Training", plots.training_curves(history), "Mean loss of each epoch."))
     parts.append(_again(report, config, command))
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -141,7 +141,9 @@ def _pseudo_labels(report: Mapping[str, Any]) -> list[str]:
         parts.append(_section("How rightly, class by class", curves, "Of the kept pseudo-labels of the last round."))
         wrong = "They train as the right ones do: the surer, the worse."
         parts.append(
-            _section("How sure the wrong ones are", plots.wrong_ones(found["false_histogram"]), wrong, narrow=True)
+            _section(
+                "How sure the wrong ones are", plots.wrong_confidence(found["false_histogram"]), wrong, narrow=True
+            )
         )
     return parts
 
@@ -214,7 +216,7 @@ def _again(report: Mapping[str, Any], config: str, command: str) -> str:
         f"seed {report['seed']}, {report['precision']}, peak memory {report['peak_memory_bytes'] / 2**20:,.0f} MiB",
         "cost": cost_line(report),
         "versions": versions,
-        **{f"the {name} head alone": alone_line(of) for name, of in report.get("heads", {}).items()},
+        **{f"the {name} head alone": single_head_line(of) for name, of in report.get("heads", {}).items()},
     }
     if seen := report.get("watched"):
         facts["class mean on the test set"] = watched_line(seen)

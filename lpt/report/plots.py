@@ -13,7 +13,7 @@ import numpy as np
 
 from lpt.data.longtail import GROUPS, shot_groups
 
-COLOURS = {"many": "#2f6690", "medium": "#e09f3e", "few": "#b23a48"}
+COLORS = {"many": "#2f6690", "medium": "#e09f3e", "few": "#b23a48"}
 INK, FAINT, OTHER = "#22303c", "#d9dee3", "#7d8b97"
 
 
@@ -69,7 +69,7 @@ def accuracy_by_rank(
         axes.patch.set_visible(False)
         for name, classes in shot_groups(counts, group_rule).items():
             mine = np.isin(order, classes.numpy())
-            axes.plot(x[mine], accuracy[mine], "o", ms=4, color=COLOURS[name], label=name, alpha=0.75)
+            axes.plot(x[mine], accuracy[mine], "o", ms=4, color=COLORS[name], label=name, alpha=0.75)
         axes.plot(x, _smooth(accuracy), color=INK, lw=2, label="this run")
         for style, (name, values) in zip(("--", ":", "-."), list(against.items())[:3], strict=False):
             theirs = np.array([np.nan if a is None else 100 * a for a in values])[order]
@@ -79,7 +79,7 @@ def accuracy_by_rank(
     return out[0]
 
 
-def groups(rows: Mapping[str, Mapping[str, float | None]]) -> str:
+def accuracy_by_group(rows: Mapping[str, Mapping[str, float | None]]) -> str:
     """Bars of class mean, many, medium and few for each named run; the first is this one."""
     names = ("class_accuracy", *GROUPS)
     with _figure(height=0.6 + 0.42 * (len(rows) + 0.6) * len(names) / 2) as (_, axes, out):
@@ -87,10 +87,10 @@ def groups(rows: Mapping[str, Mapping[str, float | None]]) -> str:
         for i, (label, metrics) in enumerate(rows.items()):
             values = [metrics.get(name) for name in names]
             y = np.arange(len(names)) + (i - (len(rows) - 1) / 2) * size
-            colours = [INK, *(COLOURS[g] for g in GROUPS)]
-            for at, value, colour in zip(y, values, colours, strict=True):
+            colors = [INK, *(COLORS[g] for g in GROUPS)]
+            for at, value, color in zip(y, values, colors, strict=True):
                 wide = 0 if value is None else 100 * value
-                axes.barh(at, wide, size * 0.92, color=colour, alpha=1 if i == 0 else 0.35)
+                axes.barh(at, wide, size * 0.92, color=color, alpha=1 if i == 0 else 0.35)
                 text = "n/a" if value is None else f"{wide:.1f}"
                 axes.text(wide + 0.8, at, f"{text}  {_name(label)}", va="center", fontsize=10)
         axes.set(yticks=range(len(names)), yticklabels=["class mean", *GROUPS], xlim=(0, 125), xlabel="accuracy, %")
@@ -100,7 +100,7 @@ def groups(rows: Mapping[str, Mapping[str, float | None]]) -> str:
     return out[0]
 
 
-def reliability(confidence: np.ndarray, correct: np.ndarray, *, bins: int = 15) -> str:
+def reliability_diagram(confidence: np.ndarray, correct: np.ndarray, *, bins: int = 15) -> str:
     """Accuracy against confidence in the bins of the ECE; how many predictions fall into each, behind."""
     bin_of = np.clip(np.ceil(confidence * bins).astype(int), 1, bins) - 1
     total = np.bincount(bin_of, minlength=bins)
@@ -111,7 +111,7 @@ def reliability(confidence: np.ndarray, correct: np.ndarray, *, bins: int = 15) 
     with _figure(4.4, 4.0) as (_, axes, out):
         axes.bar(left, total / total.max(), 1 / bins, align="edge", color=FAINT, label="share of predictions")
         axes.plot([0, 1], [0, 1], color=OTHER, lw=1, ls="--", label="perfectly calibrated")
-        axes.plot(mean, accuracy, "o-", color=COLOURS["many"], ms=5, label="this run")
+        axes.plot(mean, accuracy, "o-", color=COLORS["many"], ms=5, label="this run")
         axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1.02), aspect="equal")
         axes.legend(frameon=False, loc="upper left", fontsize=10)
     return out[0]
@@ -121,7 +121,7 @@ def key_usage(selections: Sequence[int]) -> str:
     """How often each key was chosen on the test part, most used first; the dashed line is an even share."""
     share = 100 * np.sort(np.asarray(selections))[::-1] / max(sum(selections), 1)
     with _figure(height=2.2) as (_, axes, out):
-        axes.bar(range(1, len(share) + 1), share, color=COLOURS["many"])
+        axes.bar(range(1, len(share) + 1), share, color=COLORS["many"])
         axes.axhline(100 / len(share), color=OTHER, lw=1, ls="--")
         axes.set(xlabel="key, from most to least used", ylabel="choices, %")
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -133,10 +133,10 @@ def pseudo_labels(predicted: Sequence[int], true: Sequence[int] | None, counts: 
     order = np.argsort(-np.asarray(counts), kind="stable")
     x = np.arange(1, len(order) + 1)
     with _figure(height=2.5) as (_, axes, out):
-        for values, colour, label in ((predicted, COLOURS["many"], "kept pseudo-labels"), (true, INK, "the truth")):
+        for values, color, label in ((predicted, COLORS["many"], "kept pseudo-labels"), (true, INK, "the truth")):
             if values is not None and sum(values):
                 share = 100 * np.asarray(values)[order] / sum(values)
-                axes.step(x, share, where="mid", color=colour, label=label, lw=1.8 if values is predicted else 1.2)
+                axes.step(x, share, where="mid", color=color, label=label, lw=1.8 if values is predicted else 1.2)
         axes.set(xlabel="class, from most to fewest labelled images", ylabel="share, %", ylim=(0, None))
         axes.legend(frameon=False, fontsize=10)
     return out[0]
@@ -149,33 +149,33 @@ def precision_and_recall(
     order = np.argsort(-np.asarray(counts), kind="stable")
     x = np.arange(1, len(order) + 1)
     with _figure(height=2.5) as (_, axes, out):
-        for values, colour, label in ((precision, COLOURS["many"], "precision"), (recall, COLOURS["few"], "recall")):
+        for values, color, label in ((precision, COLORS["many"], "precision"), (recall, COLORS["few"], "recall")):
             shown = np.array([np.nan if v is None else 100 * v for v in values])[order]
-            axes.plot(x, shown, "o", ms=3, color=colour, alpha=0.6)
-            axes.plot(x, _smooth(shown), color=colour, lw=2, label=label)
+            axes.plot(x, shown, "o", ms=3, color=color, alpha=0.6)
+            axes.plot(x, _smooth(shown), color=color, lw=2, label=label)
         axes.set(xlabel="class, from most to fewest labelled images", ylabel="%", ylim=(-3, 103))
         axes.legend(frameon=False, fontsize=10)
     return out[0]
 
 
-def wrong_ones(histogram: Sequence[int]) -> str:
+def wrong_confidence(histogram: Sequence[int]) -> str:
     """How sure the wrong ones among the kept pseudo-labels are, in equal bins of confidence from 0 to 1."""
     width = 1 / len(histogram)
     with _figure(4.4, 2.2) as (_, axes, out):
-        axes.bar(np.arange(len(histogram)) * width, histogram, width * 0.95, align="edge", color=COLOURS["few"])
+        axes.bar(np.arange(len(histogram)) * width, histogram, width * 0.95, align="edge", color=COLORS["few"])
         axes.set(xlabel="confidence", ylabel="wrong pseudo-labels", xlim=(0, 1))
     return out[0]
 
 
-def curves(history: Sequence[Mapping[str, Any]]) -> str:
+def training_curves(history: Sequence[Mapping[str, Any]]) -> str:
     """Training loss of each epoch over all phases, and held-out accuracy where there was a held-out part."""
     with _figure() as (_, axes, out):
         done = 0
         phases = list(dict.fromkeys(line["phase"] for line in history))
-        for colour, phase in zip(list(COLOURS.values()) * 9, phases, strict=False):
+        for color, phase in zip(list(COLORS.values()) * 9, phases, strict=False):
             lines = [line for line in history if line["phase"] == phase]
             x = [done + line["step"] for line in lines]
-            axes.plot(x, [line["loss"] for line in lines], "o-", ms=4, color=colour, label=f"loss, {phase}")
+            axes.plot(x, [line["loss"] for line in lines], "o-", ms=4, color=color, label=f"loss, {phase}")
             done = x[-1]
         held = [(line["step"], line["val"]) for line in history if "val" in line]
         if held:
@@ -184,9 +184,9 @@ def curves(history: Sequence[Mapping[str, Any]]) -> str:
             for step, _ in held:
                 done, last = done + (last if step <= last else 0), step
                 xs.append(done + step)
-            for key, colour in (("class_accuracy", INK), ("few", COLOURS["few"])):
+            for key, color in (("class_accuracy", INK), ("few", COLORS["few"])):
                 values = [100 * v[key] if v[key] is not None else np.nan for _, v in held]
-                right.plot(xs, values, ls="--", color=colour, label=f"held out, {key.replace('_', ' ')}")
+                right.plot(xs, values, ls="--", color=color, label=f"held out, {key.replace('_', ' ')}")
             right.set(ylabel="held-out accuracy, %")
             right.legend(frameon=False, loc="upper right", fontsize=10)
         lowest = min(line["loss"] for line in history)  # LPT's key term can take it below zero
