@@ -50,7 +50,7 @@ class BackboneSource(BaseModel):
     """A file, in place of the weights that come under `name`."""
 
 
-class Computing(BaseModel):
+class ComputeSettings(BaseModel):
     """The section `train` where nothing is trained; `precision` is by default that of the prompt file."""
 
     model_config = ConfigDict(extra="forbid")
@@ -69,7 +69,7 @@ def check_loading(settings: Mapping[str, Any], *, sections: Sequence[str]) -> di
         for name in sorted(settings.keys() - set(sections))
     ]
     arguments: dict[str, Any] = {}
-    for section, model in (("backbone", BackboneSource), ("train", Computing)):
+    for section, model in (("backbone", BackboneSource), ("train", ComputeSettings)):
         if section in sections:
             values, wrong = validated(section, model, settings.get(section, {}))
             arguments |= values
