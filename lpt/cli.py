@@ -39,28 +39,10 @@ def fit(
     resume: Annotated[bool, typer.Option("--resume", help="go on with the run in --out")] = False,
 ) -> None:
     """Pick settings from the class counts and the hardware, print them as a config, and train."""
-    import yaml
-
-    from lpt.config import check_data, merged, nested, resolve
-    from lpt.data import load_task
-    from lpt.device import pick_device
     from lpt.files import write_atomic
-    from lpt.serve.opening import check_loading
-    from lpt.suggest import suggest
+    from lpt.suggest import config_for_folder
 
-    given = nested(settings or [])
-    data = check_data({"name": "folder", "root": root, **given.get("data", {})})
-    check_loading({"train": {k: v for k, v in given.get("train", {}).items() if k == "device"}}, sections=("train",))
-    device, other = pick_device(given.get("train", {}).get("device", "auto")), given.get("backbone", {}).get("name")
-    suggested, reasons = suggest(load_task(**data), device, backbone=other if isinstance(other, str) else None)
-    tree = {"data": {k: v for k, v in data.items() if v is not None}, **suggested}
-    resolved = resolve(tree, settings or [])
-    changed = {text.partition("=")[0] for text in settings or []}
-    untrue = {"method.epochs": {"method.name", "train.batch_size"}, "method.pool_size": {"method.name"}}
-    untrue["backbone.image_size"] = {"backbone.name"}
-    kept = {k: reason for k, reason in reasons.items() if not changed & {k, *untrue.get(k, ())}}
-    text = "".join(f"# {setting}: {reason}\n" for setting, reason in kept.items())
-    text += yaml.safe_dump(merged(tree, settings or [])[0], sort_keys=False)
+    resolved, text = config_for_folder(root, settings or [])
     print(text)
     if save:
         write_atomic(save, text.encode())
@@ -201,21 +183,21 @@ def doctor(
     from lpt.serve.opening import check_loading
 
     given = nested(settings or [])
-    if wrong := sorted(given.keys() - {"data", "backbone"}):
-        raise ConfigError([f"{section}: there is no such section here (data, backbone)" for section in wrong])
-    check_loading({"backbone": given.get("backbone", {})}, sections=("backbone",))
+    loading = check_loading(given, sections=("data", "backbone"))
     task = load_task(**check_data({"name": "folder", "root": root, **given.get("data", {})}))
-    found = examine(task)
-    if backbone := given.get("backbone", {}).get("name"):
-        found.notes += overlap_notes(task.classes, backbone)
-    for line in found.facts:
+    findings = examine(task)
+    if loading["name"]:
+        findings.notes += overlap_notes(task.classes, loading["name"])
+    for line in findings.facts:
         print(line)
-    for kind, lines in (("note", found.notes), ("problem", found.problems)):
-        for line in lines:
-            print(f"{kind}: {line}")
-    print(f"{len(found.problems)} problems" if found.problems else "nothing stands in the way of training")
-    if found.problems:
+    for line in findings.notes:
+        print(f"note: {line}")
+    for line in findings.problems:
+        print(f"problem: {line}")
+    if findings.problems:
+        print(f"{len(findings.problems)} problems")
         raise typer.Exit(1)
+    print("nothing stands in the way of training")
 
 
 @app.command("list")

@@ -43,7 +43,13 @@ class Without:
     names: tuple[str, ...]
 
 
-def settings_of(function: Callable[..., Any]) -> type[BaseModel]:
+class NamedSettings(BaseModel):
+    """What `settings_of` returns. Beside these settings a config's section has the function's own `name`."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+def settings_of(function: Callable[..., Any]) -> type[NamedSettings]:
     """The keyword arguments of a method or of a dataset function, as a schema. A parameter whose type is a dataclass is
     a group of settings: its fields stand in the schema by themselves, with the defaults of the parameter's default."""
     hints = get_type_hints(function, include_extras=True)
@@ -54,7 +60,7 @@ def settings_of(function: Callable[..., Any]) -> type[BaseModel]:
         elif parameter.kind is inspect.Parameter.KEYWORD_ONLY or name == "root":
             default = ... if parameter.default is inspect.Parameter.empty else parameter.default
             schema[name] = (hints[name], default)
-    return create_model(function.__name__, __config__=ConfigDict(extra="forbid", allow_inf_nan=False), **schema)
+    return create_model(function.__name__, __base__=NamedSettings, **schema)
 
 
 def _group_fields(hint: Any, default: Any) -> dict[str, tuple[Any, Any]]:
@@ -89,7 +95,7 @@ def _sentence(section: str, model: type[BaseModel], mistake: Any) -> str:
     keys = [str(key) for key in mistake["loc"]]
     path = quoted(".".join([section, *keys]), 100)
     if mistake["type"] == "extra_forbidden":
-        known = ["name", *model.model_fields]
+        known = [*(["name"] if issubclass(model, NamedSettings) else []), *model.model_fields]
         hint = did_you_mean(keys[-1][:99], known) or f"; there are {', '.join(known)}"
         return f"{path}: there is no such setting{hint}"
     if mistake["type"] == "missing":

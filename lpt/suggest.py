@@ -1,37 +1,73 @@
 """Settings for people who do not want to write a config: from class counts and hardware, each with its reason."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import yaml
 
+from lpt.config import Config, TrainSettings, check_data, merged, nested, resolve
+from lpt.data import load_task
 from lpt.data.task import Task
+from lpt.device import pick_device
+from lpt.errors import ConfigError
+from lpt.settings import validated
 
 STEPS = {"cpu": 2000, "cuda": 10_000}
-"""What a first run should take, some ten minutes on two cores; large sets take more, since 3 epochs are the least."""
+"""Training steps of a first run by kind of device: about ten minutes on two cores. Large sets take more,
+because a run has at least 3 epochs."""
 BACKBONES = {
     "cpu": "timm:deit_tiny_patch16_224.fb_in1k",  # 5.7 million parameters, ImageNet-1k
     "cuda": "timm:vit_base_patch16_224.augreg_in21k",  # LPT's own
 }
 SIZES = {"cpu": 112, "cuda": 224}
+"""Image side in pixels, by kind of device."""
+
+REASON_DEPENDS_ON = {
+    "backbone.image_size": {"backbone.name"},
+    "method.epochs": {"method.name", "train.batch_size"},
+    "method.pool_size": {"method.name"},
+}
+"""Other settings on which the reason for a setting rests: where one of them is overridden, it no longer holds."""
+
+
+def config_for_folder(root: str, overrides: Sequence[str] = ()) -> tuple[Config, str]:
+    """(the resolved config for the images in `root`, its YAML text with the reasons as comments).
+
+    `overrides` are `section.key=value` texts, and win over what is suggested. Raises ConfigError with every mistake in
+    them, and DataError where `root` cannot be loaded.
+    """
+    given = nested(overrides)
+    data = check_data({"name": "folder", "root": root, **given.get("data", {})})
+    device = _chosen_device(given.get("train", {}))
+    suggested, reasons = suggest(load_task(**data), device, backbone=_chosen_backbone(given.get("backbone", {})))
+    config = {"data": {key: value for key, value in data.items() if value is not None}, **suggested}
+    resolved = resolve(config, overrides)
+    return resolved, _text(merged(config, overrides)[0], reasons_that_hold(reasons, overrides))
 
 
 def suggest(task: Task, device: torch.device, *, backbone: str | None = None) -> tuple[dict[str, Any], dict[str, str]]:
     """(the sections backbone, method and train of a config, the reasons by setting), from the training part alone.
-    `backbone` is another one than the default."""
-    images, classes, kind = len(task.train), len(task.classes), device.type
-    batch = min(128 if kind == "cuda" else 32, max(4, images // 4))
-    per_epoch = max(1, images // batch)
-    epochs = min(max(round(STEPS[kind] / per_epoch), 3), 60)
-    first, second = epochs - max(1, epochs // 3), max(1, epochs // 3)
-    keys = max(2, min(20, classes, images // 10))
+
+    `backbone` is the name of another one than the default.
+    """
+    images, classes = len(task.train), len(task.classes)
+    batch = min(128 if device.type == "cuda" else 32, max(4, images // 4))
+    steps_per_epoch = max(1, images // batch)
+    epochs = min(max(round(STEPS[device.type] / steps_per_epoch), 3), 60)
+    phase2_epochs = max(1, epochs // 3)
+    pool_size = max(2, min(20, classes, images // 10))
     config = {
-        "backbone": {"name": backbone or BACKBONES[kind], "image_size": None if backbone == "nano" else SIZES[kind]},
+        "backbone": {
+            "name": backbone or BACKBONES[device.type],
+            "image_size": None if backbone == "nano" else SIZES[device.type],  # nano's own 32 pixels
+        },
         "method": {
             "name": "lpt",
-            "epochs": [first, second],
+            "epochs": [epochs - phase2_epochs, phase2_epochs],
             "optimizer": "adamw",
             "lr": [5e-3, 5e-3],
-            "pool_size": keys,
+            "pool_size": pool_size,
             "topk": 2,
             "head_init": "class_mean",
             "query_centering": "mean",
@@ -40,12 +76,42 @@ def suggest(task: Task, device: torch.device, *, backbone: str | None = None) ->
         },
         "train": {"batch_size": batch},
     }
-    small = "the smallest good one, for a processor without a GPU"
-    return config, {
-        "backbone.name": "LPT's own, for a GPU" if kind == "cuda" else small,
-        "backbone.image_size": "what it was made for"
-        if kind == "cuda"
-        else "a quarter of the time of 224, less accurate",
-        "method.epochs": f"{epochs * per_epoch} steps of 2 x {batch} images",
-        "method.pool_size": f"for {classes} classes and {images} images",
+    if device.type == "cuda":
+        reasons = {"backbone.name": "LPT's own, for a GPU", "backbone.image_size": "what it was made for"}
+    else:
+        reasons = {
+            "backbone.name": "the smallest good one, for a processor without a GPU",
+            "backbone.image_size": "a quarter of the time of 224, less accurate",
+        }
+    reasons["method.epochs"] = f"{epochs * steps_per_epoch} steps of 2 x {batch} images"  # LPT has two streams
+    reasons["method.pool_size"] = f"for {classes} classes and {images} images"
+    return config, reasons
+
+
+def reasons_that_hold(reasons: Mapping[str, str], overrides: Sequence[str]) -> dict[str, str]:
+    """`reasons` without those of settings that are overridden, or that rest on a setting that is."""
+    overridden = {text.partition("=")[0] for text in overrides}
+    return {
+        setting: reason
+        for setting, reason in reasons.items()
+        if not overridden & {setting, *REASON_DEPENDS_ON.get(setting, ())}
     }
+
+
+def _chosen_device(train: Mapping[str, Any]) -> torch.device:
+    """The device of the overrides, checked before the other settings because the suggestion depends on it."""
+    settings, mistakes = validated("train", TrainSettings, {k: v for k, v in train.items() if k == "device"})
+    if mistakes:
+        raise ConfigError(mistakes)
+    return pick_device(settings["device"])
+
+
+def _chosen_backbone(backbone: Mapping[str, Any]) -> str | None:
+    """The backbone of the overrides. What is no name is left to `resolve`, which reports all mistakes at once."""
+    name = backbone.get("name")
+    return name if isinstance(name, str) else None
+
+
+def _text(config: dict[str, Any], reasons: Mapping[str, str]) -> str:
+    comments = [f"# {setting}: {reason}\n" for setting, reason in reasons.items()]
+    return "".join(comments) + yaml.safe_dump(config, sort_keys=False)

@@ -218,6 +218,8 @@ def test_settings_that_evaluate_and_predict_do_not_know_are_told(run_folder, cap
     prompt = run_folder / "prompt.safetensors"
     code, _, err = lpt(capsys, "evaluate", prompt, "train.precison=bf16", "train.precision=fp16", "backbone.name=3")
     assert code == 2 and "did you mean precision" in err and "got 'fp16'" in err and "backbone.name: got 3" in err
+    code, _, err = lpt(capsys, "evaluate", prompt, "train.seed=3")
+    assert code == 2 and "train.seed: there is no such setting; there are precision, device" in err
     assert lpt(capsys, "evaluate", prompt, "--json", run_folder)[0] == 2  # a folder is no file
 
 

@@ -61,7 +61,9 @@ def test_empty_groups_unseen_classes_and_thousands_of_them_are_drawn():
     per_class = [None if k % 7 == 0 else k / 3000 for k in range(3000)]
     counts = list(range(3000, 0, -1))
     assert plots.accuracy_by_rank(counts, per_class, "lt20", {}).startswith("<svg")
-    assert "n/a" in plots.groups({"this run": {"class_accuracy": 0.5, "many": 0.5, "medium": None, "few": None}})
+    assert "n/a" in plots.accuracy_by_group(
+        {"this run": {"class_accuracy": 0.5, "many": 0.5, "medium": None, "few": None}}
+    )
 
 
 def test_files_give_thumbnails_and_a_broken_one_is_left_out(finished):
@@ -81,5 +83,5 @@ def test_the_same_run_gives_the_same_page(finished):
 
 def test_names_that_matplotlib_reads_as_formulas_or_hides():
     row = {"class_accuracy": 0.5, "many": 0.5, "medium": 0.2, "few": 0.3}
-    assert "frac" in plots.groups({"this run": row, r"$\frac$": row, "_mine": row})
+    assert "frac" in plots.accuracy_by_group({"this run": row, r"$\frac$": row, "_mine": row})
     assert "mine" in plots.accuracy_by_rank([3, 1], [0.5, 0.2], "thirds", {"_mine": [0.4, 0.1]})

@@ -3,7 +3,8 @@
 import contextlib
 import json
 import shlex
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,50 +15,65 @@ from lpt.files import read_tensors, write_atomic
 from lpt.report.page import html
 
 Rows = dict[str, dict[str, Any]]
+"""Reports by the name of their run."""
+
+MOST_OTHERS = 3  # as many as there are line styles for them
 
 
 def split_of(out: Path) -> dict[str, Any]:
     """`split.json` of the run in `out`, empty where there is none that can be read."""
     with contextlib.suppress(OSError, ValueError):
-        found = json.loads((out / "split.json").read_text())
-        return found if isinstance(found, dict) else {}
+        split = json.loads((out / "split.json").read_text())
+        return split if isinstance(split, dict) else {}
     return {}
 
 
 def command_of(out: Path) -> str:
-    """How to run it again."""
+    """The command line that runs it again, into a folder of its own."""
     return shlex.join(["lpt", "train", str(out / "config.yaml"), "--out", f"{out}-again"])
 
 
 def write_page(out: Path, *, test: Images | Files | None = None, against: Sequence[Path] = ()) -> Rows:
-    """`report.html` from what a finished run has left in `out`, beside the runs `against`; returns their reports by
-    name, the run itself last.
+    """Writes `report.html` from what a finished run has left in `out`, beside the runs in `against`.
 
-    Raises LptError where a folder holds no finished run, or one on other classes.
+    `test` holds the test images to show, None where they are not at hand. Returns the reports by name, that of `out`
+    last. Raises LptError where a folder holds no finished run, or one on other classes.
     """
-
-    def finished(folder: Path) -> tuple[dict[str, Any], list[str]]:
-        try:
-            classes = json.loads((folder / "split.json").read_text())["classes"]
-            return json.loads((folder / "report.json").read_text()), classes
-        except (OSError, ValueError, KeyError):
-            raise LptError(f"{folder} holds no finished run: report.json or split.json cannot be read") from None
-
-    report, classes = finished(out)
-    if len(against) > 3:
-        raise LptError(f"{len(against)} runs are too many beside one: give up to 3")
-
-    def name(folder: Path) -> str:
-        whole = folder.resolve()
-        alone = sum(other.resolve().name == whole.name for other in (out, *against)) == 1
-        return whole.name if alone else f"{whole.parent.name}/{whole.name}"
-
+    report, classes = _read_run(out)
+    if len(against) > MOST_OTHERS:
+        raise LptError(f"{len(against)} runs are too many beside one: give up to {MOST_OTHERS}")
+    own_name, *other_names = _run_names([out, *against])
     others: Rows = {}
-    for folder in against:
-        other, theirs = finished(folder)
-        if theirs != classes:
-            raise LptError(f"{folder} is a run on {len(theirs)} other classes: only runs on the same can be compared")
-        others[name(folder) if other["data"] == report["data"] else f"{name(folder)} (another split)"] = other
+    for name, folder in zip(other_names, against, strict=True):
+        other, other_classes = _read_run(folder)
+        if other_classes != classes:
+            raise LptError(
+                f"{folder} is a run on {len(other_classes)} other classes: only runs on the same can be compared"
+            )
+        others[name if other["data"] == report["data"] else f"{name} (another split)"] = other
+    _write_html(out, report, classes, test, others)
+    return {**others, own_name: report}
+
+
+def _read_run(folder: Path) -> tuple[dict[str, Any], list[str]]:
+    """(report, class names) of a finished run."""
+    try:
+        classes = json.loads((folder / "split.json").read_text())["classes"]
+        return json.loads((folder / "report.json").read_text()), classes
+    except (OSError, ValueError, KeyError):
+        raise LptError(f"{folder} holds no finished run: report.json or split.json cannot be read") from None
+
+
+def _run_names(folders: Sequence[Path]) -> list[str]:
+    """The last part of each path, with the one before where two runs would have one name."""
+    paths = [folder.resolve() for folder in folders]
+    uses = Counter(path.name for path in paths)
+    return [path.name if uses[path.name] == 1 else f"{path.parent.name}/{path.name}" for path in paths]
+
+
+def _write_html(
+    out: Path, report: Mapping[str, Any], classes: Sequence[str], test: Images | Files | None, others: Rows
+) -> None:
     try:
         predictions = read_tensors(out / "predictions.safetensors")[1]
     except ValueError as error:
@@ -76,4 +92,3 @@ def write_page(out: Path, *, test: Images | Files | None = None, against: Sequen
     except KeyError as error:
         raise LptError(f"{out} was written by another version of lpt: its report has no {error}") from None
     write_atomic(out / "report.html", text.encode())
-    return {**others, name(out): report}

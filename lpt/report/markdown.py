@@ -4,16 +4,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 COLUMNS = ("accuracy", "class_accuracy", "many", "medium", "few", "worst_class", "ece")
-NAMES = {"accuracy": "all", "class_accuracy": "class mean", "worst_class": "worst class", "ece": "ECE"}
+COLUMN_NAMES = {"accuracy": "all", "class_accuracy": "class mean", "worst_class": "worst class", "ece": "ECE"}
 
 SWAPS = (("tail", "head"), ("head", "tail"))
-SEEN = {
+"""(true, pseudo-labeled as) of the mistakes that tell how pseudo-labels are biased."""
+WATCHED = {
     "last": "last",
     "mean of 20": "mean20",
     "median of 20": "median20",
     "best (chosen on test: no result)": "best_on_test",
 }
-"""What papers report of evaluations on the test set, by what they are."""
+"""What papers report of evaluations on the test set during training: its name here, its key in `report.json`."""
 
 
 def percent(value: float | None) -> str:
@@ -27,20 +28,24 @@ def percent(value: float | None) -> str:
 
 def table(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
     """A Markdown table of named metric rows, in percent."""
-    head = ["", *(NAMES.get(c, c) for c in COLUMNS)]
-    body = [[name, *(percent(metrics.get(c)) for c in COLUMNS)] for name, metrics in rows]
-    widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
+    header = ["", *(COLUMN_NAMES.get(column, column) for column in COLUMNS)]
+    lines = [header]
+    for name, metrics in rows:
+        lines.append([name, *(percent(metrics.get(column)) for column in COLUMNS)])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
 
-    def show(cells: Sequence[str]) -> str:
-        first = cells[0].ljust(widths[0])
-        return "| " + " | ".join([first, *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))]) + " |"
+    def aligned(cells: Sequence[str]) -> str:
+        name = cells[0].ljust(widths[0])
+        numbers = [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
+        return "| " + " | ".join([name, *numbers]) + " |"
 
-    rule = "|" + "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths)) + "|"
-    return "\n".join([show(head), rule, *map(show, body)])
+    # Markdown's colon at the end of a rule aligns a column of numbers to the right
+    rules = ["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])]
+    return "\n".join([aligned(header), "|" + "|".join(rules) + "|", *map(aligned, lines[1:])])
 
 
 def cost_line(report: Mapping[str, Any]) -> str:
-    """Steps, images, FLOPs, time and memory, each by itself: few steps of a large model are no little work."""
+    """Steps, images, FLOPs, time and memory, each by itself: a few steps of a large model are much work, too."""
     cost, memory = report["cost"], report["peak_memory_bytes"] / 2**20
     flops = f"{cost['flops'] / 1e12:,.1f} TFLOPs" if cost["flops"] else "FLOPs not counted"
     return (
@@ -49,37 +54,37 @@ def cost_line(report: Mapping[str, Any]) -> str:
     )
 
 
-def pseudo_label_line(found: Mapping[str, Any]) -> str:
-    """How many pseudo-labels of the last round were kept, and how rightly where that is known."""
-    line = f"Round {found['round']}: {found['kept']:,} of {found['images']:,} kept ({percent(found['coverage'])} %)"
-    if "precision" not in found:
+def pseudo_label_line(diagnosis: Mapping[str, Any]) -> str:
+    """How many pseudo-labels of the last round were kept, and how many of them are right where that is known."""
+    line = (
+        f"Round {diagnosis['round']}: {diagnosis['kept']:,} of {diagnosis['images']:,} kept "
+        f"({percent(diagnosis['coverage'])} %)"
+    )
+    if "precision" not in diagnosis:
         return line + "; the truth is not known."
-    sure = "" if found["false_confidence"] is None else f", {found['false_confidence']:.2f} sure on average"
-    return line + f", {percent(found['precision'])} % of them right; {found['false_kept']:,} wrong ones{sure}."
+    line += f", {percent(diagnosis['precision'])} % of them right; {diagnosis['false_kept']:,} wrong ones"
+    if diagnosis["false_confidence"] is not None:
+        line += f", {diagnosis['false_confidence']:.2f} sure on average"
+    return line + "."
 
 
-def alone_line(alone: Mapping[str, Any]) -> str:
-    """One head of two, by itself."""
-    return f"class mean {percent(alone['class_accuracy'])}, few {percent(alone['few'])}"
+def single_head_line(metrics: Mapping[str, Any]) -> str:
+    """One head of a model with two, evaluated without the other."""
+    return f"class mean {percent(metrics['class_accuracy'])}, few {percent(metrics['few'])}"
 
 
-def watched_line(seen: Mapping[str, Any]) -> str:
+def watched_line(watched: Mapping[str, Any]) -> str:
     """What papers report of evaluations on the test set during training; the best of them is no result."""
-    values = ", ".join(f"{name} {percent(seen[key])}" for name, key in SEEN.items())
-    return f"{values}, of {seen['evaluations']} evaluations"
+    values = ", ".join(f"{name} {percent(watched[key])}" for name, key in WATCHED.items())
+    return f"{values}, of {watched['evaluations']} evaluations"
 
 
 def markdown(report: Mapping[str, Any], *, classes: Sequence[str], command: str) -> str:
     """`report.md`: the table, what was run, the worst classes, and how to run it again."""
-    data, sizes = report["data"], report["group_sizes"]
+    sizes = report["group_sizes"]
     groups = ", ".join(f"{name} {sizes[name]}" for name in ("many", "medium", "few"))
-    ranked = sorted(
-        (accuracy, name, count)
-        for name, accuracy, count in zip(classes, report["per_class"], data["counts"], strict=True)
-        if accuracy is not None
-    )
     lines = [
-        f"# {report['method']} on {data['name']}",
+        f"# {report['method']} on {report['data']['name']}",
         "",
         f"Per cent on the test set; weights: {report['selection']}. ECE, NLL and Brier from "
         f"softmax({report['scale']:g} · logits).",
@@ -90,39 +95,65 @@ def markdown(report: Mapping[str, Any], *, classes: Sequence[str], command: str)
         "",
         "| | |",
         "|---|---|",
-        f"| backbone | {report['backbone']['name']}, weights {report['backbone']['fingerprint']} |",
-        f"| data | {data['name']} ({data['variant']}), imbalance factor {data['imbalance_factor']:g}, "
-        f"{sum(data['counts'])} training images |",
-        f"| split SHA-256 | `{data['split_sha256']}` |",
-        f"| trained | {report['trainable_parameters']:,} parameters, seed {report['seed']}, {report['precision']} |",
-        f"| prompt file | {report['prompt_bytes']:,} bytes |",
-        f"| cost | {cost_line(report)} |",
-        f"| NLL, Brier | {report['nll']:.4f}, {report['brier']:.4f} |",
     ]
-    if usage := report.get("key_usage"):
-        lines.append(
-            f"| keys on the test set | perplexity {usage['perplexity']:.1f} of {len(usage['selections'])}, "
-            f"{usage['dead_keys']} dead |"
-        )
-    for name, alone in report.get("heads", {}).items():
-        lines.append(f"| the {name} head alone | {alone_line(alone)} |")
-    if found := report.get("pseudo_labels"):
-        lines.append(f"| pseudo-labels | {pseudo_label_line(found)} |")
-        if "precision" in found:
-            swaps = ", ".join(f"{a} taken for {b} {percent(found[f'{a}_taken_for_{b}'])} %" for a, b in SWAPS)
-            far = f"KL to the truth {found['kl']:.2f}, " if "kl" in found else ""
-            lines.append(f"| their bias | {far}{swaps} |")
-    if seen := report.get("watched"):
-        lines.append(f"| class mean on the test set | {watched_line(seen)} |")
-    for name, number in report.get("labels_seen", {}).items():
-        lines.append(f"| labels seen | the backbone knows {number} of these classes as labels of {name} |")
-    if skipped := report.get("skipped_images"):
-        lines.append(f"| skipped images | {len(skipped)}: {'; '.join(skipped[:10])} |")
-    if report["absent_classes"]:
-        lines.append(f"| classes without training images | {', '.join(report['absent_classes'])} |")
-    lines += [
-        "",
-        "Worst classes: " + ", ".join(f"{n} {percent(a)} (n = {c})" for a, n, c in ranked[:10]) + ".",
-        "",
-    ]
+    lines += [f"| {name} | {text} |" for name, text in [*_facts_of_every_run(report), *_facts_of_some_runs(report)]]
+    lines += ["", f"Worst classes: {_worst_classes(report, classes)}.", ""]
     return "\n".join([*lines, "Run it again:", "", "```sh", command, "```", ""])
+
+
+def _facts_of_every_run(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    data = report["data"]
+    return [
+        ("backbone", f"{report['backbone']['name']}, weights {report['backbone']['fingerprint']}"),
+        (
+            "data",
+            f"{data['name']} ({data['variant']}), imbalance factor {data['imbalance_factor']:g}, "
+            f"{sum(data['counts'])} training images",
+        ),
+        ("split SHA-256", f"`{data['split_sha256']}`"),
+        ("trained", f"{report['trainable_parameters']:,} parameters, seed {report['seed']}, {report['precision']}"),
+        ("prompt file", f"{report['prompt_bytes']:,} bytes"),
+        ("cost", cost_line(report)),
+        ("NLL, Brier", f"{report['nll']:.4f}, {report['brier']:.4f}"),
+    ]
+
+
+def _facts_of_some_runs(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What depends on the method, the backbone and the data."""
+    facts: list[tuple[str, str]] = []
+    if usage := report.get("key_usage"):
+        keys = f"perplexity {usage['perplexity']:.1f} of {len(usage['selections'])}, {usage['dead_keys']} dead"
+        facts.append(("keys on the test set", keys))
+    for name, metrics in report.get("heads", {}).items():
+        facts.append((f"the {name} head alone", single_head_line(metrics)))
+    if diagnosis := report.get("pseudo_labels"):
+        facts.append(("pseudo-labels", pseudo_label_line(diagnosis)))
+        if "precision" in diagnosis:
+            facts.append(("their bias", _bias(diagnosis)))
+    if watched := report.get("watched"):
+        facts.append(("class mean on the test set", watched_line(watched)))
+    for name, number in report.get("labels_seen", {}).items():
+        facts.append(("labels seen", f"the backbone knows {number} of these classes as labels of {name}"))
+    if skipped := report.get("skipped_images"):
+        facts.append(("skipped images", f"{len(skipped)}: {'; '.join(skipped[:10])}"))
+    if report["absent_classes"]:
+        facts.append(("classes without training images", ", ".join(report["absent_classes"])))
+    return facts
+
+
+def _bias(diagnosis: Mapping[str, Any]) -> str:
+    """KL divergence of the kept labels from the truth, and how often tail and head were taken for each other."""
+    parts = [f"KL to the truth {diagnosis['kl']:.2f}"] if "kl" in diagnosis else []
+    for true, taken_for in SWAPS:
+        parts.append(f"{true} taken for {taken_for} {percent(diagnosis[f'{true}_taken_for_{taken_for}'])} %")
+    return ", ".join(parts)
+
+
+def _worst_classes(report: Mapping[str, Any], classes: Sequence[str], limit: int = 10) -> str:
+    """Name, accuracy and training count of the classes with the lowest accuracies."""
+    ranked = sorted(
+        (accuracy, name, count)
+        for name, accuracy, count in zip(classes, report["per_class"], report["data"]["counts"], strict=True)
+        if accuracy is not None
+    )
+    return ", ".join(f"{name} {percent(accuracy)} (n = {count})" for accuracy, name, count in ranked[:limit])

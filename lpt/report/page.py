@@ -19,9 +19,13 @@ from lpt.data.preprocess import decoded
 from lpt.data.task import Files, Images
 from lpt.errors import DataError
 from lpt.report import plots
-from lpt.report.markdown import alone_line, cost_line, percent, pseudo_label_line, watched_line
+from lpt.report.markdown import cost_line, percent, pseudo_label_line, single_head_line, watched_line
 
-WORST, SHOWN, SIDE = 10, 5, 72
+WORST_CLASSES = 10
+MISTAKES_SHOWN = 5
+"""Of each of the worst classes."""
+SIDE = 72
+"""Of a thumbnail, in CSS pixels; stored with twice as many for dense screens."""
 
 STYLE = """
 :root { color-scheme: light; }
@@ -63,163 +67,207 @@ def html(
     test: Images | Files | None = None,
     against: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> str:
-    """`predictions` holds labels, predicted and confidence; `against` other runs' reports on the same classes;
-    `test` the images to show, None where they are not at hand."""
-    data, against = report["data"], against or {}
-    title = f"{report['method']} on {data['name']}"
-    right = (predictions["predicted"] == predictions["labels"]).numpy()
-    rows = {"this run": report, **against}
+    """The text of the page.
+
+    `predictions` holds labels, predicted and confidence [N]; `history` the lines of the training log; `config` the YAML
+    and `command` the command line of the run; `against` other runs' reports on the same classes, by name; `test` the
+    images to show, None where they are not at hand. Raises KeyError for a report of another version.
+    """
+    against = against or {}
     parts = [
-        f"<h1>{escape(title)}</h1>",
-        f'<p class="quiet">{escape(report["backbone"]["name"])}; {len(classes)} classes, '
-        f"{sum(data['counts']):,} training images, imbalance factor {data['imbalance_factor']:g}; "
-        f"{len(right):,} test images; weights: {escape(report['selection'])}.</p>",
+        *_heading(report, classes, len(predictions["labels"])),
         _tiles(report),
-        _section(
-            "Accuracy over class rank",
-            plots.accuracy_by_rank(
-                data["counts"],
-                report["per_class"],
-                report["group_rule"],
-                {name: other["per_class"] for name, other in against.items()},
-            ),
-            "One dot for each class; lines are running means.",
-        ),
-        _section("Many, medium, few", plots.groups(rows), _group_note(report, against)),
-        _section(
-            "Is its confidence right?",
-            plots.reliability(predictions["confidence"].numpy(), right),
-            f"Expected calibration error {percent(report['ece'])} % over 15 bins; NLL {report['nll']:.3f}.",
-            narrow=True,
-        ),
-        _worst(report, classes, predictions, test),
+        *_accuracy(report, against),
+        _calibration(report, predictions),
+        _worst_classes(report, classes, predictions, test),
+        *_key_usage(report),
+        *_pseudo_labels(report),
     ]
-    if usage := report.get("key_usage"):
-        parts.append(
-            _section(
-                "Which keys were chosen",
-                plots.key_usage(usage["selections"]),
-                f"Perplexity {usage['perplexity']:.1f} of {len(usage['selections'])} keys on the test images, "
-                f"{usage['dead_keys']} of them chosen less than once in a hundred.",
-            )
-        )
-    parts += _pseudo_labels(report)
     if history:
-        parts.append(_section("Training", plots.curves(history), "Mean loss of each epoch."))
-    parts.append(_again(report, config, command))
+        parts.append(_section("Training", plots.training_curves(history), "Mean loss of each epoch."))
+    parts.append(_rerun(report, config, command))
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body><main>\n"
+        f"<title>{escape(_title(report))}</title><style>{STYLE}</style></head>\n<body><main>\n"
         + "\n".join(parts)
         + "\n</main></body></html>\n"
     )
 
 
+def _title(report: Mapping[str, Any]) -> str:
+    return f"{report['method']} on {report['data']['name']}"
+
+
+def _heading(report: Mapping[str, Any], classes: Sequence[str], test_images: int) -> list[str]:
+    data = report["data"]
+    return [
+        f"<h1>{escape(_title(report))}</h1>",
+        f'<p class="quiet">{escape(report["backbone"]["name"])}; {len(classes)} classes, '
+        f"{sum(data['counts']):,} training images, imbalance factor {data['imbalance_factor']:g}; "
+        f"{test_images:,} test images; weights: {escape(report['selection'])}.</p>",
+    ]
+
+
 def _section(heading: str, body: str, note: str = "", *, narrow: bool = False) -> str:
-    said = f'<p class="quiet">{escape(note)}</p>' if note else ""
-    return f"<section{' class=narrow' if narrow else ''}><h2>{escape(heading)}</h2>{said}{body}</section>"
+    """`body` is HTML, the other two are text."""
+    paragraph = f'<p class="quiet">{escape(note)}</p>' if note else ""
+    return f"<section{' class=narrow' if narrow else ''}><h2>{escape(heading)}</h2>{paragraph}{body}</section>"
 
 
 def _tiles(report: Mapping[str, Any]) -> str:
-    facts = {"class mean": percent(report["class_accuracy"])} | {name: percent(report[name]) for name in GROUPS}
-    facts |= {"prompt file": f"{report['prompt_bytes'] / 1000:,.0f} kB", "trained in": _time(report["seconds"])}
+    facts = {
+        "class mean": percent(report["class_accuracy"]),
+        **{name: percent(report[name]) for name in GROUPS},
+        "prompt file": f"{report['prompt_bytes'] / 1000:,.0f} kB",
+        "trained in": _duration(report["seconds"]),
+    }
     tiles = (f'<div class="tile">{escape(name)}<b>{escape(value)}</b></div>' for name, value in facts.items())
     return f'<div class="tiles">{"".join(tiles)}</div>'
 
 
-def _pseudo_labels(report: Mapping[str, Any]) -> list[str]:
-    """What a semi-supervised run believed of its unlabelled images, if it is one."""
-    if not (found := report.get("pseudo_labels")):
-        return []
-    counts = report["data"]["counts"]
-    silent = sum(n == 0 for n in found["predicted"])
-    note = f"{pseudo_label_line(found)} {silent} of {len(counts)} classes have none."
-    parts = [_section("What was believed", plots.pseudo_labels(found["predicted"], found.get("true"), counts), note)]
-    if "precision" in found:
-        curves = plots.precision_and_recall(found["per_class_precision"], found["per_class_recall"], counts)
-        parts.append(_section("How rightly, class by class", curves, "Of the kept pseudo-labels of the last round."))
-        wrong = "They train as the right ones do: the surer, the worse."
-        parts.append(
-            _section("How sure the wrong ones are", plots.wrong_ones(found["false_histogram"]), wrong, narrow=True)
-        )
-    return parts
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
 
 
-def _time(seconds: float) -> str:
+def _accuracy(report: Mapping[str, Any], against: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Class by class, and of many, medium and few, with the other runs beside it."""
+    by_rank = plots.accuracy_by_rank(
+        report["data"]["counts"],
+        report["per_class"],
+        report["group_rule"],
+        {name: other["per_class"] for name, other in against.items()},
+    )
+    by_group = plots.accuracy_by_group({"this run": report, **against})
+    sizes = ", ".join(f"{number} {name}" for name, number in report["group_sizes"].items())
+    note = f"Per cent of the test images, as a mean over classes; {sizes} classes (rule {report['group_rule']})."
+    if not against:
+        note += " `lpt report RUN --against OTHER` puts another run beside it."
+    return [
+        _section("Accuracy over class rank", by_rank, "One dot for each class; lines are running means."),
+        _section("Many, medium, few", by_group, note),
+    ]
+
+
+def _calibration(report: Mapping[str, Any], predictions: Mapping[str, Tensor]) -> str:
+    correct = predictions["predicted"] == predictions["labels"]
+    diagram = plots.reliability_diagram(predictions["confidence"].numpy(), correct.numpy())
+    note = f"Expected calibration error {percent(report['ece'])} % over 15 bins; NLL {report['nll']:.3f}."
+    return _section("Is its confidence right?", diagram, note, narrow=True)
+
+
+def _worst_classes(
+    report: Mapping[str, Any], classes: Sequence[str], predictions: Mapping[str, Tensor], test: Images | Files | None
+) -> str:
+    ranked = sorted((accuracy, k) for k, accuracy in enumerate(report["per_class"]) if accuracy is not None)
+    entries = []
+    for accuracy, k in ranked[:WORST_CLASSES]:
+        entries.append(_worst_class(k, accuracy, report["data"]["counts"][k], classes, predictions, test))
+    note = "Below each its surest mistakes, with what they were taken for." if test else "The images were not at hand."
+    return _section("The worst classes", "".join(entries), note)
+
+
+def _worst_class(
+    k: int,
+    accuracy: float,
+    training_images: int,
+    classes: Sequence[str],
+    predictions: Mapping[str, Tensor],
+    test: Images | Files | None,
+) -> str:
+    """One of the worst classes: what it is taken for, and its most confident mistakes as pictures."""
+    labels, predicted, confidence = (predictions[name] for name in ("labels", "predicted", "confidence"))
+    of_class = labels == k
+    mistakes = (of_class & (predicted != k)).nonzero().flatten()
+    confusions = []
+    for other, number in Counter(predicted[mistakes].tolist()).most_common(3):
+        confusions.append(f"{classes[other]} {100 * number / int(of_class.sum()):.0f} %")
+    pictures = ""
+    if test:
+        surest = mistakes[confidence[mistakes].argsort(descending=True)][:MISTAKES_SHOWN].tolist()
+        pictures = "".join(_thumbnail(test, i, classes[int(predicted[i])]) for i in surest)
+    taken_for = escape(", ".join(confusions)) or "nothing else"
     return (
-        f"{seconds:.0f} s"
-        if seconds < 120
-        else f"{seconds / 60:.0f} min"
-        if seconds < 7200
-        else f"{seconds / 3600:.1f} h"
+        f'<div class="class"><header><b>{escape(classes[k])}</b><span>{percent(accuracy)} % right, '
+        f"{training_images} training images</span></header>"
+        f"<span class=quiet>taken for {taken_for}</span><div>{pictures}</div></div>"
     )
 
 
-def _group_note(report: Mapping[str, Any], against: Mapping[str, Any]) -> str:
-    sizes = ", ".join(f"{n} {name}" for name, n in report["group_sizes"].items())
-    note = f"Per cent of the test images, as a mean over classes; {sizes} classes (rule {report['group_rule']})."
-    return note if against else note + " `lpt report RUN --against OTHER` puts another run beside it."
-
-
-def _worst(
-    report: Mapping[str, Any], classes: Sequence[str], predictions: Mapping[str, Tensor], test: Images | Files | None
-) -> str:
-    labels, predicted, confidence = (predictions[k] for k in ("labels", "predicted", "confidence"))
-    ranked = sorted((a, k) for k, a in enumerate(report["per_class"]) if a is not None)[:WORST]
-    lines = []
-    for accuracy, k in ranked:
-        wrong = ((labels == k) & (predicted != k)).nonzero().flatten()
-        confused = Counter(predicted[wrong].tolist()).most_common(3)
-        names = ", ".join(f"{classes[j]} {100 * n / int((labels == k).sum()):.0f} %" for j, n in confused)
-        surest = wrong[confidence[wrong].argsort(descending=True)][:SHOWN]
-        pictures = "".join(_thumbnail(test, int(i), classes[int(predicted[i])]) for i in surest) if test else ""
-        lines.append(
-            f'<div class="class"><header><b>{escape(classes[k])}</b><span>{percent(accuracy)} % right, '
-            f"{report['data']['counts'][k]} training images</span></header>"
-            f"<span class=quiet>taken for {escape(names) or 'nothing else'}</span><div>{pictures}</div></div>"
-        )
-    note = "Below each its surest mistakes, with what they were taken for." if test else "The images were not at hand."
-    return _section("The worst classes", "".join(lines), note)
-
-
 def _thumbnail(test: Images | Files, i: int, taken_for: str) -> str:
-    (found,) = test.take(torch.tensor([i]))
+    """Test image `i` as a figure, nothing where its file cannot be decoded any more."""
+    (picture,) = test.take(torch.tensor([i]))
     try:
-        image = (
-            Image.fromarray(found.permute(1, 2, 0).numpy())
-            if isinstance(found, Tensor)
-            else decoded(found, min_side=2 * SIDE)
-        )
+        if isinstance(picture, Tensor):
+            image = Image.fromarray(picture.permute(1, 2, 0).numpy())
+        else:
+            image = decoded(picture, min_side=2 * SIDE)
     except DataError:
         return ""
-    small = ' class="pixels"' if max(image.size) < SIDE else ""
+    pixelated = ' class="pixels"' if max(image.size) < SIDE else ""
     image.thumbnail((2 * SIDE, 2 * SIDE))
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True)
-    code = base64.b64encode(buffer.getvalue()).decode()
+    png = base64.b64encode(buffer.getvalue()).decode()
     name = escape(taken_for)
     return (
-        f'<figure><img{small} alt="taken for {name}" src="data:image/png;base64,{code}">'
+        f'<figure><img{pixelated} alt="taken for {name}" src="data:image/png;base64,{png}">'
         f"<figcaption>{name}</figcaption></figure>"
     )
 
 
-def _again(report: Mapping[str, Any], config: str, command: str) -> str:
-    versions = ", ".join(f"{k} {v}" for k, v in report["versions"].items())
+def _key_usage(report: Mapping[str, Any]) -> list[str]:
+    """Which prompts of the pool were chosen on the test part, if the method has one."""
+    usage = report.get("key_usage")
+    if not usage:
+        return []
+    note = (
+        f"Perplexity {usage['perplexity']:.1f} of {len(usage['selections'])} keys on the test images, "
+        f"{usage['dead_keys']} of them chosen less than once in a hundred."
+    )
+    return [_section("Which keys were chosen", plots.key_usage(usage["selections"]), note)]
+
+
+def _pseudo_labels(report: Mapping[str, Any]) -> list[str]:
+    """What a semi-supervised run believed of its unlabeled images, if it is one."""
+    diagnosis = report.get("pseudo_labels")
+    if not diagnosis:
+        return []
+    counts = report["data"]["counts"]
+    empty_classes = diagnosis["predicted"].count(0)
+    spread = plots.pseudo_labels(diagnosis["predicted"], diagnosis.get("true"), counts)
+    note = f"{pseudo_label_line(diagnosis)} {empty_classes} of {len(counts)} classes have none."
+    sections = [_section("What was believed", spread, note)]
+    if "precision" in diagnosis:
+        by_class = plots.precision_and_recall(diagnosis["per_class_precision"], diagnosis["per_class_recall"], counts)
+        note = "Of the kept pseudo-labels of the last round."
+        sections.append(_section("How rightly, class by class", by_class, note))
+        wrong = plots.wrong_confidence(diagnosis["false_histogram"])
+        note = "They train as the right ones do: the surer, the worse."
+        sections.append(_section("How sure the wrong ones are", wrong, note, narrow=True))
+    return sections
+
+
+def _rerun(report: Mapping[str, Any], config: str, command: str) -> str:
     facts = {
         "backbone": f"{report['backbone']['name']}, weights {report['backbone']['fingerprint']}",
         "split": f"SHA-256 {report['data']['split_sha256']}",
         "trained": f"{report['trainable_parameters']:,} parameters in {report['seconds']:.0f} s, "
         f"seed {report['seed']}, {report['precision']}, peak memory {report['peak_memory_bytes'] / 2**20:,.0f} MiB",
         "cost": cost_line(report),
-        "versions": versions,
-        **{f"the {name} head alone": alone_line(of) for name, of in report.get("heads", {}).items()},
+        "versions": ", ".join(f"{package} {version}" for package, version in report["versions"].items()),
     }
-    if seen := report.get("watched"):
-        facts["class mean on the test set"] = watched_line(seen)
+    for name, metrics in report.get("heads", {}).items():
+        facts[f"the {name} head alone"] = single_head_line(metrics)
+    if watched := report.get("watched"):
+        facts["class mean on the test set"] = watched_line(watched)
     rows = "".join(
-        f"<tr><th>{k}</th><td style='overflow-wrap:anywhere'>{escape(v)}</td></tr>" for k, v in facts.items()
+        f"<tr><th>{name}</th><td style='overflow-wrap:anywhere'>{escape(text)}</td></tr>"
+        for name, text in facts.items()
     )
     return _section(
         "What was run, and how to run it again",

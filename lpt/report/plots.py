@@ -1,25 +1,29 @@
 """Pictures of a run as SVG text, for `report.html`.
 
 Shapes: counts [C] training images, per_class [C] accuracies (None where the test part has no image of a class),
-confidence and correct [N] on the test part.
+confidence and correct [N] on the test part. What is drawn over classes has the class with most training images first.
 """
 
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import cycle
 from typing import Any
 
 import numpy as np
 
 from lpt.data.longtail import GROUPS, shot_groups
 
-COLOURS = {"many": "#2f6690", "medium": "#e09f3e", "few": "#b23a48"}
+COLORS = {"many": "#2f6690", "medium": "#e09f3e", "few": "#b23a48"}
 INK, FAINT, OTHER = "#22303c", "#d9dee3", "#7d8b97"
 
 
 @contextmanager
 def _figure(width: float = 5.6, height: float = 2.9) -> Iterator[tuple[Any, Any, list[str]]]:
-    """(figure, axes, out): the SVG is appended to `out` at the end. No global state of matplotlib is touched."""
+    """(figure, axes, svg): the text is appended to `svg` when the block ends. No global state of matplotlib changes.
+
+    `width` and `height` are in inches. The same data gives the same text: no date, and ids that are hashes with salt.
+    """
     from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -36,15 +40,15 @@ def _figure(width: float = 5.6, height: float = 2.9) -> Iterator[tuple[Any, Any,
         "xtick.color": INK,
         "ytick.color": INK,
     }
-    out: list[str] = []
+    svg: list[str] = []
     with rc_context(style):
         figure = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasSVG(figure)
-        yield figure, figure.subplots(), out
+        yield figure, figure.subplots(), svg
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
-    out.append(text[text.index("<svg") :])
+    svg.append(text[text.index("<svg") :])
 
 
 def accuracy_by_rank(
@@ -53,146 +57,177 @@ def accuracy_by_rank(
     group_rule: str,
     against: Mapping[str, Sequence[float | None]],
 ) -> str:
-    """Accuracy of every class in order of its training count, the counts behind it, and other runs as lines."""
-    order = np.argsort(-np.asarray(counts), kind="stable")
-    accuracy = np.array([np.nan if a is None else 100 * a for a in per_class])[order]
-    x = np.arange(1, len(order) + 1)
-    with _figure(height=2.9 + 0.2 * bool(against)) as (figure, axes, out):
-        behind = axes.twinx()
-        behind.fill_between(x, np.asarray(counts)[order], step="mid", color=FAINT, linewidth=0)
-        ticks = [n for n in (1, 10, 100, 1000, 10_000, 100_000) if n <= 2 * max(counts)]
-        behind.set(yscale="log", ylabel="training images (grey)", ylim=(0.5, None))
-        behind.set_yticks(ticks, [f"{n:,}" for n in ticks])
-        behind.minorticks_off()
-        behind.tick_params(axis="y", length=0)
-        axes.set_zorder(behind.get_zorder() + 1)
-        axes.patch.set_visible(False)
+    """Accuracy of every class in order of its training count, the counts behind it, and other runs as lines.
+
+    Up to three of the runs in `against`, by name, are drawn.
+    """
+    order = _by_count(counts)
+    ranks = np.arange(1, len(order) + 1)
+    accuracy = _percent(per_class)[order]
+    with _figure(height=2.9 + 0.2 * bool(against)) as (figure, axes, svg):
+        _draw_counts(axes, np.asarray(counts)[order])
         for name, classes in shot_groups(counts, group_rule).items():
-            mine = np.isin(order, classes.numpy())
-            axes.plot(x[mine], accuracy[mine], "o", ms=4, color=COLOURS[name], label=name, alpha=0.75)
-        axes.plot(x, _smooth(accuracy), color=INK, lw=2, label="this run")
-        for style, (name, values) in zip(("--", ":", "-."), list(against.items())[:3], strict=False):
-            theirs = np.array([np.nan if a is None else 100 * a for a in values])[order]
-            axes.plot(x, _smooth(theirs), color=OTHER, lw=1.8, ls=style, label=_name(name))
+            in_group = np.isin(order, classes.numpy())
+            axes.plot(ranks[in_group], accuracy[in_group], "o", ms=4, color=COLORS[name], label=name, alpha=0.75)
+        axes.plot(ranks, _smooth(accuracy), color=INK, lw=2, label="this run")
+        for style, (name, other) in zip(("--", ":", "-."), against.items(), strict=False):
+            axes.plot(ranks, _smooth(_percent(other)[order]), color=OTHER, lw=1.8, ls=style, label=_name(name))
         axes.set(xlabel="class, from most to fewest training images", ylabel="accuracy, %", ylim=(-3, 103))
         figure.legend(frameon=False, ncols=4, loc="outside upper center", fontsize=9, columnspacing=1)
-    return out[0]
+    return svg[0]
 
 
-def groups(rows: Mapping[str, Mapping[str, float | None]]) -> str:
+def _draw_counts(axes: Any, counts: np.ndarray) -> None:
+    """A grey silhouette of the training counts behind what `axes` shows, with its own scale at the right."""
+    behind = axes.twinx()
+    behind.fill_between(np.arange(1, len(counts) + 1), counts, step="mid", color=FAINT, linewidth=0)
+    ticks = [n for n in (1, 10, 100, 1000, 10_000, 100_000) if n <= 2 * max(counts)]
+    behind.set(yscale="log", ylabel="training images (grey)", ylim=(0.5, None))
+    behind.set_yticks(ticks, [f"{n:,}" for n in ticks])
+    behind.minorticks_off()
+    behind.tick_params(axis="y", length=0)
+    # Twin axes are drawn over the first ones, which hide what is under them by a white patch
+    axes.set_zorder(behind.get_zorder() + 1)
+    axes.patch.set_visible(False)
+
+
+def accuracy_by_group(rows: Mapping[str, Mapping[str, float | None]]) -> str:
     """Bars of class mean, many, medium and few for each named run; the first is this one."""
-    names = ("class_accuracy", *GROUPS)
-    with _figure(height=0.6 + 0.42 * (len(rows) + 0.6) * len(names) / 2) as (_, axes, out):
-        size = 0.8 / len(rows)
-        for i, (label, metrics) in enumerate(rows.items()):
-            values = [metrics.get(name) for name in names]
-            y = np.arange(len(names)) + (i - (len(rows) - 1) / 2) * size
-            colours = [INK, *(COLOURS[g] for g in GROUPS)]
-            for at, value, colour in zip(y, values, colours, strict=True):
-                wide = 0 if value is None else 100 * value
-                axes.barh(at, wide, size * 0.92, color=colour, alpha=1 if i == 0 else 0.35)
-                text = "n/a" if value is None else f"{wide:.1f}"
-                axes.text(wide + 0.8, at, f"{text}  {_name(label)}", va="center", fontsize=10)
-        axes.set(yticks=range(len(names)), yticklabels=["class mean", *GROUPS], xlim=(0, 125), xlabel="accuracy, %")
+    metrics = {"class_accuracy": INK} | {group: COLORS[group] for group in GROUPS}
+    places = np.arange(len(metrics))
+    with _figure(height=0.6 + 0.42 * (len(rows) + 0.6) * len(metrics) / 2) as (_, axes, svg):
+        thickness = 0.8 / len(rows)
+        for i, (run, values) in enumerate(rows.items()):
+            heights = places + (i - (len(rows) - 1) / 2) * thickness  # a run's bar in each bundle
+            for height, (metric, color) in zip(heights, metrics.items(), strict=True):
+                value = values.get(metric)
+                length = 0 if value is None else 100 * value
+                axes.barh(height, length, thickness * 0.92, color=color, alpha=1 if i == 0 else 0.35)
+                text = "n/a" if value is None else f"{length:.1f}"
+                axes.text(length + 0.8, height, f"{text}  {_name(run)}", va="center", fontsize=10)
+        # Room for the longest bar's name at the right of 100 %
+        axes.set(yticks=range(len(metrics)), yticklabels=["class mean", *GROUPS], xlim=(0, 125), xlabel="accuracy, %")
         axes.set_xticks(range(0, 101, 20))
         axes.invert_yaxis()
         axes.tick_params(axis="y", length=0)
-    return out[0]
+    return svg[0]
 
 
-def reliability(confidence: np.ndarray, correct: np.ndarray, *, bins: int = 15) -> str:
+def reliability_diagram(confidence: np.ndarray, correct: np.ndarray, *, bins: int = 15) -> str:
     """Accuracy against confidence in the bins of the ECE; how many predictions fall into each, behind."""
-    bin_of = np.clip(np.ceil(confidence * bins).astype(int), 1, bins) - 1
+    bin_of = np.clip(np.ceil(confidence * bins).astype(int), 1, bins) - 1  # bins are open at their lower end
     total = np.bincount(bin_of, minlength=bins)
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore"):  # an empty bin is 0/0 = NaN, which is not drawn
         accuracy = np.bincount(bin_of, weights=correct, minlength=bins) / total
-        mean = np.bincount(bin_of, weights=confidence, minlength=bins) / total
-    left = np.arange(bins) / bins
-    with _figure(4.4, 4.0) as (_, axes, out):
-        axes.bar(left, total / total.max(), 1 / bins, align="edge", color=FAINT, label="share of predictions")
+        mean_confidence = np.bincount(bin_of, weights=confidence, minlength=bins) / total
+    left_edges = np.arange(bins) / bins
+    with _figure(4.4, 4.0) as (_, axes, svg):
+        axes.bar(left_edges, total / total.max(), 1 / bins, align="edge", color=FAINT, label="share of predictions")
         axes.plot([0, 1], [0, 1], color=OTHER, lw=1, ls="--", label="perfectly calibrated")
-        axes.plot(mean, accuracy, "o-", color=COLOURS["many"], ms=5, label="this run")
+        axes.plot(mean_confidence, accuracy, "o-", color=COLORS["many"], ms=5, label="this run")
         axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1.02), aspect="equal")
         axes.legend(frameon=False, loc="upper left", fontsize=10)
-    return out[0]
+    return svg[0]
 
 
 def key_usage(selections: Sequence[int]) -> str:
     """How often each key was chosen on the test part, most used first; the dashed line is an even share."""
     share = 100 * np.sort(np.asarray(selections))[::-1] / max(sum(selections), 1)
-    with _figure(height=2.2) as (_, axes, out):
-        axes.bar(range(1, len(share) + 1), share, color=COLOURS["many"])
+    with _figure(height=2.2) as (_, axes, svg):
+        axes.bar(range(1, len(share) + 1), share, color=COLORS["many"])
         axes.axhline(100 / len(share), color=OTHER, lw=1, ls="--")
         axes.set(xlabel="key, from most to least used", ylabel="choices, %")
         axes.xaxis.get_major_locator().set_params(integer=True)
-    return out[0]
+    return svg[0]
 
 
 def pseudo_labels(predicted: Sequence[int], true: Sequence[int] | None, counts: Sequence[int]) -> str:
-    """How the kept pseudo-labels are spread over the classes, against the truth where it is known; both as shares."""
-    order = np.argsort(-np.asarray(counts), kind="stable")
-    x = np.arange(1, len(order) + 1)
-    with _figure(height=2.5) as (_, axes, out):
-        for values, colour, label in ((predicted, COLOURS["many"], "kept pseudo-labels"), (true, INK, "the truth")):
-            if values is not None and sum(values):
-                share = 100 * np.asarray(values)[order] / sum(values)
-                axes.step(x, share, where="mid", color=colour, label=label, lw=1.8 if values is predicted else 1.2)
+    """How the kept pseudo-labels are spread over the classes, against the truth where it is known; both as shares.
+
+    `predicted` and `true` [C] count unlabeled images, `counts` [C] labeled ones.
+    """
+    order = _by_count(counts)
+    with _figure(height=2.5) as (_, axes, svg):
+        for numbers, color, label, width in (
+            (predicted, COLORS["many"], "kept pseudo-labels", 1.8),
+            (true, INK, "the truth", 1.2),
+        ):
+            if numbers is not None and sum(numbers):
+                share = 100 * np.asarray(numbers)[order] / sum(numbers)
+                axes.step(np.arange(1, len(order) + 1), share, where="mid", color=color, label=label, lw=width)
         axes.set(xlabel="class, from most to fewest labelled images", ylabel="share, %", ylim=(0, None))
         axes.legend(frameon=False, fontsize=10)
-    return out[0]
+    return svg[0]
 
 
 def precision_and_recall(
     precision: Sequence[float | None], recall: Sequence[float | None], counts: Sequence[int]
 ) -> str:
-    """Of the kept pseudo-labels, class by class in order of the labelled count; lines are running means."""
-    order = np.argsort(-np.asarray(counts), kind="stable")
-    x = np.arange(1, len(order) + 1)
-    with _figure(height=2.5) as (_, axes, out):
-        for values, colour, label in ((precision, COLOURS["many"], "precision"), (recall, COLOURS["few"], "recall")):
-            shown = np.array([np.nan if v is None else 100 * v for v in values])[order]
-            axes.plot(x, shown, "o", ms=3, color=colour, alpha=0.6)
-            axes.plot(x, _smooth(shown), color=colour, lw=2, label=label)
+    """Of the kept pseudo-labels, class by class in order of the labeled count [C]; lines are running means."""
+    order = _by_count(counts)
+    ranks = np.arange(1, len(order) + 1)
+    with _figure(height=2.5) as (_, axes, svg):
+        for values, color, label in ((precision, COLORS["many"], "precision"), (recall, COLORS["few"], "recall")):
+            percents = _percent(values)[order]
+            axes.plot(ranks, percents, "o", ms=3, color=color, alpha=0.6)
+            axes.plot(ranks, _smooth(percents), color=color, lw=2, label=label)
         axes.set(xlabel="class, from most to fewest labelled images", ylabel="%", ylim=(-3, 103))
         axes.legend(frameon=False, fontsize=10)
-    return out[0]
+    return svg[0]
 
 
-def wrong_ones(histogram: Sequence[int]) -> str:
+def wrong_confidence(histogram: Sequence[int]) -> str:
     """How sure the wrong ones among the kept pseudo-labels are, in equal bins of confidence from 0 to 1."""
     width = 1 / len(histogram)
-    with _figure(4.4, 2.2) as (_, axes, out):
-        axes.bar(np.arange(len(histogram)) * width, histogram, width * 0.95, align="edge", color=COLOURS["few"])
+    with _figure(4.4, 2.2) as (_, axes, svg):
+        axes.bar(np.arange(len(histogram)) * width, histogram, width * 0.95, align="edge", color=COLORS["few"])
         axes.set(xlabel="confidence", ylabel="wrong pseudo-labels", xlim=(0, 1))
-    return out[0]
+    return svg[0]
 
 
-def curves(history: Sequence[Mapping[str, Any]]) -> str:
+def training_curves(history: Sequence[Mapping[str, Any]]) -> str:
     """Training loss of each epoch over all phases, and held-out accuracy where there was a held-out part."""
-    with _figure() as (_, axes, out):
-        done = 0
-        phases = list(dict.fromkeys(line["phase"] for line in history))
-        for colour, phase in zip(list(COLOURS.values()) * 9, phases, strict=False):
+    with _figure() as (_, axes, svg):
+        phases = dict.fromkeys(line["phase"] for line in history)  # in the order of their first lines
+        steps_before = 0
+        for phase, color in zip(phases, cycle(COLORS.values()), strict=False):
             lines = [line for line in history if line["phase"] == phase]
-            x = [done + line["step"] for line in lines]
-            axes.plot(x, [line["loss"] for line in lines], "o-", ms=4, color=colour, label=f"loss, {phase}")
-            done = x[-1]
-        held = [(line["step"], line["val"]) for line in history if "val" in line]
-        if held:
-            right = axes.twinx()
-            done, last, xs = 0, 0, []
-            for step, _ in held:
-                done, last = done + (last if step <= last else 0), step
-                xs.append(done + step)
-            for key, colour in (("class_accuracy", INK), ("few", COLOURS["few"])):
-                values = [100 * v[key] if v[key] is not None else np.nan for _, v in held]
-                right.plot(xs, values, ls="--", color=colour, label=f"held out, {key.replace('_', ' ')}")
-            right.set(ylabel="held-out accuracy, %")
-            right.legend(frameon=False, loc="upper right", fontsize=10)
+            steps = [steps_before + line["step"] for line in lines]
+            axes.plot(steps, [line["loss"] for line in lines], "o-", ms=4, color=color, label=f"loss, {phase}")
+            steps_before = steps[-1]
+        held_out = [line for line in history if "val" in line]
+        if held_out:
+            _draw_held_out(axes.twinx(), held_out)
         lowest = min(line["loss"] for line in history)  # LPT's key term can take it below zero
         axes.set(xlabel="step", ylabel="training loss", xlim=(0, None), ylim=(min(0.0, lowest), None))
         axes.legend(frameon=False, loc="lower left", fontsize=10)
-    return out[0]
+    return svg[0]
+
+
+def _draw_held_out(axes: Any, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Held-out accuracy over steps, which `lines` count from 0 again in each phase."""
+    steps: list[int] = []
+    steps_before = last_step = 0
+    for line in lines:
+        if line["step"] <= last_step:  # a new phase
+            steps_before += last_step
+        last_step = line["step"]
+        steps.append(steps_before + last_step)
+    for metric, color in (("class_accuracy", INK), ("few", COLORS["few"])):
+        percents = _percent([line["val"][metric] for line in lines])
+        axes.plot(steps, percents, ls="--", color=color, label=f"held out, {metric.replace('_', ' ')}")
+    axes.set(ylabel="held-out accuracy, %")
+    axes.legend(frameon=False, loc="upper right", fontsize=10)
+
+
+def _by_count(counts: Sequence[int]) -> np.ndarray:
+    """Classes from most to fewest images; of equal ones the first comes first."""
+    return np.argsort(-np.asarray(counts), kind="stable")
+
+
+def _percent(values: Sequence[float | None]) -> np.ndarray:
+    """Shares as per cent; None is NaN, which matplotlib leaves out."""
+    return np.array([np.nan if value is None else 100 * value for value in values])
 
 
 def _name(text: str) -> str:
@@ -205,9 +240,9 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     """A running mean over about a twelfth of the classes, which ignores classes without test images."""
     half = max(1, len(values) // 24)
     known = ~np.isnan(values)
-    ones = np.ones(2 * half + 1)
-    middle = slice(half, half + len(values))
-    total = np.convolve(np.where(known, values, 0), ones)[middle]
-    number = np.convolve(known.astype(float), ones)[middle]
-    with np.errstate(invalid="ignore"):
+    window = np.ones(2 * half + 1)
+    middle = slice(half, half + len(values))  # np.convolve returns `half` more values at either end
+    total = np.convolve(np.where(known, values, 0), window)[middle]
+    number = np.convolve(known.astype(float), window)[middle]
+    with np.errstate(invalid="ignore"):  # 0/0 = NaN where no class of the window has test images
         return total / number

@@ -1,10 +1,10 @@
-"""What a semi-supervised run thought of its unlabelled images: a table with a row for each pseudo-label, and what the
-table says.
+"""What a semi-supervised run thought of its unlabeled images: a table of pseudo-labels, and its diagnosis.
 
-Shapes: rows [R] of one round, each with the image's number among the unlabelled, classes [C].
+Shapes: rows [R] of one round, a pseudo-label each; classes [C].
 """
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,33 +19,37 @@ from lpt.files import write_atomic
 from lpt.metrics import calibration_error
 
 BINS = 10
+"""Of the histogram of confidences, from 0 to 1."""
+
+FIRST_COLUMNS = ("step", "label", "confidence", "kept")
 
 
 def write_round(
     path: Path, noted: Mapping[str, Tensor], *, number: int, ids: Sequence[str], truth: Tensor, classes: Sequence[str]
 ) -> None:
-    """Appends a round to the Parquet file at `path`, in place of what is there from its first step on.
+    """Appends round `number` to the Parquet file at `path`, in place of what is there from its first step on.
 
-    `noted` holds `rows`, `step`, `label`, `confidence`, `kept`, and of every head `NAME_label` and `NAME_confidence`.
-    The file's columns: image, truth (null where unknown), round, step, label, confidence, kept, and those of the heads.
+    `noted` holds, each [R], `rows` (indices into the unlabeled images), `step`, `label`, `confidence`, `kept`, and of
+    every head `NAME_label` and `NAME_confidence`. `ids` and `truth` are of all unlabeled images, -1 where unknown. The
+    file's columns: image, truth (null where unknown), round, step, label, confidence, kept, and those of the heads.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    names = np.array([*classes, None], dtype=object)  # the last, -1, is an unknown label
+    names = np.array([*classes, None], dtype=object)  # label -1 is the last entry: unknown
     columns = {
         "image": pa.array(np.array(ids, dtype=object)[noted["rows"].numpy()], pa.string()),
         "truth": pa.array(names[truth[noted["rows"]].numpy()], pa.string()),
         "round": pa.array(np.full(len(noted["rows"]), number), pa.int32()),
     }
-    first = ["step", "label", "confidence", "kept"]
-    for name in [*first, *sorted(noted.keys() - {*first, "rows"})]:  # notes from a checkpoint come in another order
+    # Sorted, because a checkpoint gives back the heads' columns in another order
+    for name in [*FIRST_COLUMNS, *sorted(noted.keys() - {*FIRST_COLUMNS, "rows"})]:
         values = noted[name].numpy()
         columns[name] = pa.array(names[values], pa.string()) if name.endswith("label") else pa.array(values)
     table = pa.table(columns)
     if path.exists():
-        before = _read(path)
-        table = pa.concat_tables([before.filter(before["step"].to_numpy() < int(noted["step"].min())), table])
+        earlier = _read(path)  # a run that was killed has rows of steps that are now taken again
+        table = pa.concat_tables([earlier.filter(earlier["step"].to_numpy() < int(noted["step"].min())), table])
     buffer = io.BytesIO()
     pq.write_table(table, buffer)
     write_atomic(path, buffer.getvalue())
@@ -57,14 +61,14 @@ def read_last_round(path: Path, classes: Sequence[str]) -> tuple[dict[str, Tenso
     rounds = table["round"].to_numpy()
     number = int(rounds.max())
     last = table.filter(rounds == number)
-    place = {name: k for k, name in enumerate(classes)} | {None: -1}
-    found = {}
+    label_of = {name: k for k, name in enumerate(classes)} | {None: -1}
+    noted: dict[str, Tensor] = {}
     for name in last.column_names:
         if name == "truth" or name.endswith("label"):
-            found[name] = torch.tensor([place[value] for value in last[name].to_pylist()])
+            noted[name] = torch.tensor([label_of[class_name] for class_name in last[name].to_pylist()])
         elif name not in ("image", "round"):
-            found[name] = torch.from_numpy(last[name].to_numpy().copy())
-    return found, number
+            noted[name] = torch.from_numpy(last[name].to_numpy().copy())
+    return noted, number
 
 
 def _read(path: Path) -> Any:
@@ -77,53 +81,78 @@ def _read(path: Path) -> Any:
         raise TrainingError(f"{path} cannot be read ({quoted(error)}): delete it, what it held is lost") from None
 
 
-def diagnose(noted: Mapping[str, Tensor], truth: Tensor, counts: Tensor, unlabelled: Tensor | None) -> dict[str, Any]:
-    """Of one round: how many images are believed and, where the `truth` [R] is known (not -1), how rightly.
+def diagnose(
+    noted: Mapping[str, Tensor], truth: Tensor, counts: Tensor, unlabeled_counts: Tensor | None
+) -> dict[str, Any]:
+    """Of one round: how many images are believed and, where the `truth` [R] is known (not -1), how many rightly.
 
-    `counts` [C] are of the labelled images: head and tail are their first and last third. `unlabelled` [C] are the true
-    counts of the unlabelled images, None where they are not known. `precision`, `recall` and the false ones are of what
-    is kept; recall also counts what is not. `kl` is of the kept labels' distribution against the true one.
+    `counts` [C] are of the labeled images: head and tail are their first and last third. `unlabeled_counts` [C] are the
+    true counts of the unlabeled images, None where they are not known. `precision` and the numbers of false ones are of
+    the kept pseudo-labels; `per_class_recall` is the share of all images of a class that are kept with its label. `kl`
+    is KL(kept labels || truth) of the distributions over classes, in nats.
     """
-    label, confidence, kept = noted["label"], noted["confidence"].double(), noted["kept"]
-    num_classes = len(counts)
-    predicted = torch.bincount(label[kept], minlength=num_classes)
-    found: dict[str, Any] = {
+    label, confidence, is_kept = noted["label"], noted["confidence"].double(), noted["kept"]
+    predicted_counts = torch.bincount(label[is_kept], minlength=len(counts))
+    diagnosis: dict[str, Any] = {
         "images": len(label),
-        "kept": int(kept.sum()),
-        "coverage": kept.double().mean().item(),
-        "predicted": predicted.tolist(),
+        "kept": int(is_kept.sum()),
+        "coverage": is_kept.double().mean().item(),
+        "predicted": predicted_counts.tolist(),
     }
-    known = truth >= 0
-    if not bool(known.any()):
-        return found
-    right = label == truth
-    groups = shot_groups(counts, "thirds")
-    head, tail = (torch.zeros(num_classes + 1, dtype=torch.bool) for _ in range(2))  # the last is the unknown one's
-    head[groups["many"]] = True
-    tail[groups["few"]] = True
-    believed, false = kept & known, kept & known & ~right
-    true_kept = torch.bincount(label[believed & right], minlength=num_classes).double()
-    precision = true_kept / torch.bincount(label[believed], minlength=num_classes)
-    recall = true_kept / torch.bincount(truth[known], minlength=num_classes)
-    found |= {
-        "precision": _share(right[believed]),
-        "false_kept": int(false.sum()),
-        "false_confidence": confidence[false].mean().item() if bool(false.any()) else None,
-        "false_histogram": torch.histc(confidence[false], BINS, 0, 1).int().tolist(),
-        "ece": calibration_error(confidence[known], right[known]),
-        "tail_taken_for_head": _share(head[label[believed & tail[truth]]]),
-        "head_taken_for_tail": _share(tail[label[believed & head[truth]]]),
-        "per_class_precision": [None if np.isnan(x) else x for x in precision.tolist()],
-        "per_class_recall": [None if np.isnan(x) else x for x in recall.tolist()],
+    is_known = truth >= 0
+    if not bool(is_known.any()):
+        return diagnosis
+    is_right = label == truth
+    kept_and_known = is_kept & is_known
+    false_confidence = confidence[kept_and_known & ~is_right]
+    diagnosis |= {
+        "precision": _share(is_right[kept_and_known]),
+        "false_kept": len(false_confidence),
+        "false_confidence": false_confidence.mean().item() if len(false_confidence) else None,
+        "false_histogram": torch.histc(false_confidence, BINS, 0, 1).int().tolist(),
+        "ece": calibration_error(confidence[is_known], is_right[is_known]),
+        **_swaps(label[kept_and_known], truth[kept_and_known], counts),
+        **_per_class(label, truth, kept_and_known, len(counts)),
     }
     for name in ("linear", "similarity"):
         if f"{name}_label" in noted:
-            found[f"{name}_accuracy"] = _share((noted[f"{name}_label"] == truth)[known])
-    if unlabelled is not None:
-        p, q = ((n + 1e-6) / (n + 1e-6).sum() for n in (predicted.double(), unlabelled.double()))
-        found |= {"kl": (p * (p / q).log()).sum().item(), "true": unlabelled.tolist()}
-    return found
+            diagnosis[f"{name}_accuracy"] = _share((noted[f"{name}_label"] == truth)[is_known])
+    if unlabeled_counts is not None:
+        kept_share, true_share = _distribution(predicted_counts), _distribution(unlabeled_counts)
+        diagnosis["kl"] = (kept_share * (kept_share / true_share).log()).sum().item()
+        diagnosis["true"] = unlabeled_counts.tolist()
+    return diagnosis
 
 
-def _share(of: Tensor) -> float | None:
-    return of.double().mean().item() if len(of) else None
+def _swaps(label: Tensor, truth: Tensor, counts: Tensor) -> dict[str, float | None]:
+    """How many images of tail classes are taken for ones of head classes, and the other way round, as shares."""
+    groups = shot_groups(counts, "thirds")
+    is_head, is_tail = torch.zeros(len(counts), dtype=torch.bool), torch.zeros(len(counts), dtype=torch.bool)
+    is_head[groups["many"]] = True
+    is_tail[groups["few"]] = True
+    return {
+        "tail_taken_for_head": _share(is_head[label[is_tail[truth]]]),
+        "head_taken_for_tail": _share(is_tail[label[is_head[truth]]]),
+    }
+
+
+def _per_class(label: Tensor, truth: Tensor, kept_and_known: Tensor, num_classes: int) -> dict[str, list[float | None]]:
+    """Precision and recall [C] of the kept pseudo-labels, None for classes without any to count."""
+    right = torch.bincount(label[kept_and_known & (label == truth)], minlength=num_classes).double()
+    precision = right / torch.bincount(label[kept_and_known], minlength=num_classes)
+    recall = right / torch.bincount(truth[truth >= 0], minlength=num_classes)
+    return {"per_class_precision": _none_for_nan(precision), "per_class_recall": _none_for_nan(recall)}
+
+
+def _none_for_nan(values: Tensor) -> list[float | None]:
+    return [None if math.isnan(value) else value for value in values.tolist()]
+
+
+def _distribution(counts: Tensor) -> Tensor:
+    smoothed = counts.double() + 1e-6  # the divergence is finite also where a class has no image
+    return smoothed / smoothed.sum()
+
+
+def _share(is_so: Tensor) -> float | None:
+    """How many are true, None of none."""
+    return is_so.double().mean().item() if len(is_so) else None

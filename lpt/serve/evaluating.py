@@ -1,7 +1,7 @@
 """A prompt file evaluated on a task: the one it was trained on, or another, whose classes are matched by name."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -24,53 +24,30 @@ def evaluate_prompt(
 ) -> dict[str, Any]:
     """Metrics of a prompt file on a task: by default the one it was trained on, whose root must be given.
 
-    On another dataset classes are matched by name: images of classes that the file does not know are left out, and
-    predictions are among the classes that both have. Groups are by the training counts in the file.
+    `settings` are the sections `data`, `backbone` and `train` of a config. On another dataset classes are matched by
+    name: images of classes that the file does not know are left out, and predictions are among the classes that both
+    have. Groups are by the training counts in the file. Raises ConfigError, DataError or PromptFileError.
     """
     header, _ = read_prompt(path)
-    check_loading(settings, sections=("data", "backbone", "train"))
-    stored = header.data.get("settings")
-    stored = {k: v for k, v in stored.items() if k not in LOCATION_SETTINGS} if isinstance(stored, dict) else {}
-    given = settings.get("data", {})
-    data = {**stored, **given} if given.get("name", stored.get("name")) == stored.get("name") else dict(given)
-    if not data.get("name"):
-        raise DataError("data.name is missing: the prompt file does not say which data it was made with")
-    task = load_task(**check_data(data))
-    if "split off" in task.facts.get("test_part", ""):
-        task = _whole(task, header)
-    images, shift = _matched(task, header.classes, path)
-    backbone, run = settings.get("backbone", {}), settings.get("train", {})
-    model, _ = open_prompt(
-        path,
-        weights=backbone.get("weights"),
-        name=backbone.get("name"),
-        precision=run.get("precision"),
-        device=run.get("device", "auto"),
-    )
-    for line in task.summary_lines():
+    loading = check_loading(settings, sections=("data", "backbone", "train"))
+    task = _load_task(header, settings.get("data", {}))
+    images, unmatched = _match_classes(task, header.classes, path)
+    model, _ = open_prompt(path, **loading)
+    for line in [*task.summary_lines(), *_matching_lines(task, header.classes, len(images), unmatched)]:
         say(line)
-    if shift["absent_from_data"] or shift["unknown_to_prompt"]:
-        known = len(header.classes) - len(shift["absent_from_data"])
-        say(
-            f"classes matched by name: {known} of {len(header.classes)}, {len(images)} of {len(task.test)} images; "
-            "predictions are among these classes"
-        )
-        for what, names in (("not in the data", "absent_from_data"), ("not in the prompt file", "unknown_to_prompt")):
-            if missing := shift[names]:
-                more = ", ..." * (len(missing) > 10)
-                say(f"warning: {len(missing)} classes {what}: {quoted(', '.join(missing[:10]))}{more}")
     began = time.perf_counter()
     predictions = predict(model, images)
-    if shift["absent_from_data"]:
-        gone = [header.classes.index(name) for name in shift["absent_from_data"]]
+    if unmatched["absent_from_data"]:
+        absent = [header.classes.index(name) for name in unmatched["absent_from_data"]]
         for logits in (predictions.logits, *predictions.opinions.values()):
-            logits[:, gone] = -torch.inf
-    rule = str(header.data.get("group_rule"))
-    rule = rule if rule in get_args(GroupRule) else task.group_rule
-    metrics = measure(model, predictions, torch.tensor(header.counts), group_rule=rule)
+            logits[:, absent] = -torch.inf
+    group_rule = str(header.data.get("group_rule"))
+    if group_rule not in get_args(GroupRule):  # the file is of another version, or says anything at all
+        group_rule = task.group_rule
+    metrics = measure(model, predictions, torch.tensor(header.counts), group_rule=group_rule)
     return {
         **metrics,
-        **shift,
+        **unmatched,
         "method": quoted(header.method),
         "backbone": {"name": model.backbone.name, "fingerprint": model.backbone.fingerprint},
         "data": {
@@ -84,35 +61,79 @@ def evaluate_prompt(
     }
 
 
-def _whole(task: Task, header: Header) -> Task:
-    """A folder without parts that the prompt file was not trained on is a test set as a whole. Whether it was is asked
-    of its labelled images: the unlabelled ones need not be at hand."""
-    labelled = replace(task, unlabeled=None).manifest()["sha256"]
-    if labelled == header.data.get("labelled_sha256", header.data.get("split_sha256")):
-        return task
+def _load_task(header: Header, given: Mapping[str, Any]) -> Task:
+    """The task that the section `data` in `given` means, where it is silent that of the prompt file."""
+    stored = header.data.get("settings")
+    if not isinstance(stored, dict):
+        stored = {}
+    # A prompt file comes from anyone: it must not choose which files of this disk are read.
+    stored = {key: value for key, value in stored.items() if key not in LOCATION_SETTINGS}
+    if "name" in given and given["name"] != stored.get("name"):  # the stored settings are those of other data
+        stored = {}
+    settings = {**stored, **given}
+    if not settings.get("name"):
+        raise DataError("data.name is missing: the prompt file does not say which data it was made with")
+    task = load_task(**check_data(settings))
+    if "split off" in task.facts.get("test_part", "") and not _was_trained_on(task, header):
+        return _tested_on_all_images(task)
+    return task
+
+
+def _was_trained_on(task: Task, header: Header) -> bool:
+    """Whether the prompt file's run had this split of labeled images; the unlabeled ones need not be at hand."""
+    labeled_sha256 = replace(task, unlabeled=None).manifest()["sha256"]
+    return labeled_sha256 == header.data.get("labelled_sha256", header.data.get("split_sha256"))
+
+
+def _tested_on_all_images(task: Task) -> Task:
+    """A folder without parts of its own, with training, held-out and test images as the test part."""
     assert isinstance(task.train, Files) and isinstance(task.test, Files)
-    every = task.train.plus(task.test)
-    if task.val:  # what the settings in the prompt file hold out of training images
+    images = task.train.plus(task.test)
+    if task.val:  # the settings in the prompt file can hold images out of the training part
         assert isinstance(task.val, Files)
-        every = every.plus(task.val)
-    return replace(task, test=every, val=None, facts={**task.facts, "test_part": "all images are tested on"})
+        images = images.plus(task.val)
+    return replace(task, test=images, val=None, facts={**task.facts, "test_part": "all images are tested on"})
 
 
-def _matched(task: Task, classes: Sequence[str], path: str | Path) -> tuple[Images | Files, dict[str, list[str]]]:
-    """Test images of the classes that the prompt file knows, labelled in its order, and the names that only one has."""
-    place = {name: k for k, name in enumerate(classes)}
-    ours = [place.get(name, -1) for name in task.classes]
-    shift = {
-        "absent_from_data": [name for name in classes if name not in task.classes],
-        "unknown_to_prompt": [name for name in task.classes if name not in place],
+def _match_classes(
+    task: Task, prompt_classes: Sequence[str], path: str | Path
+) -> tuple[Images | Files, dict[str, list[str]]]:
+    """(test images of the classes that the prompt file knows, labeled in its order, the names that only one side has).
+
+    Raises PromptFileError where less than two classes, or no image, can be matched.
+    """
+    prompt_label = {name: k for k, name in enumerate(prompt_classes)}
+    label_of_class = [prompt_label.get(name, -1) for name in task.classes]
+    unmatched = {
+        "absent_from_data": [name for name in prompt_classes if name not in task.classes],
+        "unknown_to_prompt": [name for name in task.classes if name not in prompt_label],
     }
-    if sum(k >= 0 for k in ours) < 2:
+    if len(task.classes) - len(unmatched["unknown_to_prompt"]) < 2:
         raise PromptFileError(
-            f"prompt file {path} knows {len(classes)} classes, {task.name} has {len(task.classes)}, and less than two "
-            f"names are the same: for example {quoted(', '.join([*classes[:2], *task.classes[:2]]))}"
+            f"prompt file {path} knows {len(prompt_classes)} classes, {task.name} has {len(task.classes)}, and less "
+            f"than two names are the same: for example {quoted(', '.join([*prompt_classes[:2], *task.classes[:2]]))}"
         )
-    labels = torch.tensor(ours)[task.test.labels]
-    kept = (labels >= 0).nonzero().flatten()
-    if len(kept) == 0:
+    labels = torch.tensor(label_of_class)[task.test.labels]
+    matched_rows = (labels >= 0).nonzero().flatten()
+    if len(matched_rows) == 0:
         raise PromptFileError(f"{task.name} has no test image of a class that prompt file {path} knows")
-    return replace(task.test.subset(kept.tolist()), labels=labels[kept]), shift
+    return replace(task.test.subset(matched_rows.tolist()), labels=labels[matched_rows]), unmatched
+
+
+def _matching_lines(
+    task: Task, prompt_classes: Sequence[str], images: int, unmatched: Mapping[str, Sequence[str]]
+) -> list[str]:
+    """What to tell of the match, nothing where both sides have the same classes. `images` counts the matched ones."""
+    absent, unknown = unmatched["absent_from_data"], unmatched["unknown_to_prompt"]
+    if not absent and not unknown:
+        return []
+    matched = len(prompt_classes) - len(absent)
+    lines = [
+        f"classes matched by name: {matched} of {len(prompt_classes)}, {images} of {len(task.test)} images; "
+        "predictions are among these classes"
+    ]
+    for side, names in (("not in the data", absent), ("not in the prompt file", unknown)):
+        if names:
+            shown = quoted(", ".join(names[:10])) + (", ..." if len(names) > 10 else "")
+            lines.append(f"warning: {len(names)} classes {side}: {shown}")
+    return lines

@@ -2,13 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
 
 from lpt.device import PRECISIONS, pick_device, pick_precision
-from lpt.errors import ConfigError, PromptFileError, did_you_mean, quoted
+from lpt.errors import ConfigError, PromptFileError, quoted
 from lpt.model.backbones import load_backbone
 from lpt.model.classifier import PromptedClassifier
 from lpt.prompt_file import Header, load_prompt, read_prompt
+from lpt.settings import validated
 
 
 def open_prompt(
@@ -19,29 +22,58 @@ def open_prompt(
     precision: str | None = None,
     device: str = "auto",
 ) -> tuple[PromptedClassifier, Header]:
-    """The model of a prompt file, its backbone loaded by the name in the file (or from `weights`)."""
+    """(the model of a prompt file, the file's header).
+
+    `name`, `weights` and `precision` are by default what the file says. Raises PromptFileError where the file is
+    damaged or for another backbone, BackboneError where the backbone cannot be had, LptError where the device cannot.
+    """
     header, _ = read_prompt(path)
-    where = pick_device(device)
-    wanted = name or header.backbone.name
-    if not name and wanted.startswith("untrained:"):  # any architecture, of any size, for the asking
-        raise PromptFileError(f"prompt file {path} is for {quoted(wanted)}: give backbone.name if you want that made")
-    backbone = load_backbone(wanted, weights=weights, image_size=header.backbone.image_size)
+    torch_device = pick_device(device)
+    backbone_name = name or header.backbone.name
+    if not name and backbone_name.startswith("untrained:"):  # a file from anyone could ask for a model of any size
+        raise PromptFileError(
+            f"prompt file {path} is for {quoted(backbone_name)}: give backbone.name if you want that made"
+        )
+    backbone = load_backbone(backbone_name, weights=weights, image_size=header.backbone.image_size)
     backbone.preprocess = header.preprocess
-    chosen = pick_precision(precision or header.precision, where)
-    return load_prompt(path, backbone.to(PRECISIONS[chosen])).to(where), header
+    dtype = PRECISIONS[pick_precision(precision or header.precision, torch_device)]
+    return load_prompt(path, backbone.to(dtype)).to(torch_device), header
 
 
-def check_loading(settings: Mapping[str, Mapping[str, Any]], *, sections: Sequence[str]) -> None:
-    """What evaluate and predict understand: where the backbone is, and how to compute. Raises ConfigError."""
-    known = {"backbone": ("name", "weights"), "train": ("precision", "device")}
+class BackboneSource(BaseModel):
+    """The section `backbone` where a backbone is only opened; by default as the prompt file says."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str | None = None
+    weights: str | None = None
+    """A file, in place of the weights that come under `name`."""
+
+
+class ComputeSettings(BaseModel):
+    """The section `train` where nothing is trained; `precision` is by default that of the prompt file."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    precision: Literal["auto", "fp32", "bf16"] | None = None
+    device: str = "auto"
+
+
+def check_loading(settings: Mapping[str, Any], *, sections: Sequence[str]) -> dict[str, Any]:
+    """The arguments of `open_prompt` that the sections `backbone` and `train` give, of which `sections` are known here.
+
+    Raises ConfigError with every mistake at once.
+    """
     mistakes = [
-        f"{k}: there is no such section here ({', '.join(sections)})" for k in sorted(settings.keys() - set(sections))
+        f"{name}: there is no such section here ({', '.join(sections)})"
+        for name in sorted(settings.keys() - set(sections))
     ]
-    for section, keys in known.items():
-        for key, value in settings.get(section, {}).items():
-            if key not in keys:
-                mistakes.append(f"{section}.{key}: not a setting here ({', '.join(keys)}){did_you_mean(key, keys)}")
-            elif not isinstance(value, str) or (key == "precision" and value not in ("auto", *PRECISIONS)):
-                mistakes.append(f"{section}.{key}: got {value!r}")
+    arguments: dict[str, Any] = {}
+    for section, model in (("backbone", BackboneSource), ("train", ComputeSettings)):
+        if section in sections:
+            values, wrong = validated(section, model, settings.get(section, {}))
+            arguments |= values
+            mistakes += wrong
     if mistakes:
         raise ConfigError(mistakes)
+    return arguments
