@@ -11,6 +11,7 @@ Five lines are a program:
 
 from importlib.metadata import version
 
+from lpt import moved
 from lpt.config import load_config as load_config
 from lpt.data import Images as Images
 from lpt.data import Task as Task
@@ -29,3 +30,5 @@ from lpt.prompt_file import save_prompt as save_prompt
 from lpt.run import tune as tune
 
 __version__ = version("lpt")
+
+moved.install()
