@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from conftest import small_backbone, toy_task
 
 import lpt
 from lpt.engine.evaluate import features
@@ -10,6 +9,7 @@ from lpt.engine.history import History
 from lpt.engine.loop import Fit
 from lpt.methods import METHODS
 from lpt.prompt_file import load_prompt, save_prompt
+from tests.support.toy import small_backbone, toy_task
 
 
 def probed(task=None, backbone=None, folder=None, **settings):

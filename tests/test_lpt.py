@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from conftest import small_backbone, toy_task
 
 import lpt
 from lpt.engine.batches import Progress, draw, seen
@@ -10,6 +9,7 @@ from lpt.engine.history import History
 from lpt.engine.loop import Fit
 from lpt.errors import LptError
 from lpt.methods import METHODS
+from tests.support.toy import small_backbone, toy_task
 
 SETTINGS = dict(
     prompt_length=2, prefix_blocks=2, pool_size=4, topk=2, epochs=(2, 2), optimizer="adamw", lr=(5e-3, 5e-3)

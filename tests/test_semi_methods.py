@@ -8,13 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import toy_task
-from semi import COUNTS, FAST, Killed, cross_entropy, normal, semi, semi_task, unit
 
 from lpt.losses import loss_by_name
 from lpt.methods import daso as methods
 from lpt.methods.semi_supervised import Opinion
 from lpt.model.heads import FusedHead
+from tests.support.semi import COUNTS, FAST, Killed, cross_entropy, normal, semi, semi_task, unit
+from tests.support.toy import toy_task
 
 PRIOR = [math.log(n / sum(COUNTS)) for n in COUNTS]
 

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from conftest import toy_images, toy_task
 
 from lpt.data.task import Task
 from lpt.engine.history import History
 from lpt.engine.loop import Fit
 from lpt.engine.processes import rank_and_world
 from lpt.methods import METHODS
+from tests.support.toy import toy_images, toy_task
 
 COUNTS = (14, 7, 3, 2)
 UNLABELLED = (9, 11, 5, 6)
