@@ -8,10 +8,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # both before anything imports `datasets`
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="lpt-tests-")
 
 import pytest
+from hypothesis import settings
 
 from lpt.config import load_config
 from lpt.run import train
 from tests.support.shared import ROOT, real
+
+# The same examples every time, and no file beside the tests: a machine under load must not fail a test.
+settings.register_profile("tests", max_examples=50, deadline=None, derandomize=True, database=None)
+settings.load_profile("tests")
 
 
 @pytest.fixture
