@@ -121,11 +121,14 @@ def test_a_list_without_labels_is_read_as_it_was_written(lines):
 
 
 WORDS = st.text(st.characters(categories=["Ll", "Lu"]), min_size=1, max_size=8)
-VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.floats(allow_nan=False, allow_infinity=False) | WORDS,
+FLOATS = st.floats(allow_nan=False, allow_infinity=False)
+FLOATS |= st.integers(-30, 30).map(lambda exponent: 10.0**exponent)  # 1e-07 has no dot, which YAML 1.1 reads as text
+TREES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**63) | WORDS,
     lambda inside: st.lists(inside, max_size=3) | st.dictionaries(WORDS, inside, max_size=3),
     max_leaves=5,
 )
+VALUES = TREES | FLOATS | st.lists(FLOATS | st.lists(FLOATS), max_size=3)
 
 
 @given(st.dictionaries(WORDS, st.dictionaries(WORDS, VALUES, min_size=1, max_size=3), max_size=3))
