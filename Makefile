@@ -35,6 +35,7 @@ lint: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/basedpyright
+	$(BIN)/codespell
 
 clean:
 	rm -rf .venv runs

@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import prompted as with_prompts
-from conftest import small_backbone
 
 from lpt.model.adapters import KINDS, AdaptFormer, auto_bottleneck, with_adapter
+from tests.support.toy import prompted as with_prompts
+from tests.support.toy import small_backbone
 
 
 def images(n=3, seed=0):

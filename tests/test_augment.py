@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import toy_images
 
 from lpt.data.augment import augmented
+from tests.support.toy import toy_images
 
 PIXELS = toy_images(torch.arange(3).repeat(4)).pixels
 SEEDS = list(range(12))

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from plain import plain_block
 from safetensors.torch import save_file
 
 from lpt.errors import BackboneError
@@ -10,6 +9,7 @@ from lpt.model.backbones import FAMILIES, load_backbone, timm_vit
 from lpt.model.backbones import nano as nano_module
 from lpt.model.backbones.base import KeyValue, fingerprint_of, read_prototypes
 from lpt.model.backbones.timm_vit import attend
+from tests.support.plain import plain_block
 
 
 def normal(*shape, seed=0):

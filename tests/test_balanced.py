@@ -4,11 +4,11 @@ import io
 
 import pytest
 import torch
-from conftest import toy_task
 from PIL import Image
 
 from lpt.data.balanced import balanced
 from lpt.data.task import Files
+from tests.support.toy import toy_task
 
 TASK = toy_task((30, 12, 5, 2))
 

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from conftest import small_backbone, toy_task
-from support.training import bind, train
 
 import lpt
 from lpt.engine.evaluate import features
 from lpt.engine.history import History
 from lpt.prompt_file import load_prompt, save_prompt
+from tests.support.toy import small_backbone, toy_task
+from tests.support.training import bind, train
 
 
 def probed(task=None, backbone=None, folder=None, **settings):

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from conftest import images, prompted, small_backbone
-from plain import plain_forward
 
 from lpt.errors import LptError
 from lpt.model.backbones import timm_vit
 from lpt.model.classifier import PromptedClassifier
 from lpt.model.heads import CosineHead
 from lpt.model.prompts import DeepPrompt, PromptPool
+from tests.support.plain import plain_forward
+from tests.support.toy import images, prompted, small_backbone
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_folder import fill
 
-from lpt import cli
 from lpt.prompt_file import read_prompt
+from tests.support.command_line import lpt
+from tests.support.pictures import fill
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
@@ -26,20 +26,6 @@ SMALL = [
     "data.val_per_class=2",
     "train.precision=fp32",
 ]
-
-
-def lpt(capsys, *words) -> tuple[int, str, str]:
-    """Exit code, what was printed, and what was said on the error stream."""
-    old, sys.argv = sys.argv, ["lpt", *map(str, words)]
-    code = 0
-    try:
-        cli.main()
-    except SystemExit as leave:
-        code = int(leave.code or 0)
-    finally:
-        sys.argv = old
-    said = capsys.readouterr()
-    return code, said.out, said.err
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """CIFAR-LT from parquet and from torchvision's files, and the digits."""
 
 import io
-import json
 import pickle
 
 import numpy as np
@@ -15,6 +14,7 @@ from lpt.data import load_task
 from lpt.data.cifar import cifar100_lt
 from lpt.data.longtail import count_fingerprint, shot_groups
 from lpt.errors import DataError
+from tests.support.cifar import parquet_folder, png_of
 
 
 def test_cifar100_lt_has_the_published_counts(cifar100_root):
@@ -32,27 +32,6 @@ def test_cifar100_lt_has_the_published_counts(cifar100_root):
     assert held.val is not None and torch.bincount(held.val.labels).tolist() == [20] * 100
     assert not set(held.val.ids) & set(held.train.ids)
     assert len(held.train) == 10_847 - 20  # class 0 gives 20 of its 500; class 1 has 23 spare images
-
-
-def _png(value: int) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(np.full((4, 4, 3), value, dtype=np.uint8)).save(file, "PNG")
-    return file.getvalue()
-
-
-def parquet_folder(folder, *, label: str = "label", names: list[str] | None = None, broken: bool = False):
-    for part, n in (("train", 5000), ("test", 2)):
-        labels = np.repeat(np.arange(10), n)
-        one = [{"bytes": _png(10 * k), "path": f"{k}.png"} for k in range(10)]
-        cells = [one[k] for k in labels]
-        if broken:
-            cells[0] = {"bytes": b"not an image", "path": "x"}
-        table = pa.table({"img": cells, label: labels})
-        if names:
-            info = {"info": {"features": {label: {"names": names}}}}
-            table = table.replace_schema_metadata({"huggingface": json.dumps(info)})
-        pq.write_table(table, folder / f"{part}.parquet")
-    return folder
 
 
 def test_cifar10_lt_reads_the_hub_layout_and_its_class_names(tmp_path):
@@ -95,7 +74,7 @@ def test_a_bad_root_is_named(tmp_path, make, says):
 def test_cells_and_labels_that_are_none_of_cifar_are_named(tmp_path):
     def written(change):
         for part, n in (("train", 5), ("test", 2)):
-            cells = [{"bytes": _png(k), "path": ""} for k in range(10 * n)]
+            cells = [{"bytes": png_of(k), "path": ""} for k in range(10 * n)]
             table = {"img": cells, "label": np.repeat(np.arange(10), n)}
             change(table)
             pq.write_table(pa.table(table), tmp_path / f"{part}.parquet")

@@ -4,14 +4,14 @@ import sys
 
 import pytest
 import torch
-from conftest import toy_task
 from PIL import Image
-from test_folder import fill, picture
 
 import lpt
 from lpt.cli import main
 from lpt.data.doctor import examine
 from lpt.model.backbones.labels_seen import label_sets, overlap_notes
+from tests.support.pictures import fill, picture
+from tests.support.toy import toy_task
 
 
 @pytest.fixture

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from conftest import prompted, small_backbone, toy_images, toy_task
 
 from lpt import evaluate as public_evaluate
 from lpt.engine.evaluate import PrefixCache, features, measure, predict
+from tests.support.toy import prompted, small_backbone, toy_images, toy_task
 
 LABELS = torch.arange(7).repeat(5)
 
@@ -138,7 +138,7 @@ def test_predictions_from_features_are_those_of_the_whole_model(tmp_path):
 
 
 def test_each_head_of_a_fused_one_is_told_by_itself(clip, tmp_path):
-    from semi import semi
+    from tests.support.semi import semi
 
     task = toy_task()
     model = semi("ulfine", clip, steps=2, rounds=1, lr=0.05, tau=0.4, tuning="vpt_deep", prompt_length=2)[0]

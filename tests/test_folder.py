@@ -9,29 +9,14 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import small_backbone, toy_task
 from PIL import Image
 
 import lpt
 from lpt.cli import main
 from lpt.data.preprocess import File, Preprocess, decoded
-from lpt.data.task import Files
 from lpt.errors import DataError
-
-
-def picture(seed, height=40, width=60):
-    rng = np.random.default_rng(seed)
-    coarse = Image.fromarray(rng.integers(0, 255, (5, 7, 3), dtype=np.uint8))
-    return coarse.resize((width, height), Image.Resampling.BICUBIC)
-
-
-def fill(folder, counts, *, seed=0, kind="png"):
-    for k, (name, n) in enumerate(counts.items()):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        for i in range(n):
-            picture(1000 * seed + 100 * k + i).save(folder / name / f"{i}.{kind}")
-    return folder
-
+from tests.support.pictures import as_files, fill, picture, png
+from tests.support.toy import small_backbone, toy_task
 
 CLASSES = {"cat": 6, "dog": 3, "owl": 2}
 
@@ -149,17 +134,6 @@ def test_one_class_is_no_task(tmp_path):
         lpt.load_task("folder", root=str(fill(tmp_path / "p", {"a": 4})))
 
 
-def as_files(images):
-    """PNG files of what lies in memory."""
-
-    def source(i):
-        buffer = io.BytesIO()
-        Image.fromarray(images.pixels[i].permute(1, 2, 0).numpy()).save(buffer, "PNG")
-        return buffer.getvalue()
-
-    return Files(source, images.labels, images.ids, images.ids)
-
-
 @pytest.mark.parametrize("mode", ["bicubic", "bilinear"])
 def test_files_give_the_views_that_memory_gives(mode):
     """Up to Pillow's rounding to bytes, once for each direction."""
@@ -172,12 +146,6 @@ def test_files_give_the_views_that_memory_gives(mode):
         (preprocess.train(pixels, chance), preprocess.normalized(preprocess.cut(files, chance))),
     ):
         assert (theirs - ours).abs().max() <= 2.5 / 127.5 and (theirs - ours).abs().mean() <= 0.6 / 127.5
-
-
-def png(pixels):
-    buffer = io.BytesIO()
-    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def test_a_large_jpeg_is_decoded_small_and_looks_the_same():

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from conftest import small_backbone, toy_task
-from support.training import bind, recipe_of, train
 
 import lpt
 from lpt.engine.batches import Progress, draw, to_views
 from lpt.engine.history import History
 from lpt.errors import LptError
+from tests.support.toy import small_backbone, toy_task
+from tests.support.training import bind, recipe_of, train
 
 SETTINGS = dict(
     prompt_length=2, prefix_blocks=2, pool_size=4, topk=2, epochs=(2, 2), optimizer="adamw", lr=(5e-3, 5e-3)

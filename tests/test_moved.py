@@ -32,5 +32,5 @@ def test_old_imports_in_a_program_of_somebody_work():
 
 
 def test_a_name_that_never_was_is_not_found():
-    with pytest.raises(ModuleNotFoundError, match="lpt.nothing"):
+    with pytest.raises(ModuleNotFoundError, match=r"lpt\.nothing"):
         importlib.import_module("lpt.nothing")

@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_folder import as_files
 
 from lpt.data import Images
 from lpt.report import plots
 from lpt.report.page import html
+from tests.support.pictures import as_files
 
 
 def test_it_is_one_file_without_network_or_script(finished):

@@ -5,9 +5,7 @@ import socket
 
 import pytest
 import torch
-from conftest import prompted, small_backbone, toy_task
 from safetensors.torch import load_file, save_file
-from semi import Killed, normal, semi
 
 from lpt.engine import processes
 from lpt.engine.evaluate import PrefixCache, features, predict
@@ -17,6 +15,8 @@ from lpt.errors import TrainingError
 from lpt.methods.semi_supervised import PseudoLabels
 from lpt.methods.ulfine import Fitting
 from lpt.model.heads import FusedHead
+from tests.support.semi import Killed, normal, semi
+from tests.support.toy import prompted, small_backbone, toy_task
 
 SHARED = {"steps": 4, "rounds": 2, "lr": 0.05, "batch_size": 8}
 RUNS = {

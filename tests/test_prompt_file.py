@@ -3,7 +3,6 @@ import random
 
 import pytest
 import torch
-from conftest import images, prompted, small_backbone, toy_task
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -12,6 +11,7 @@ from lpt.model.backbones import timm_vit
 from lpt.model.classifier import PromptedClassifier
 from lpt.model.heads import NeighbourHead
 from lpt.prompt_file import beyond_fp16, load_prompt, read_prompt, save_prompt
+from tests.support.toy import images, prompted, small_backbone, toy_task
 
 
 @pytest.fixture
@@ -234,7 +234,7 @@ def test_the_real_backbone_has_its_known_fingerprint(deit_tiny_weights):
 
 @pytest.fixture
 def fused(clip, tmp_path):
-    from semi import semi
+    from tests.support.semi import semi
 
     settings = {"steps": 2, "rounds": 1, "lr": 0.05, "adapter_dim": 3, "orth_on": "learnable_text", "eta": 0.3}
     model = semi("ulfine", clip, tau=0.4, fusion="zscore", learn_scales=True, **settings)[0].only_train().eval()
@@ -262,7 +262,7 @@ def test_a_fused_head_reloads_to_the_same_bits_with_all_its_state(fused, tower):
 
 @pytest.mark.parametrize("changes", [{"proto_space": "features"}, {"tuning": "vpt_deep", "prompt_length": 2}])
 def test_other_fused_models_reload_too(clip, tmp_path, changes):
-    from semi import semi
+    from tests.support.semi import semi
 
     model = semi("ulfine", clip, steps=1, rounds=1, fusion="daso", fuse_inference=False, **changes)[0].eval()
     model.round_to(torch.float16)
@@ -274,7 +274,7 @@ def test_other_fused_models_reload_too(clip, tmp_path, changes):
 
 
 def test_a_zero_shot_model_in_the_joint_space_reloads_to_the_same_bits(clip, tmp_path):
-    from support.training import recipe_of
+    from tests.support.training import recipe_of
 
     model = recipe_of("zero_shot", toy_task(), clip).model.only_train().eval()
     model.round_to(torch.float16)

@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -43,4 +44,21 @@ def test_a_worker_that_dies_loses_the_file_it_was_at_and_no_other(tmp_path, monk
     (tmp_path / "python").write_text(f'#!/bin/sh\nexec {PYTHON} -c "{worker}"\n')
     (tmp_path / "python").chmod(0o755)
     (row,) = hostile.mutated({"image": 3}, workers=1)
-    assert (row.tried, row.survived, row.lost) == (3, 1, 2) and "seed 1: the process ended with 3" in row.note
+    assert (row.tried, row.survived, row.lost) == (3, 1, 2) and row.note.count("the process ended with 3") == 2
+
+
+def test_a_problem_is_made_simple_and_the_files_after_it_are_tried_too(tmp_path):
+    def at_least(choose, limit):
+        number = choose.number(0, 10**6)
+        assert number < limit, "too large"
+        return "read"
+
+    worker, answers = object.__new__(hostile.Worker), []
+    worker.room, worker.breaches, worker.start = tmp_path, [], hostile._resident()
+    worker.trials = SimpleNamespace(image=lambda choose: lambda: at_least(choose, 10**5))
+    worker.tell = lambda *answer: answers.append(answer)
+    worker.work({"image": 20}, seed=5)
+    problems = [problem for _, _, problem in answers if problem]
+    assert len(answers) == 20 and 0 < len(problems) < 20
+    assert all("AssertionError: too large" in problem for problem in problems)
+    assert problems[0].endswith("by 100000")  # the smallest

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from test_data import parquet_folder
 
 from lpt.data import load_task
 from lpt.data.semi import semi_counts, shaped
 from lpt.errors import DataError
+from tests.support.cifar import parquet_folder
 
 CONSISTENT = [4000, 2397, 1437, 861, 516, 309, 185, 111, 66, 40]
 

@@ -8,14 +8,14 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import toy_task
-from semi import COUNTS, FAST, Killed, cross_entropy, normal, semi, semi_task, unit
 
 from lpt.engine.step_memory import StepMemory
 from lpt.losses import loss_by_name
 from lpt.methods import daso
 from lpt.methods.semi_supervised import PseudoLabels
 from lpt.model.heads import FusedHead
+from tests.support.semi import COUNTS, FAST, Killed, cross_entropy, normal, semi, semi_task, unit
+from tests.support.toy import toy_task
 
 PRIOR = [math.log(n / sum(COUNTS)) for n in COUNTS]
 

@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_folder import fill
 
 from lpt import run
 from lpt.config import resolve
@@ -14,6 +13,7 @@ from lpt.errors import LptError, PromptFileError
 from lpt.prompt_file import read_prompt
 from lpt.serve.evaluating import evaluate_prompt
 from lpt.serve.opening import open_prompt
+from tests.support.pictures import fill
 
 BACKBONE = {"name": "untrained:vit_tiny_patch16_224"}
 

@@ -6,10 +6,10 @@ import threading
 
 import pytest
 import torch
-from test_loop import fit, step
 
 from lpt.engine.checkpoint import load_checkpoint
 from lpt.engine.stopping import Stop, Stopped
+from tests.support.small_fit import fit, step
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

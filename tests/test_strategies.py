@@ -6,8 +6,6 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import images, small_backbone, toy_task
-from support.training import bind, recipe_of
 
 import lpt
 from lpt.engine.evaluate import features
@@ -20,6 +18,8 @@ from lpt.losses import log_prior
 from lpt.methods.decoupled import temperature
 from lpt.model.heads import Calibration
 from lpt.prompt_file import load_prompt, save_prompt
+from tests.support.toy import images, small_backbone, toy_task
+from tests.support.training import bind, recipe_of
 
 COUNTS = (30, 12, 5, 2)
 FAST = {"epochs": 2, "optimizer": "adamw", "lr": 1e-2, "prompt_length": 2}

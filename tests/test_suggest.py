@@ -6,12 +6,13 @@ import sys
 import pytest
 import torch
 import yaml
-from conftest import real, toy_task
-from test_folder import fill
 
 from lpt.cli import main
 from lpt.config import load_config, resolve
 from lpt.suggest import BACKBONES, STEPS, suggest
+from tests.support.pictures import fill
+from tests.support.shared import real
+from tests.support.toy import toy_task
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])

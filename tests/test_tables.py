@@ -7,11 +7,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from test_folder import picture, png
 
 import lpt
 from lpt.data.preprocess import Preprocess
 from lpt.errors import DataError
+from tests.support.pictures import picture, png
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])

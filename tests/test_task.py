@@ -3,10 +3,10 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from conftest import toy_images, toy_task
 
 from lpt.data.task import Images, Task, hold_out
 from lpt.errors import DataError
+from tests.support.toy import toy_images, toy_task
 
 
 def test_counts_come_from_training_labels_and_keep_absent_classes():

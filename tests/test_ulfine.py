@@ -9,16 +9,17 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import real, toy_task
 from safetensors import safe_open
-from semi import COUNTS, FAST, UNLABELLED, Killed, cross_entropy, normal, semi, semi_task, unit
-from support.training import recipe_of
 
 from lpt.methods.semi_supervised import PseudoLabels
 from lpt.methods.ulfine import Fitting, orthogonality
 from lpt.model.backbones import load_backbone
 from lpt.model.backbones.base import read_prototypes
 from lpt.model.heads import FusedHead
+from tests.support.semi import COUNTS, FAST, UNLABELLED, Killed, cross_entropy, normal, semi, semi_task, unit
+from tests.support.shared import real
+from tests.support.toy import toy_task
+from tests.support.training import recipe_of
 
 STATE = ("prototypes", "visual", "seen", "frequency")
 SETTINGS = {k: v for k, v in FAST.items() if k != "bottleneck"} | {"adapter_dim": 4, "tau": 0.4}

@@ -6,10 +6,6 @@ from dataclasses import replace
 import pytest
 import torch
 import yaml
-from conftest import small_backbone, toy_task
-from semi import FAST, Killed, semi, semi_task
-from test_cli import lpt
-from test_folder import fill
 
 from lpt import run
 from lpt.config import resolve
@@ -21,6 +17,10 @@ from lpt.engine.history import History
 from lpt.engine.session import Cost
 from lpt.errors import LptError
 from lpt.serve.evaluating import evaluate_prompt
+from tests.support.command_line import lpt
+from tests.support.pictures import fill
+from tests.support.semi import FAST, Killed, semi, semi_task
+from tests.support.toy import small_backbone, toy_task
 
 
 def prototyped(**changes):

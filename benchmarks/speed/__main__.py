@@ -2,7 +2,7 @@
 
     python -m benchmarks.speed --backbone vit_base_patch16_224 --image-size 224 --batch 8 --json FILE
 
-Published: prompts concatenated to the tokens, whole blocks, two full passes a stream, fp32 (`tests/plain.py`).
+Published: prompts concatenated to the tokens, whole blocks, two full passes a stream, fp32 (`tests/support/plain.py`).
 Ours: prompts as keys and values, one prefix and two tails, the last block for the pooled token, both streams in one
 batch where no gradient is needed, and a backward for each stream. `batch` counts the images of one stream; a step has
 two.
@@ -34,7 +34,7 @@ from lpt.model.backbones.timm_vit import TimmViT, untrained
 from lpt.model.classifier import PromptedClassifier
 from lpt.model.heads import CosineHead
 from lpt.model.prompts import DeepPrompt, PromptPool
-from tests.plain import plain_forward
+from tests.support.plain import plain_forward
 
 CLASSES = 100
 

@@ -8,8 +8,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from conftest import toy_images, toy_task
-from support.training import bind, recipe_of, with_steps
 
 from lpt.data.task import Task
 from lpt.engine.history import History
@@ -17,6 +15,8 @@ from lpt.engine.loop import follow
 from lpt.engine.phase import Phase, Step
 from lpt.engine.processes import rank_and_world
 from lpt.engine.session import Session
+from tests.support.toy import toy_images, toy_task
+from tests.support.training import bind, recipe_of, with_steps
 
 COUNTS = (14, 7, 3, 2)
 UNLABELLED = (9, 11, 5, 6)

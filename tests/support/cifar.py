@@ -1,0 +1,32 @@
+"""CIFAR-10 as the hub lays it out, with one image a class."""
+
+import io
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+
+def png_of(value: int) -> bytes:
+    """4 × 4 pixels of one grey."""
+    file = io.BytesIO()
+    Image.fromarray(np.full((4, 4, 3), value, dtype=np.uint8)).save(file, "PNG")
+    return file.getvalue()
+
+
+def parquet_folder(folder, *, label: str = "label", names: list[str] | None = None, broken: bool = False):
+    """train.parquet and test.parquet; `broken` spoils the first image of each."""
+    for part, n in (("train", 5000), ("test", 2)):
+        labels = np.repeat(np.arange(10), n)
+        one = [{"bytes": png_of(10 * k), "path": f"{k}.png"} for k in range(10)]
+        cells = [one[k] for k in labels]
+        if broken:
+            cells[0] = {"bytes": b"not an image", "path": "x"}
+        table = pa.table({"img": cells, label: labels})
+        if names:
+            info = {"info": {"features": {label: {"names": names}}}}
+            table = table.replace_schema_metadata({"huggingface": json.dumps(info)})
+        pq.write_table(table, folder / f"{part}.parquet")
+    return folder
