@@ -31,6 +31,27 @@ def train(
 
 
 @app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="a YAML config, for example configs/digits_lt/lpt.yaml")],
+    settings: Overrides = None,
+    steps: Annotated[int, typer.Option(min=0, help="steps of each phase to time; 0 times none")] = 4,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the plan there")] = None,
+) -> None:
+    """What `train` would do with this config, without training: phases, what trains, steps, FLOPs, memory and time.
+
+    The backbone's weights and the class prototypes are not read: random ones of the same shapes stand in for them.
+    """
+    from lpt.config import load_config
+    from lpt.files import write_atomic
+    from lpt.plan import plan_run, table
+
+    planned = plan_run(load_config(config, settings or []), timed_steps=steps)
+    print(table(planned))
+    if json_file:
+        write_atomic(json_file, json.dumps(planned.as_json(), indent=1).encode())
+
+
+@app.command()
 def fit(
     root: Annotated[str, typer.Argument(help="a folder of images, or a Hub dataset id")],
     settings: Overrides = None,

@@ -30,8 +30,8 @@ from lpt.run import Setup, prepare
 TIMED_STEPS = 4
 PHASE_SECONDS = 15.0
 """About how long the timed steps of one phase may take; of larger steps a part of the batch is timed."""
-FEW_ROWS = 8
-"""Rows of a stream, at least, in the step that counts FLOPs, which grow in proportion to the rows."""
+FEW_ROWS = 4
+"""Rows of a stream, at least, in the steps that count FLOPs, which are a linear function of the rows."""
 PROBE_IMAGES = 64
 """Images whose features or predictions are timed, of all that a run computes."""
 
@@ -163,18 +163,17 @@ def _between_timed(phases: Iterable[Phase], session: PlanningSession) -> Iterato
 def plan_phase(
     phase: Phase, model: PromptedClassifier, session: PlanningSession, memory: "MemoryProbe", timed_steps: int
 ) -> PhasePlan:
-    """Steps of a part of the batch count the FLOPs and say how much of it can be timed."""
+    """Steps of parts of the batch count the FLOPs and say how much of it can be timed."""
     model.only_train(*phase.trains)
     parameters = _trained_parameters(model)
-    smallest, *larger = _shares(phase)
+    shares = _shares(phase)
     state = PhaseState(phase, model, file=None, run_hash="")
-    seconds = _run_steps(state, session, smallest, 1)
-    flops = round(state.flops / smallest)
-    share, estimate = smallest, None
+    flops = _flops_of_a_step(state, session, shares)
+    share, estimate = shares[0], None
     if timed_steps:
-        seconds = _run_steps(state, session, smallest, 1)  # without counting
-        for candidate in larger:
-            if seconds / smallest * candidate * (timed_steps + 1) <= PHASE_SECONDS:
+        seconds = _run_steps(state, session, share, 1)  # without counting
+        for candidate in shares[1:]:
+            if seconds / shares[0] * candidate * (timed_steps + 1) <= PHASE_SECONDS:
                 share = candidate
         memory.start()
         _run_steps(state, session, share, 1)
@@ -192,6 +191,18 @@ def plan_phase(
         seconds=estimate,
         timed_share=share,
     )
+
+
+def _flops_of_a_step(state: PhaseState, session: Session, shares: list[float]) -> int:
+    """FLOPs of a whole step, from those of its smallest parts: a part for the prompts, and one for each image."""
+    counts = []
+    for share in shares[:2]:
+        state.flops = 0  # to be counted again
+        _run_steps(state, session, share, 1)
+        counts.append(state.flops)
+    if len(counts) == 1:
+        return counts[0]
+    return round(counts[0] + (counts[1] - counts[0]) * (1 - shares[0]) / (shares[1] - shares[0]))
 
 
 @dataclass(frozen=True)

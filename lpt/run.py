@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lpt.config import Config, load_config
 from lpt.data import LOCATION_SETTINGS, load_task
@@ -161,6 +162,8 @@ def prepare(config: Config, *, read_weights: bool = True) -> Setup:
     _check_selection(config, task)
     precision = pick_precision(config.train.precision, device)
     backbone = open_backbone(config, read_weights=read_weights).to(device, PRECISIONS[precision])
+    if not read_weights:
+        backbone.prototypes = random_prototypes(task.classes, backbone)
     if config.train.compile:
         backbone.compile_blocks()
     manifest = task.manifest()
@@ -201,11 +204,17 @@ def open_backbone(config: Config, *, read_weights: bool = True) -> Backbone:
     if settings.min_area is not None:
         preprocess = preprocess.with_(min_area=settings.min_area)
     backbone.preprocess = preprocess
-    if config.prototypes.weights:
+    if config.prototypes.weights and read_weights:
         backbone.prototypes = read_prototypes(Path(config.prototypes.weights))
     elif isinstance(backbone, ClipViT):
         backbone.templates = read_templates(config.prototypes.template)
     return backbone
+
+
+def random_prototypes(classes: Sequence[str], backbone: Backbone) -> dict[str, Tensor]:
+    """Class prototypes [J] by chance, where real ones are not read."""
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(backbone.joint_width, generator=generator) for name in classes}
 
 
 def _weights_identity(backbone: Backbone, precision: str) -> str:

@@ -6,7 +6,8 @@ import math
 import re
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -24,13 +25,15 @@ from lpt.data.samplers import InstanceBalanced
 from lpt.data.task import Images, Task
 from lpt.engine.batches import Stream
 from lpt.engine.checkpoint import load_checkpoint
-from lpt.engine.loop import Fit
+from lpt.engine.loop import run_phase
+from lpt.engine.phase import Phase, Recipe
+from lpt.engine.session import Session
 from lpt.errors import LptError, TrainingError
-from lpt.methods import METHODS, tune
+from lpt.methods import METHODS
 from lpt.model.classifier import PromptedClassifier
 from lpt.model.heads import CosineHead
 from lpt.prompt_file import read_prompt
-from lpt.run import train
+from lpt.run import train, tune
 
 STEPS, PER_EPOCH = 10, 4
 RATES = (("sgd", 0.3), ("sgd", 0.99), ("adamw", 0.3), ("adamw", 0.99))
@@ -102,7 +105,15 @@ def _phase(
     images = Images(pixels, torch.arange(4).repeat(4), tuple(str(i) for i in range(16)))
     head = CosineHead(num_classes=4, width=32, scale=20.0, generator=torch.Generator().manual_seed(0))
     model = PromptedClassifier(bare, head, classes=("ant", "bee", "cat", "dog")).only_train("head.")
-    fit = Fit(images, bare.preprocess, 4, checkpoints=place, checkpoint_seconds=often, run_hash="a", count_flops=False)
+    session = Session(
+        images=images,
+        preprocess=bare.preprocess,
+        batch_size=4,
+        checkpoints=place,
+        checkpoint_seconds=often,
+        run_hash="a",
+        count_flops=False,
+    )
 
     def step(model: PromptedClassifier, batches: Any, progress: Any) -> dict[str, Tensor]:
         views, labels, _ = batches["all"]
@@ -111,7 +122,10 @@ def _phase(
 
     stream = {"all": Stream(InstanceBalanced(images.labels, batch_size=4, seed=0), features=features)}
     rest: dict[str, Any] = {"optimizer": optimizer, "lr": lr, "weight_decay": 0.0}
-    fit("phase1", model, step, stream, steps=STEPS, steps_per_epoch=PER_EPOCH, **rest)
+    phase = Phase(
+        name="phase1", trains=("head.",), step=step, streams=stream, steps=STEPS, steps_per_epoch=PER_EPOCH, **rest
+    )
+    run_phase(phase, model, session)
     return head
 
 
@@ -293,14 +307,18 @@ def _rejected(place: Path) -> None:
 def _beyond_fp16(place: Path) -> None:
     real = METHODS["linear_probe"]
 
-    @functools.wraps(real)
-    def large(*given: Any, **settings: Any) -> PromptedClassifier:
-        model = real(*given, **settings)
-        with torch.no_grad():
-            model.head.weight.mul_(1e5 / model.head.weight.abs().max())
-        return model
+    @functools.wraps(real.build)
+    def large(*context: Any, **settings: Any) -> Recipe:
+        recipe = real.build(*context, **settings)
 
-    with patch.dict(METHODS, linear_probe=large):
+        def phases() -> Iterator[Phase]:
+            yield from recipe.phases or ()
+            with torch.no_grad():
+                recipe.model.head.weight.mul_(1e5 / recipe.model.head.weight.abs().max())
+
+        return Recipe(recipe.model, phases())
+
+    with patch.dict(METHODS, linear_probe=replace(real, build=large)):
         report, said = _run(place, {"name": "digits-lt"}, PROBE, storage="fp16")
     assert any("head.weight holds numbers beyond fp16's 65504" in line for line in said), f"said was {said[-3:]}"
     found = read_prompt(place / "run" / "prompt.safetensors").tensors["head.weight"]

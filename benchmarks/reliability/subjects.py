@@ -13,8 +13,11 @@ from lpt.data import load_task
 from lpt.data.samplers import InstanceBalanced
 from lpt.data.task import Images
 from lpt.engine.batches import Stream
-from lpt.engine.loop import Fit
-from lpt.model.adapters import adapted
+from lpt.engine.loop import run_phase
+from lpt.engine.phase import Phase
+from lpt.engine.session import Session
+from lpt.engine.step_memory import StepMemory
+from lpt.model.adapters import with_adapter
 from lpt.model.backbones import load_backbone, timm_vit
 from lpt.model.classifier import PromptedClassifier
 from lpt.model.heads import Calibration, CosineHead, FusedHead, LinearHead, NeighbourHead
@@ -50,13 +53,13 @@ def models() -> dict[str, PromptedClassifier]:
 
     shallow = ShallowPrompt(length=3, width=32, generator=generator)
     deep = DeepPrompt(layers=2, length=3, width=32, generator=generator)
-    pool = PromptPool(size=5, topk=2, first=1, depth=2, length=3, width=32, key_width=32, generator=generator)
+    pool = PromptPool(size=5, topk=2, prefix_blocks=1, depth=2, length=3, width=32, key_width=32, generator=generator)
     every = {
         "lpt": model(cosine(), shared=deep, pool=pool, query_head=cosine()),
         "shallow": model(cosine(), shared=shallow),
-        "adaptformer": model(cosine(), adapted(bare, "adaptformer", bottleneck=2)),
-        "lora": model(cosine(), adapted(bare, "lora", rank=2)),
-        "norm": model(LinearHead(num_classes=4, width=32), adapted(bare, "norm")),
+        "adaptformer": model(cosine(), with_adapter(bare, "adaptformer", bottleneck=2)),
+        "lora": model(cosine(), with_adapter(bare, "lora", rank=2)),
+        "norm": model(LinearHead(num_classes=4, width=32), with_adapter(bare, "norm")),
         "knn": model(NeighbourHead(bank=bank, counts=COUNTS, k=5)),
         "fused": model(FusedHead(**fused, fusion="daso", temperature=0.3)),
         "zscore": model(FusedHead(**fused, fusion="zscore"), shared=deep),
@@ -65,7 +68,7 @@ def models() -> dict[str, PromptedClassifier]:
     }
     with torch.no_grad():  # as if it had learned something
         for one in every.values():
-            for value in one.adapted().values():
+            for value in one.learned_state().values():
                 value.add_(0.1 * torch.randn(value.shape, generator=generator))
     return {name: one.only_train().eval() for name, one in every.items()}
 
@@ -108,15 +111,28 @@ def resumed(folder: Path, bare: Any, *, killed_at: int | None = None) -> torch.T
     images = Images(pixels, torch.arange(4).repeat(3), tuple(str(i) for i in range(12)))
     head = CosineHead(num_classes=4, width=32, scale=20.0, generator=seeded(0))
     model = PromptedClassifier(bare, head, classes=CLASSES).only_train("head.")
-    fit = Fit(images, bare.preprocess, 4, checkpoints=folder, checkpoint_seconds=0.0, run_hash="a", count_flops=False)
+    session = Session(
+        images=images,
+        preprocess=bare.preprocess,
+        batch_size=4,
+        checkpoints=folder,
+        checkpoint_seconds=0.0,
+        run_hash="a",
+        count_flops=False,
+    )
+    memory = StepMemory()
 
     def step(model: Any, batches: Any, progress: Any) -> dict[str, Any]:
         if progress.step == killed_at:
             raise _Killed
-        fit.memory.note(rows=batches["all"].rows)
-        fit.memory.state["queue"] = torch.ones(3)
+        memory.note(rows=batches["all"].rows)
+        memory.tensors["queue"] = torch.ones(3)
         return {"loss": F.cross_entropy(20 * model(batches["all"].views).logits, batches["all"].labels)}
 
     stream = {"all": Stream(InstanceBalanced(images.labels, batch_size=4, seed=0))}
-    fit("phase1", model, step, stream, steps=3, steps_per_epoch=3, optimizer="adamw", lr=1e-3, weight_decay=0.0)
+    rates: dict[str, Any] = {"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.0}
+    phase = Phase(
+        name="phase1", trains=("head.",), step=step, streams=stream, steps=3, steps_per_epoch=3, memory=memory, **rates
+    )
+    run_phase(phase, model, session)
     return head.weight.detach()

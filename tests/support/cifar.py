@@ -1,4 +1,4 @@
-"""CIFAR-10 as the hub lays it out, with one image a class."""
+"""CIFAR as the hub lays it out, with one image a class."""
 
 import io
 import json
@@ -16,11 +16,13 @@ def png_of(value: int) -> bytes:
     return file.getvalue()
 
 
-def parquet_folder(folder, *, label: str = "label", names: list[str] | None = None, broken: bool = False):
-    """train.parquet and test.parquet; `broken` spoils the first image of each."""
-    for part, n in (("train", 5000), ("test", 2)):
-        labels = np.repeat(np.arange(10), n)
-        one = [{"bytes": png_of(10 * k), "path": f"{k}.png"} for k in range(10)]
+def parquet_folder(
+    folder, *, label: str = "label", names: list[str] | None = None, broken: bool = False, num_classes: int = 10
+):
+    """train.parquet and test.parquet of CIFAR-10, or of CIFAR-100; `broken` spoils the first image of each."""
+    for part, n in (("train", 50_000 // num_classes), ("test", 2)):
+        labels = np.repeat(np.arange(num_classes), n)
+        one = [{"bytes": png_of(k), "path": f"{k}.png"} for k in range(num_classes)]
         cells = [one[k] for k in labels]
         if broken:
             cells[0] = {"bytes": b"not an image", "path": "x"}

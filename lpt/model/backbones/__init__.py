@@ -19,9 +19,7 @@ def random_backbone(name: str, *, image_size: int | None = None) -> Backbone:
 
     family, _, model = name.partition(":")
     if family == "timm":
-        backbone = timm_vit.untrained(model, image_size=image_size)
-        backbone.name = name
-        return backbone
+        return timm_vit.untrained(model, image_size=image_size, name=name)
     if family == "open_clip":
         return clip_vit.untrained(model, image_size=image_size)
     return load_backbone(name, image_size=image_size)  # these come with the package, or are random anyway

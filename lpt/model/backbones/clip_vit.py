@@ -94,7 +94,26 @@ def load(model: str, *, weights: Path | None = None, image_size: int | None = No
     model, _, tag = model.partition("/")
     config, published = _read_config(name, model, tag, needs_tag=weights is None)
     path = _download(name, published["hf_hub"]) if weights is None else weights
+    return _open(name, model, config, published, path, image_size)
 
+
+def untrained(model: str, *, image_size: int | None = None) -> ClipViT:
+    """The architecture of `load` with random weights: nothing is read or downloaded, and it has no texts."""
+    name = f"open_clip:{model}"
+    model, _, tag = model.partition("/")
+    config, published = _read_config(name, model, tag, needs_tag=False)
+    return _open(name, model, config, published, None, image_size)
+
+
+def _open(
+    name: str,
+    model: str,
+    config: Mapping[str, Any],
+    published: Mapping[str, Any],
+    path: Path | None,
+    image_size: int | None,
+) -> ClipViT:
+    """The image tower with the weights at `path`, random ones where there is none."""
     is_timm_tower = bool(config["vision_cfg"].get("timm_model_name"))
     vit, projection = (_timm_tower if is_timm_tower else _own_tower)(name, config, path)
     # Before positions are resampled to another size.
@@ -107,7 +126,7 @@ def load(model: str, *, weights: Path | None = None, image_size: int | None = No
         preprocess=_preprocess(published, size),
         fingerprint=fingerprint,
         projection=projection,
-        texts=TextTower(name, model, config, path),
+        texts=TextTower(name, model, config, path or Path()),
     )
 
 
@@ -191,7 +210,7 @@ def _refuse_unserved(name: str, config: Mapping[str, Any]) -> None:
         raise BackboneError(f"backbone {name} ({', '.join(unserved)}) has no prompt seam; supported: {SUPPORTED}")
 
 
-def _own_tower(name: str, config: Mapping[str, Any], path: Path) -> tuple[Any, Tensor]:
+def _own_tower(name: str, config: Mapping[str, Any], path: Path | None) -> tuple[Any, Tensor]:
     """open_clip's VisionTransformer as timm's, and its projection [D' J].
 
     The arguments are those of timm's `vit_base_patch16_clip_224`; a convolution without bias goes with `pre_norm`.
@@ -213,9 +232,9 @@ def _own_tower(name: str, config: Mapping[str, Any], path: Path) -> tuple[Any, T
         pre_norm=True,
         norm_layer=partial(nn.LayerNorm, eps=1e-5),
         act_layer="quick_gelu" if config["quick_gelu"] else "gelu",
-        weight_init="skip",
+        weight_init="" if path is None else "skip",  # timm leaves memory as it finds it where a file will fill it
     )
-    projection = torch.empty(vision.width, config["embed_dim"])
+    projection = torch.randn(vision.width, config["embed_dim"]) * vision.width**-0.5
     wanted = {_open_clip_name(key): value for key, value in vit.state_dict().items()}
     # open_clip's have no axis for the batch (views: what is copied into them is copied into the tower).
     wanted["visual.class_embedding"] = wanted["visual.class_embedding"][0, 0]
@@ -235,7 +254,7 @@ def _open_clip_name(key: str) -> str:
     return f"visual.{key}"
 
 
-def _timm_tower(name: str, config: Mapping[str, Any], path: Path) -> tuple[Any, Tensor | None]:
+def _timm_tower(name: str, config: Mapping[str, Any], path: Path | None) -> tuple[Any, Tensor | None]:
     """A timm ViT inside open_clip, and the matrix [D' J] behind it if there is one."""
     from open_clip import CLIPVisionCfg
     from open_clip.timm_model import TimmModel
@@ -266,11 +285,13 @@ def _timm_tower(name: str, config: Mapping[str, Any], path: Path) -> tuple[Any, 
 
 
 @torch.no_grad()
-def _fill(wanted: Mapping[str, Tensor], path: Path, name: str) -> None:
-    """Copies the image tower of a file into the tensors `wanted`, by open_clip's names.
+def _fill(wanted: Mapping[str, Tensor], path: Path | None, name: str) -> None:
+    """Copies the image tower of a file into the tensors `wanted`, by open_clip's names; none: they stay random.
 
     Raises BackboneError unless the file has all of them and no others.
     """
+    if path is None:
+        return
     tower = {key: value for key, value in read_weights(path).items() if key.startswith("visual.")}
     check_fit(wanted, tower, path, name)
     for key, value in wanted.items():

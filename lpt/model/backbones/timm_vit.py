@@ -156,20 +156,24 @@ def load(name: str, *, weights: Path | None = None, image_size: int | None = Non
     return _wrap(vit, f"timm:{name}", image_size)
 
 
-def untrained(architecture: str, *, image_size: int | None = None, seed: int = 0, **changes: Any) -> TimmViT:
-    """Random weights from `seed`, for tests and smoke runs; `changes` go to timm's constructor.
+def untrained(
+    architecture: str, *, image_size: int | None = None, seed: int = 0, name: str | None = None, **changes: Any
+) -> TimmViT:
+    """Random weights from `seed`, for tests, plans and smoke runs; `changes` go to timm's constructor. It is called
+    `untrained:ARCHITECTURE` unless `name` says otherwise.
 
     Raises BackboneError for unknown names, and for families that the seam cannot serve.
     """
     import timm
 
-    _refuse_unknown(f"untrained:{architecture}", architecture)
-    refuse_unserved(f"untrained:{architecture}", architecture)
+    name = name or f"untrained:{architecture}"
+    _refuse_unknown(name, architecture)
+    refuse_unserved(name, architecture.partition(".")[0])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         vit = timm.create_model(architecture, pretrained=False, num_classes=0, **changes)
-    refuse_unserved_module(f"untrained:{architecture}", vit)
-    return _wrap(vit, f"untrained:{architecture}", image_size)
+    refuse_unserved_module(name, vit)
+    return _wrap(vit, name, image_size)
 
 
 def _wrap(vit: Any, name: str, image_size: int | None) -> TimmViT:
