@@ -45,14 +45,14 @@ def folder(
 ) -> Task:
     """Your own images: ROOT/<class>/*.jpg, also inside train/, val/ and test/; metadata.csv; parquet; a Hub id.
 
-    Without a test part (nor a val part, which then serves as one) a stratified share of `test_share` is split off with
-    `seed`; a class with one image keeps it for training. `val_per_class` holds out training images where there is no
-    val part. Groups are many/medium/few by count where none of them is empty, else rank thirds. A file that cannot be
-    decoded ends a run when a batch needs it; `on_error=skip` decodes every file first and goes on without those.
+    Without a test part the val part is the test set; without both, a share `test_share` of each class is split off by
+    `seed`, and a class with one image keeps it for training. `val_per_class` holds out training images where there is
+    no val part. Groups are many/medium/few by count where none of them is empty, else rank thirds. A file that cannot
+    be decoded ends a run when a batch needs it; `on_error=skip` decodes every file first and goes on without those.
 
     `unlabeled` is a folder with images at any depth, by default ROOT/unlabeled/ where it lies beside train/. An image
-    whose topmost folder there is called as a class keeps that as its truth, for audits only. It may also be a list: a
-    path a line that starts at the list's own folder, then perhaps a space and the number of the class in their order.
+    whose topmost folder there bears the name of a class has that class as its truth, for audits alone. It may also be a
+    list with a path a line, below the list's own folder, and after a space perhaps the number of the class.
     Raises DataError.
     """
     if root is None:
@@ -72,12 +72,6 @@ def folder(
     if val is None and val_per_class:
         train, val = _with_val_part(train, root, val_per_class, seed)
 
-    amiss = {
-        "left_out": [name for part in parts.values() for name in part.left_out],
-        "empty_folders": _empty_folders(Path(root)),
-        "skipped": skipped,
-        "leaked": _same_files(test, images["unlabeled"]) if "unlabeled" in images else [],
-    }
     facts = {"variant": Path(root).resolve().name, "profile": "natural", "seed": seed, "test_part": test_part}
     return Task(
         name="folder",
@@ -87,7 +81,7 @@ def folder(
         test=test,
         unlabeled=images.get("unlabeled"),
         group_rule=usual_group_rule(torch.bincount(train.labels, minlength=len(classes))),
-        facts=facts | {fact: names for fact, names in amiss.items() if names},
+        facts=facts | _amiss(root, parts, skipped, test, images.get("unlabeled")),
     )
 
 
@@ -122,9 +116,16 @@ def _unlabeled_folder(root: Path, unlabeled: str | None) -> Path | None:
     """
     if unlabeled is None or os.path.realpath(unlabeled) == os.path.realpath(root):
         return None
-    name = Path(unlabeled).name.lower()
-    is_part = any(name in names for names in PART_NAMES.values())
-    return None if is_part else Path(unlabeled)
+    folder = Path(unlabeled)
+    return folder if _role_called(folder.name) is None else None
+
+
+def _role_called(name: str) -> str | None:
+    """The part that a folder of this name may be: train, val or test."""
+    for role, names in PART_NAMES.items():
+        if name.lower() in names:
+            return role
+    return None
 
 
 def _image_paths(top: Path, *, without: Path | None = None) -> Iterator[RelativePath]:
@@ -184,7 +185,7 @@ def _folders_by_role(root: Path, by_folder: Mapping[str, Sequence[RelativePath]]
     """
     folders: dict[str, list[str]] = {}
     for name, images in by_folder.items():
-        role = next((role for role, names in PART_NAMES.items() if name.lower() in names), None)
+        role = _role_called(name)
         has_class_folders = any(len(path) > 2 for path in images)
         if role and (has_class_folders or metadata(root / name)):
             folders.setdefault(role, []).append(name)
@@ -200,16 +201,15 @@ def _read_part(root: Path, part: Path, images: list[RelativePath], label_column:
     if table:
         listed, class_names = read_metadata(table, label_column)
         files = [_below(root, path) for path in listed]
-        inside_root = {path.relative_to(root).as_posix() for path in files if path.is_relative_to(root)}
-        left_out = [name for name in map("/".join, images) if name not in inside_root]
     else:
         depth = len(part.relative_to(root).parts)  # where in a path the class folder stands
         in_class_folders = [path for path in images if len(path) > depth + 1]
-        left_out = ["/".join(path) for path in images if len(path) <= depth + 1]
         files = [root.joinpath(*path) for path in in_class_folders]
         class_names = [path[depth] for path in in_class_folders]
         _check_class_folders(part, class_names)
-    ids = [path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path) for path in files]
+    ids = [_path_from(root, path) for path in files]
+    with_class = set(ids)
+    left_out = [name for name in map("/".join, images) if name not in with_class]
     return _part_of_files([str(path) for path in files], ids, class_names, left_out)
 
 
@@ -231,6 +231,10 @@ def _below(root: Path, path: Path) -> Path:
     if path.is_absolute() and path.is_relative_to(absolute_root):
         return root / path.relative_to(absolute_root)
     return path
+
+
+def _path_from(root: Path, path: Path) -> str:
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
 
 
 def _read_unlabeled_part(source: str, classes: Sequence[str]) -> EncodedPart:
@@ -284,13 +288,16 @@ def _part_of_files(
 
 def _class_names(parts: Mapping[str, EncodedPart], root: str) -> list[str]:
     """The classes of all labeled parts: in the dataset's own order, or sorted where it has none, numbers as numbers."""
-    used = {name for role, part in parts.items() if role != "unlabeled" for name in part.class_names}
+    used: set[str] = set()
+    for role, part in parts.items():
+        if role != "unlabeled":
+            used.update(part.class_names)
     _check_spellings(used, root)
     own_order = parts["train"].class_order
     if used <= set(own_order):
         return list(own_order)
-    numbers = sorted((name for name in used if name.isdecimal()), key=lambda name: (int(name), name))
-    return numbers + sorted(name for name in used if not name.isdecimal())
+    numbers = {name for name in used if name.isdecimal()}
+    return sorted(numbers, key=lambda name: (int(name), name)) + sorted(used - numbers)
 
 
 def _check_spellings(names: set[str], root: str) -> None:
@@ -386,6 +393,22 @@ def _with_val_part(train: Files, root: str, val_per_class: int, seed: int) -> tu
     if len(held_out) == 0:
         raise DataError(f"data.val_per_class {val_per_class}: no class of {root} has a second training image to give")
     return train.subset(remaining.tolist()), train.subset(held_out.tolist())
+
+
+def _amiss(
+    root: str, parts: Mapping[str, EncodedPart], skipped: list[str], test: Files, unlabeled: Files | None
+) -> dict[str, list[str]]:
+    """What a run warns of (`lpt.data.task.WARNINGS`), where there is any."""
+    left_out: list[str] = []
+    for part in parts.values():
+        left_out += part.left_out
+    lists = {
+        "left_out": left_out,
+        "empty_folders": _empty_folders(Path(root)),
+        "skipped": skipped,
+        "leaked": _same_files(test, unlabeled) if unlabeled else [],
+    }
+    return {fact: names for fact, names in lists.items() if names}
 
 
 def _empty_folders(root: Path) -> list[str]:

@@ -19,7 +19,8 @@ from lpt.settings import Count, Seed
 
 
 class Published(NamedTuple):
-    """What a published split holds (protocols, section 2), and how its list files begin."""
+    """What a published split holds (protocols, section 2): numbers of classes and of images, the largest and the
+    smallest class, a fingerprint of all counts; and how the names of its list files begin."""
 
     classes: int
     train: int
@@ -67,9 +68,10 @@ def own_lists(
 ) -> Task:
     """Your own list files `train`, `test` and perhaps `val`; paths in them start at `root`, labels at 0.
 
-    `classes` is a file with a name a line; without it a class is called as its folder, where each class has one folder
-    of its own, else by its number. `unlabeled` is a list too, whose lines need no label: one that is there is known
-    truth, for audits only.
+    `classes` is a file with a name a line. Without it classes are named after their folders where each has one folder
+    of its own, else by number. `unlabeled` is a list too, but its lines need no label: a label there is known truth,
+    and serves audits alone. Without `val`, `val_per_class` training images of each class are held out.
+    Raises DataError.
     """
     root_folder = _existing_root("lists", root)
     paths = {"train": train, "val": val, "test": test}

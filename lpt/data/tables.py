@@ -6,7 +6,7 @@ Parquet is read through `datasets`; images are decoded when a batch needs them.
 import csv
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,7 +54,9 @@ def read_metadata(table: Path, label_column: str | None) -> tuple[list[Path], li
             raise ValueError("it has no rows")
     except (OSError, ValueError, RecursionError, csv.Error) as error:
         raise DataError(f"{table} cannot be read as a table ({quoted(error)})") from None
-    columns = list(dict.fromkeys(name for row in rows for name in row))  # in the order in which they come up
+    columns: dict[str, None] = {}  # in the order in which rows name them
+    for row in rows:
+        columns.update(dict.fromkeys(row))
     if "file_name" not in columns:
         raise DataError(f"{table} has columns {quoted(', '.join(columns))}: it needs file_name and a class")
     others = [name for name in columns if name != "file_name"]
@@ -138,12 +140,10 @@ def _read_split(
     import datasets
 
     features = rows.features
-    typed_images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-    typed_labels = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-    named_images = [name for name in IMAGE_COLUMNS if name in features]
-    named_labels = [name for name in LABEL_COLUMNS if name in features]
-    image = _column(root, "image", image_column, typed_images + named_images, features)
-    label = _column(root, "label", label_column, typed_labels + named_labels, features)
+    likely_images = _likely_columns(features, datasets.Image, IMAGE_COLUMNS)
+    likely_labels = _likely_columns(features, datasets.ClassLabel, LABEL_COLUMNS)
+    image = _column(root, "image", image_column, likely_images, features)
+    label = _column(root, "label", label_column, likely_labels, features)
     labels = rows[label]
     unlabeled = sum(value is None or value == -1 for value in labels)
     if unlabeled == len(labels) and role != "train":
@@ -158,10 +158,16 @@ def _read_split(
         cell = cells[i][image]
         return cell["bytes"] or cell["path"]
 
-    class_order = list(features[label].names) if label in typed_labels else []
+    class_order = list(features[label].names) if isinstance(features[label], datasets.ClassLabel) else []
     class_names = [class_order[value] if class_order else str(value) for value in labels]
     ids = [f"{role}/{i:07d}" for i in range(len(labels))]
     return EncodedPart(source, ids, class_names, fingerprints, class_order=class_order)
+
+
+def _likely_columns(features: Mapping[str, Any], feature_type: type, usual_names: Sequence[str]) -> list[str]:
+    """Columns of `feature_type`, then those that have a usual name."""
+    typed = [name for name, feature in features.items() if isinstance(feature, feature_type)]
+    return typed + [name for name in usual_names if name in features]
 
 
 def _image_cells(root: str, role: str, rows: Any, image: str) -> tuple[Any, list[str]]:
