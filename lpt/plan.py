@@ -25,7 +25,7 @@ from lpt.engine.phase_state import PhaseState
 from lpt.engine.session import Cost, Session
 from lpt.methods import build_recipe
 from lpt.model.classifier import PromptedClassifier
-from lpt.run import Setup, prepare
+from lpt.run import Setup
 
 TIMED_STEPS = 4
 PHASE_SECONDS = 15.0
@@ -88,7 +88,7 @@ class Plan:
 def plan_run(config: Config, *, timed_steps: int = TIMED_STEPS) -> Plan:
     """The plan of `config`; with `timed_steps=0` no step is timed. Raises LptError for what cannot be run."""
     began = time.perf_counter()
-    setup = prepare(config, read_weights=False)
+    setup = Setup(config, read_weights=False)
     plan = Plan(
         method=config.method["name"],
         backbone=setup.backbone.name,

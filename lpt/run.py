@@ -1,6 +1,6 @@
 """A whole run: from a config to a folder with a prompt file, a report and its page; or in this process, without any.
 
-`train` is the story: prepare, open the folder, build the recipe, follow it, measure, write. Device, precision,
+`train` is the story: set up, open the folder, build the recipe, follow it, measure, write. Device, precision,
 processes, history and evaluation are bound here, once for every method.
 """
 
@@ -64,12 +64,12 @@ def train(
     began, stop, out = time.perf_counter(), Stop(), Path(out)
     with stop.listening(), naming_lost_peers():
         check_out(out, resume=resume)  # at once, and again when the folder is locked
-        setup = prepare(config)
+        setup = Setup(config)
         with open_run(setup, out, resume=resume) as folder:
             session = bind(setup, folder, stop, say, show)
             for line in setup.remarks():
                 session.log(line)
-            recipe = build_recipe(config.method, setup.task, setup.backbone, session)
+            recipe = build_recipe(setup.config.method, setup.task, setup.backbone, session)
             model = follow(recipe, session)
             results = measure_run(setup, folder, session, model)
             if setup.is_main:
@@ -110,22 +110,34 @@ def tune(
 # What a run stands on, before anything is written.
 
 
-@dataclass(frozen=True, kw_only=True)
 class Setup:
-    """Everything that a config names, found and checked."""
+    """Everything that a config names, found and checked: the one place that takes a config apart.
 
-    config: Config
-    task: Task
-    backbone: Backbone
-    device: torch.device
-    precision: str
-    manifest: dict[str, Any]
-    """Of the split; its hash says whether a resumed run is on the same images."""
-    run_hash: str
-    """Of every setting that moves a number, the split and the weights: what checkpoints must agree with."""
-    labels_seen: dict[str, list[str]]
-    """Those of the classes that the backbone has been trained to tell apart, by label set."""
-    accelerator: Any
+    `precision` is fp32 or bf16; `manifest` is of the split, and its hash says whether a resumed run is on the same
+    images; `run_hash` is of every setting that moves a number, the split and the weights, which checkpoints must agree
+    with; `labels_seen` are those of the classes that the backbone has been trained to tell apart, by label set.
+    """
+
+    def __init__(self, config: Config, *, read_weights: bool = True) -> None:
+        """Without `read_weights` the backbone and the class prototypes are random, and nothing is downloaded. Raises
+        LptError for what cannot be run."""
+        from accelerate import Accelerator
+
+        self.config = config
+        self.device = pick_device(config.train.device)
+        self.accelerator = Accelerator(cpu=self.device.type == "cpu")
+        _check_shares(config.train.batch_size, rank_and_world()[1])
+        self.task: Task = load_task(**config.data)
+        _check_selection(config, self.task)
+        self.precision = pick_precision(config.train.precision, self.device)
+        self.backbone = open_backbone(config, read_weights=read_weights).to(self.device, PRECISIONS[self.precision])
+        if not read_weights:
+            self.backbone.prototypes = random_prototypes(self.task.classes, self.backbone)
+        if config.train.compile:
+            self.backbone.compile_blocks()
+        self.manifest = self.task.manifest()
+        self.run_hash = self.identity_of(config)
+        self.labels_seen = labels_seen(self.task.classes, self.backbone.name)
 
     @property
     def is_main(self) -> bool:
@@ -146,38 +158,9 @@ class Setup:
             )
 
 
-def prepare(config: Config, *, read_weights: bool = True) -> Setup:
-    """Finds device, data and backbone of a config; without `read_weights` the backbone has random ones, and nothing is
-    downloaded. Raises LptError for what cannot be run."""
-    from accelerate import Accelerator
-
-    device = pick_device(config.train.device)
-    accelerator = Accelerator(cpu=device.type == "cpu")
-    world = rank_and_world()[1]
-    if config.train.batch_size % world:
-        raise LptError(
-            f"train.batch_size {config.train.batch_size} cannot be shared by {world} processes: use a multiple"
-        )
-    task = load_task(**config.data)
-    _check_selection(config, task)
-    precision = pick_precision(config.train.precision, device)
-    backbone = open_backbone(config, read_weights=read_weights).to(device, PRECISIONS[precision])
-    if not read_weights:
-        backbone.prototypes = random_prototypes(task.classes, backbone)
-    if config.train.compile:
-        backbone.compile_blocks()
-    manifest = task.manifest()
-    return Setup(
-        config=config,
-        task=task,
-        backbone=backbone,
-        device=device,
-        precision=precision,
-        manifest=manifest,
-        run_hash=config.run_hash(manifest["sha256"], _weights_identity(backbone, precision)),
-        labels_seen=labels_seen(task.classes, backbone.name),
-        accelerator=accelerator,
-    )
+def _check_shares(batch_size: int, world: int) -> None:
+    if batch_size % world:
+        raise LptError(f"train.batch_size {batch_size} cannot be shared by {world} processes: use a multiple")
 
 
 def _check_selection(config: Config, task: Task) -> None:
