@@ -230,7 +230,7 @@ def _override(tree: dict[str, Any], text: str) -> str | None:
     path, equals, value = text.partition("=")
     *sections, key = path.split(".")
     if not equals or not sections or not all((*sections, key)):
-        return f"{text!r} is not of the form section.key=value, for example train.seed=1"
+        return f"{quoted(repr(text))} is not of the form section.key=value, for example train.seed=1"
     try:
         parsed = _yaml(value) if value else None
     except ValueError:
@@ -239,7 +239,7 @@ def _override(tree: dict[str, Any], text: str) -> str | None:
     for section in sections:
         inside = part.setdefault(section, {})
         if not isinstance(inside, dict):
-            return f"{section}: expected settings, got {quoted(repr(inside))}"
+            return f"{quoted(section)}: expected settings, got {quoted(repr(inside))}"
         part[section] = part = dict(inside)
     part[key] = _number(parsed)
     return None
@@ -259,26 +259,37 @@ def _yaml(text: str) -> Any:
     if len(text) > MAX_LETTERS:
         raise ValueError(f"{len(text)} letters, {MAX_LETTERS} are the most")
     try:
-        found = _Plain(text).get_single_data()
+        content = _Plain(text).get_single_data()
     except (yaml.YAMLError, RecursionError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(error if isinstance(error, yaml.YAMLError) else type(error).__name__) from None
-    left, waiting = MAX_VALUES, [(found, 0)]
+    _check_size(content)
+    return content
+
+
+def _check_size(content: Any) -> None:
+    """Raises ValueError for more values, a deeper nesting or a longer number than a config can have."""
+    values_left, waiting = MAX_VALUES, [(content, 0)]
     while waiting:
         part, depth = waiting.pop()
-        inside = [*part, *part.values()] if isinstance(part, dict) else part if isinstance(part, list | tuple) else ()
-        left -= 1 + len(inside)
-        if left < 0 or depth > MAX_DEPTH or (isinstance(part, int) and part.bit_length() > 64):
+        inside: list[Any] = []
+        if isinstance(part, dict):
+            inside = [*part, *part.values()]
+        elif isinstance(part, list | tuple):
+            inside = list(part)
+        values_left -= 1 + len(inside)
+        if values_left < 0 or depth > MAX_DEPTH or (isinstance(part, int) and part.bit_length() > 64):
             raise ValueError(
                 f"more than {MAX_VALUES} values, deeper than {MAX_DEPTH}, or a number of more than 64 bits"
             )
-        waiting += [(one, depth + 1) for one in inside]
-    return found
+        waiting += [(item, depth + 1) for item in inside]
 
 
 def _number(value: Any) -> Any:
     """YAML 1.1 reads 5e-3 (without a dot) as text; people mean a number."""
     if isinstance(value, list):
-        return [_number(v) for v in value]
+        return [_number(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _number(item) for key, item in value.items()}
     try:
         return float(value) if isinstance(value, str) and value[:1] in "+-.0123456789" else value
     except ValueError:

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lpt.config import load_config, resolve
+from lpt.config import load_config, nested, resolve
 from lpt.errors import ConfigError
 from lpt.methods import METHODS
 
@@ -167,3 +167,42 @@ def test_merge_keys_and_long_texts_are_no_config(tmp_path):
         (tmp_path / "c.yaml").write_text(text)
         with pytest.raises(ConfigError, match=f"is not YAML: .*{said}"):
             load_config(tmp_path / "c.yaml")
+
+
+def test_a_number_without_a_dot_is_one_inside_other_values_too():
+    """YAML 1.1 reads 5e-3 as text."""
+    given = nested(["method.lr=[5e-3, 2e-3]", "method.then={name: fine_tune, lr: 1e-2, inside: [{a: 1e3}]}"])
+    assert given["method"] == {"lr": [5e-3, 2e-3], "then": {"name": "fine_tune", "lr": 1e-2, "inside": [{"a": 1e3}]}}
+
+
+@pytest.mark.parametrize("word", ["x" * 70_000, "no\x1b[2Jsection", "backbone\x07.name.deep=1"])
+def test_an_override_that_makes_no_sense_is_repeated_short_and_printable(word):
+    with pytest.raises(ConfigError) as error:
+        resolve(RAW, [word])
+    assert all(len(one) < 500 and one.isprintable() for one in error.value.mistakes)
+
+
+def test_a_value_in_its_old_spelling_is_read_with_a_warning_and_hashed_as_it_was():
+    """Run folders and prompt files of lpt 0.1 say `labelled`: they are gone on with, and stay as they are."""
+    method = {"name": "ulfine", "la_on": "labelled"}
+    inside = {"name": "two_stage", "then": method}
+    for given, setting in ((method, lambda c: c.method), (inside, lambda c: c.method["then"])):
+        with pytest.warns(FutureWarning, match="la_on=labelled is spelled labeled now"):
+            old = resolve({**RAW, "method": given})
+        new = resolve(yaml.safe_load(old.to_yaml()))
+        assert setting(old)["la_on"] == setting(new)["la_on"] == "labeled"
+        assert "labelled" in str(old.stored_method_settings()) and "labeled" not in str(old.stored_method_settings())
+        assert old.run_hash("split", "weights") == new.run_hash("split", "weights")
+    assert (
+        resolve({**RAW, "method": method | {"la_on": "labeled"}}).run_hash("s", "w") == "ae642f1d540ad443"
+    )  # of 6d4ee50
+
+
+def test_a_group_of_settings_is_flat_in_a_config():
+    """The schedule of the semi-supervised methods is one value for them, and settings of the method in a config."""
+    method = resolve({**RAW, "method": {"name": "finessl", "steps": 7, "rounds": 1}}).method
+    assert method["steps"] == 7 and method["lr"] == 0.03 and method["strong_views"] == 2
+    assert "schedule" not in method and "micro_batches" not in method  # not offered by this one
+    with pytest.raises(ConfigError, match=r"method\.micro_batches: there is no such setting"):
+        resolve({**RAW, "method": {"name": "finessl", "micro_batches": 2}})
+    assert resolve({**RAW, "method": {"name": "ulfine", "micro_batches": 2}}).method["micro_batches"] == 2

@@ -146,15 +146,15 @@ def test_each_head_of_a_fused_one_is_told_by_itself(clip, tmp_path):
     with torch.no_grad():
         views = clip.preprocess.test(task.test.pixels)
         linear, similarity = model.head.both(model.feature(views))
-    assert found.opinions.keys() == {"linear", "similarity"}
-    torch.testing.assert_close(found.opinions["linear"], linear, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(found.opinions["similarity"], similarity, rtol=1e-4, atol=1e-4)
+    assert found.head_logits.keys() == {"linear", "similarity"}
+    torch.testing.assert_close(found.head_logits["linear"], linear, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.head_logits["similarity"], similarity, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found.logits, 0.5 * linear + 0.5 * similarity, rtol=1e-4, atol=1e-4)
     parts = predict(model, task.test, batch_size=7)
-    torch.testing.assert_close(parts.opinions["similarity"], found.opinions["similarity"], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(parts.head_logits["similarity"], found.head_logits["similarity"], rtol=1e-4, atol=1e-4)
     kept = predict(model, task.test, folder=tmp_path)  # through features in a file
-    assert torch.equal(kept.logits, found.logits) and kept.opinions.keys() == found.opinions.keys()
-    assert all(torch.equal(kept.opinions[name], value) for name, value in found.opinions.items())
+    assert torch.equal(kept.logits, found.logits) and kept.head_logits.keys() == found.head_logits.keys()
+    assert all(torch.equal(kept.head_logits[name], value) for name, value in found.head_logits.items())
 
     metrics = measure(model, found, task.counts, group_rule="thirds")
     for name, logits in (("linear", linear), ("similarity", similarity)):

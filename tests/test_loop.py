@@ -449,7 +449,7 @@ def test_a_phase_is_asked_for_when_the_one_before_is_done():
     weights = []
 
     def phases(model):
-        yield phase("one")
+        yield phase("phase1")
         weights.append(model.weight.clone())
         yield phase("two")
 

@@ -83,6 +83,7 @@ def test_metadata_that_does_not_fit_its_files(tmp_path):
             lpt.load_task("folder", root=str(place))
 
     says("file_name,label\n0.png,a\ngone.png,b\n", "names 1 files that are not there, the first is .*gone.png")
+    says(f"file_name,label\n0.png,a\n{'x' * 5000},b\n", "names 1 files that are not there")  # longer than a name can be
     says("file_name,label\n0.png,a\n0.png,a\n1.png,b\n", "lists an image twice: 0.png")
     says("file_name,label\n0.png,a\n1.png,\n", "1 rows without a label")
     says("file_name,x,y\n0.png,a,b\n", r"which holds the label\? Set data.label_column")

@@ -6,6 +6,7 @@ Parquet is read through `datasets`; images are decoded when a batch needs them.
 import csv
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,7 +68,8 @@ def read_metadata(table: Path, label_column: str | None) -> tuple[list[Path], li
     class_names = [row.get(label) for row in rows]
     _check_class_names(table, label, class_names)
     files = [table.parent / str(row.get("file_name")) for row in rows]
-    missing = [path for path in files if "\0" in str(path) or not path.is_file()]
+    # Not Path.is_file, which raises OSError for a name that is longer than the file system allows.
+    missing = [path for path in files if "\0" in str(path) or not os.path.isfile(path)]
     if missing:
         raise DataError(f"{table} names {len(missing)} files that are not there, the first is {quoted(missing[0])}")
     return files, [str(name) for name in class_names]

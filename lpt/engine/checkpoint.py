@@ -27,27 +27,29 @@ class Checkpoint(NamedTuple):
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint, *, run_hash: str) -> None:
-    header = {"run": run_hash, **{k: getattr(checkpoint, k) for k in ("step", "finished", "seconds", "flops")}}
-    parts = {"model": checkpoint.tensors, "moment": checkpoint.moments, "memory": checkpoint.memory}
-    tensors = {f"{part}/{k}": v for part, of in parts.items() for k, v in of.items()}
+    """Writes the checkpoint whole or not at all. Raises DiskError where it cannot be written."""
+    header = {
+        "run": run_hash,
+        "step": checkpoint.step,
+        "finished": checkpoint.finished,
+        "seconds": checkpoint.seconds,
+        "flops": checkpoint.flops,
+    }
+    tensors: dict[str, Tensor] = {}
+    for part, values in (("model", checkpoint.tensors), ("moment", checkpoint.moments), ("memory", checkpoint.memory)):
+        tensors |= {f"{part}/{name}": value for name, value in values.items()}
     write_atomic(path, to_bytes(tensors, lpt_checkpoint=header))
 
 
 def load_checkpoint(path: Path, *, run_hash: str) -> Checkpoint | None:
-    """The checkpoint at `path`, or None where there is none. Raises TrainingError for one of another run."""
+    """The checkpoint at `path`, or None where there is none. Raises TrainingError for one of another run, and for one
+    that is damaged."""
     if not path.exists():
         return None
     try:
-        metadata, found = read_tensors(path)
+        metadata, tensors = read_tensors(path)
         header = json.loads(metadata["lpt_checkpoint"])
-        whole = {"run": str, "step": int, "finished": bool, "seconds": int | float, "flops": int}
-        if not isinstance(header, dict) or not all(isinstance(header.get(key), kind) for key, kind in whole.items()):
-            raise ValueError(f"its header lacks {', '.join(whole)}, or they are of another kind")
-        learned = {name: value for name, value in found.items() if not name.startswith("memory/")}
-        if bad := [name for name, value in learned.items() if not bool(torch.isfinite(value.float()).all())]:
-            raise ValueError(f"{bad[0]} holds numbers that are not finite")
-        if not is_intact(header, found):
-            raise ValueError("it does not hold what was written")
+        _check_content(header, tensors)
     except (KeyError, ValueError, TypeError, RuntimeError) as error:
         raise unreadable(path, error) from None
     if header["run"] != run_hash:
@@ -57,7 +59,7 @@ def load_checkpoint(path: Path, *, run_hash: str) -> Checkpoint | None:
         )
 
     def part(name: str) -> dict[str, Tensor]:
-        return {k.removeprefix(f"{name}/"): v for k, v in found.items() if k.startswith(f"{name}/")}
+        return {key.removeprefix(f"{name}/"): value for key, value in tensors.items() if key.startswith(f"{name}/")}
 
     return Checkpoint(
         step=header["step"],
@@ -68,6 +70,19 @@ def load_checkpoint(path: Path, *, run_hash: str) -> Checkpoint | None:
         memory=part("memory"),
         flops=header["flops"],
     )
+
+
+def _check_content(header: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Raises ValueError with the reason for a checkpoint that is not as it was written."""
+    kinds = {"run": str, "step": int, "finished": bool, "seconds": int | float, "flops": int}
+    if not isinstance(header, dict) or not all(isinstance(header.get(key), kind) for key, kind in kinds.items()):
+        raise ValueError(f"its header lacks {', '.join(kinds)}, or they are of another kind")
+    for name, value in tensors.items():
+        # A memory may hold anything; what was learned was finite when it was written.
+        if not name.startswith("memory/") and not bool(torch.isfinite(value.float()).all()):
+            raise ValueError(f"{name} holds numbers that are not finite")
+    if not is_intact(header, tensors):
+        raise ValueError("it does not hold what was written")
 
 
 def unreadable(path: Path, error: object) -> TrainingError:
@@ -96,5 +111,5 @@ def restore_moments(
         parameter = parameters[name]
         if kind not in kinds or value.shape != (() if kind == "step" else parameter.shape):
             raise ValueError(f"{key} has shape {list(value.shape)}")
-        place = "cpu" if kind == "step" else parameter.device
-        optimizer.state[parameter][kind] = value.to(place)
+        device = "cpu" if kind == "step" else parameter.device  # where torch's own optimisers keep them
+        optimizer.state[parameter][kind] = value.to(device)

@@ -22,17 +22,28 @@ from lpt.model.classifier import PromptedClassifier
 from lpt.model.heads import FusedHead
 from lpt.model.matching import key_usage
 
-ALONE = ("accuracy", "class_accuracy", "many", "medium", "few", "worst_class", "geometric_mean", "harmonic_mean", "ece")
-"""What is said of a head by itself."""
+HEAD_METRICS = (
+    "accuracy",
+    "class_accuracy",
+    "many",
+    "medium",
+    "few",
+    "worst_class",
+    "geometric_mean",
+    "harmonic_mean",
+    "ece",
+)
+"""What is said of one of two heads by itself."""
 
 
 class Predictions(NamedTuple):
-    """`opinions` are the logits of each head by itself, where there are two."""
+    """Logits [N C], labels [N], the group prompts [N k] that each image got where there is a pool, and the logits
+    [N C] of each head by itself where there are two."""
 
     logits: Tensor
     labels: Tensor
     ids: Tensor | None
-    opinions: Mapping[str, Tensor] = MappingProxyType({})
+    head_logits: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class PrefixCache:
@@ -45,31 +56,35 @@ class PrefixCache:
 
     def __init__(self, limit: int = 2 * 2**30):
         self.limit, self.bytes = limit, 0
-        self._whose: tuple[object, object] = (None, None)
+        self._of: tuple[object, object] = (None, None)
         self._state: tuple[object, ...] = ()
-        self._kept: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self._cached: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
-    def get(self, model: PromptedClassifier, images: Images | Files, part: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(tokens [B P+N D], query [B D']) of rows `part` of `images`; no query where nothing is kept."""
+    def get(self, model: PromptedClassifier, images: Images | Files, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(tokens [B P+N D], query [B D']) of `rows` of `images`; no query where nothing is cached."""
         state = model.prefix_state
         if state is None:
-            return model.prefix(_views(model, images, part)), None
-        whose = (model, images)
-        state = (*state, model.backbone.preprocess)
-        if state != self._state or any(a is not b for a, b in zip(whose, self._whose, strict=True)):
-            self._whose, self._state, self.bytes = whose, state, 0
-            self._kept.clear()
-        rows = (int(part[0]), len(part))
-        if rows not in self._kept:
-            tokens = model.prefix(_views(model, images, part))
-            found = (tokens, model.query(tokens))
-            if self.bytes + (size := sum(t.nbytes for t in found)) > self.limit:
-                return found
-            self._kept[rows] = (found[0].cpu(), found[1].cpu())
+            return model.prefix(_views(model, images, rows)), None
+        self._forget_others(model, images, (*state, model.backbone.preprocess))
+        key = (int(rows[0]), len(rows))
+        if key not in self._cached:
+            tokens = model.prefix(_views(model, images, rows))
+            query = model.query(tokens)
+            size = tokens.nbytes + query.nbytes
+            if self.bytes + size > self.limit:
+                return tokens, query
+            self._cached[key] = (tokens.cpu(), query.cpu())
             self.bytes += size
-        tokens, query = self._kept[rows]
+        tokens, query = self._cached[key]
         device = next(model.parameters()).device
         return tokens.to(device), query.to(device)
+
+    def _forget_others(self, model: PromptedClassifier, images: Images | Files, state: tuple[object, ...]) -> None:
+        """Empties the cache where it is of another model or other images, or of this model in another state."""
+        if state == self._state and self._of[0] is model and self._of[1] is images:
+            return
+        self._of, self._state, self.bytes = (model, images), state, 0
+        self._cached.clear()
 
 
 @torch.no_grad()
@@ -90,28 +105,26 @@ def predict(
     """
     model.eval()
     if folder and model.pool is None:
-        found = features(model, images, folder=folder, batch_size=batch_size).to(next(model.parameters()).device)
-        opinions = {name: logits.cpu() for name, logits in _opinions(model, found).items()}
-        return Predictions(model.classify(found).float().cpu(), images.labels, None, opinions)
+        cached = features(model, images, folder=folder, batch_size=batch_size).to(next(model.parameters()).device)
+        each_head = {name: logits.cpu() for name, logits in _head_logits(model, cached).items()}
+        return Predictions(model.classify(cached).float().cpu(), images.labels, None, each_head)
     cache = cache or PrefixCache(limit=0)
-    logits, ids, opinions = [], [], {}
-    for part in _mine(images).split(batch_size):
-        tokens, query = cache.get(model, images, part)
+    parts: dict[str, list[Tensor]] = {}
+    for rows in _local_rows(images).split(batch_size):
+        tokens, query = cache.get(model, images, rows)
         output = model.tail(tokens, query=query)
-        logits.append(output.logits.float())
+        parts.setdefault("logits", []).append(output.logits.float())
         if output.ids is not None:
-            ids.append(output.ids)
-        for name, of in _opinions(model, output.feature).items():
-            opinions.setdefault(name, []).append(of)
-    return Predictions(
-        all_gather_rows(torch.cat(logits), len(images)).cpu(),
-        images.labels,
-        all_gather_rows(torch.cat(ids), len(images)).cpu() if ids else None,
-        {name: all_gather_rows(torch.cat(of), len(images)).cpu() for name, of in opinions.items()},
-    )
+            parts.setdefault("ids", []).append(output.ids)
+        for name, logits in _head_logits(model, output.feature).items():
+            parts.setdefault(f"head/{name}", []).append(logits)
+    whole = {name: all_gather_rows(torch.cat(values), len(images)).cpu() for name, values in parts.items()}
+    heads = {name.removeprefix("head/"): logits for name, logits in whole.items() if name.startswith("head/")}
+    return Predictions(whole["logits"], images.labels, whole.get("ids"), heads)
 
 
-def _opinions(model: PromptedClassifier, feature: Tensor) -> dict[str, Tensor]:
+def _head_logits(model: PromptedClassifier, feature: Tensor) -> dict[str, Tensor]:
+    """The logits [B C] of each head by itself; none where there is only one."""
     if not isinstance(model.head, FusedHead):
         return {}
     return dict(zip(("linear", "similarity"), model.head.both(feature), strict=True))
@@ -128,16 +141,24 @@ def features(
     torch's version, the view, the prompt and the images (pixels; of files sizes and times of writing; of those in lists
     nothing but their paths). Others have another name: a stale file is never read.
     """
-    place = folder / f"features-{_identity(model, images)}.safetensors" if folder else None
-    kept = _kept(place) if place else None
-    if place and all_agree(kept is not None):
-        assert kept is not None
-        return kept
-    found = [model.query(model.prefix(_views(model, images, part))) for part in _mine(images).split(batch_size)]
-    whole = all_gather_rows(torch.cat(found), len(images)).cpu()
-    if place and rank_and_world()[0] == 0:
-        write_atomic(place, to_bytes({"features": whole}))
-    return whole
+    file = folder / f"features-{_identity(model, images)}.safetensors" if folder else None
+    cached = _read_features(file) if file else None
+    if file and all_agree(cached is not None):
+        assert cached is not None
+        return cached
+    parts = [model.query(model.prefix(_views(model, images, rows))) for rows in _local_rows(images).split(batch_size)]
+    computed = all_gather_rows(torch.cat(parts), len(images)).cpu()
+    if file and rank_and_world()[0] == 0:
+        write_atomic(file, to_bytes({"features": computed}))
+    return computed
+
+
+def _read_features(file: Path) -> Tensor | None:
+    """The features in a file, None where there is none, or one that is cut off or damaged: it is written again."""
+    try:
+        return read_tensors(file)[1]["features"] if file.exists() else None
+    except (KeyError, ValueError):
+        return None
 
 
 def evaluate(
@@ -169,36 +190,33 @@ def measure(
     model: PromptedClassifier, predictions: Predictions, counts: Tensor, *, group_rule: str = "lt20"
 ) -> dict[str, Any]:
     """The metrics of predictions that `model` has made."""
-    labels, opinions = predictions.labels, predictions.opinions
+    labels, each_head = predictions.labels, predictions.head_logits
     metrics = summarize(model.probabilities(predictions.logits), labels, counts, group_rule=group_rule)
-    if predictions.opinions:  # each head alone: the ablation of their fusion
-        alone = {name: summarize(z.softmax(1), labels, counts, group_rule=group_rule) for name, z in opinions.items()}
-        metrics["heads"] = {name: {key: of[key] for key in ALONE} for name, of in alone.items()}
+    if each_head:  # the ablation of their fusion
+        metrics["heads"] = {}
+        for name, logits in each_head.items():
+            alone = summarize(logits.softmax(1), labels, counts, group_rule=group_rule)
+            metrics["heads"][name] = {key: alone[key] for key in HEAD_METRICS}
     if predictions.ids is not None and model.pool is not None:
         metrics["key_usage"] = key_usage(predictions.ids, len(model.pool.keys))
     return metrics
 
 
-def _kept(place: Path) -> Tensor | None:
-    """The features in a file, None where there is none, or one that is cut off or damaged: it is written again."""
-    try:
-        return read_tensors(place)[1]["features"] if place.exists() else None
-    except (KeyError, ValueError):
-        return None
-
-
-def _views(model: PromptedClassifier, images: Images | Files, part: Tensor) -> Tensor:
-    device, backbone, found = next(model.parameters()).device, model.backbone, images.take(part)
-    if isinstance(found, Tensor):
-        return backbone.preprocess.test(found.to(device, non_blocking=True), dtype=backbone.dtype)
-    return backbone.preprocess.normalized(backbone.preprocess.cut(found).to(device), dtype=backbone.dtype)
+def _views(model: PromptedClassifier, images: Images | Files, rows: Tensor) -> Tensor:
+    """Test views [B 3 S S] of `rows` of `images`, on the model's device and in its precision."""
+    device, backbone = next(model.parameters()).device, model.backbone
+    content = images.take(rows)
+    if isinstance(content, Tensor):
+        return backbone.preprocess.test(content.to(device, non_blocking=True), dtype=backbone.dtype)
+    return backbone.preprocess.normalized(backbone.preprocess.cut(content).to(device), dtype=backbone.dtype)
 
 
 def _identity(model: PromptedClassifier, images: Images | Files) -> str:
+    """A hash over all that the features of `images` depend on."""
     digest = hashlib.sha256(images.digest.encode())
     backbone = model.backbone
-    where = next(model.parameters()).device.type
-    facts = (backbone.fingerprint, backbone.dtype, where, torch.__version__, backbone.preprocess.test_view)
+    device = next(model.parameters()).device.type
+    facts = (backbone.fingerprint, backbone.dtype, device, torch.__version__, backbone.preprocess.test_view)
     digest.update(repr(facts).encode())
     digest.update(f"{backbone.name} {type(model.shared).__name__}".encode())
     for name, value in sorted(model.learned_state().items()):
@@ -207,8 +225,8 @@ def _identity(model: PromptedClassifier, images: Images | Files) -> str:
     return digest.hexdigest()[:20]
 
 
-def _mine(images: Images | Files) -> Tensor:
+def _local_rows(images: Images | Files) -> Tensor:
     """The rows that this process predicts; the first where there are fewer than processes, which nobody gathers."""
     rank, world = rank_and_world()
-    mine = torch.arange(len(images))[rank::world]
-    return mine if len(mine) else torch.zeros(1, dtype=torch.long)
+    rows = torch.arange(len(images))[rank::world]
+    return rows if len(rows) else torch.zeros(1, dtype=torch.long)

@@ -23,27 +23,29 @@ def locked(folder: Path) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     folder.mkdir(parents=True, exist_ok=True)
-    told = folder / "running.json"
+    holder_file = folder / "running.json"
     lock = FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise LptError(f"--out {folder} is in use{_by_whom(told)}: wait for it, or give another folder") from None
+        raise LptError(
+            f"--out {folder} is in use{_held_by(holder_file)}: wait for it, or give another folder"
+        ) from None
     try:
-        for half in (*folder.glob(".*.tmp"), *folder.glob("checkpoints/.*.tmp")):  # of nobody who lives
-            half.unlink(missing_ok=True)
-        mine = {"process": os.getpid(), "host": platform.node(), "since": datetime.now().isoformat(" ", "seconds")}
-        write_atomic(told, json.dumps(mine).encode())
+        for half_written in (*folder.glob(".*.tmp"), *folder.glob("checkpoints/.*.tmp")):  # of nobody who lives
+            half_written.unlink(missing_ok=True)
+        holder = {"process": os.getpid(), "host": platform.node(), "since": datetime.now().isoformat(" ", "seconds")}
+        write_atomic(holder_file, json.dumps(holder).encode())
         yield
     finally:
-        with contextlib.suppress(OSError):  # a disk that fails has been told of, or will be
-            told.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a disk that fails has been reported, or will be
+            holder_file.unlink(missing_ok=True)
         lock.release()
 
 
-def _by_whom(told: Path) -> str:
+def _held_by(holder_file: Path) -> str:
     try:
-        other = json.loads(told.read_text())
-        return f" by process {other['process']} on {other['host']} since {other['since']}"
+        holder = json.loads(holder_file.read_text())
+        return f" by process {holder['process']} on {holder['host']} since {holder['since']}"
     except (OSError, ValueError, KeyError, TypeError):
         return " by another process"

@@ -39,7 +39,7 @@ def evaluate_prompt(
     predictions = predict(model, images)
     if unmatched["absent_from_data"]:
         absent = [header.classes.index(name) for name in unmatched["absent_from_data"]]
-        for logits in (predictions.logits, *predictions.opinions.values()):
+        for logits in (predictions.logits, *predictions.head_logits.values()):
             logits[:, absent] = -torch.inf
     group_rule = str(header.data.get("group_rule"))
     if group_rule not in get_args(GroupRule):  # the file is of another version, or says anything at all
