@@ -20,10 +20,10 @@ from torch import Tensor
 from lpt.data.preprocess import MAX_VIEW, Preprocess
 from lpt.errors import PromptFileError, quoted
 from lpt.files import is_intact, read_tensors, to_bytes, write_atomic
-from lpt.head_spec import HEAD_RANKS, Fused, HeadSpec, Space, head_fields, head_problem, head_spec
 from lpt.model.adapters import Kind, with_adapter
 from lpt.model.backbones.base import Backbone
 from lpt.model.classifier import PromptedClassifier
+from lpt.model.head_spec import HEAD_RANKS, Fused, HeadSpec, Space, head_fields, head_problem, head_spec
 from lpt.model.heads import Calibration, CosineHead
 from lpt.model.prompts import DeepPrompt, PromptPool, ShallowPrompt
 
