@@ -65,7 +65,7 @@ def cifar100_semi(
     seed: Seed = 0,
     download: bool = False,
 ) -> Task:
-    """CIFAR-100-LT with unlabelled images: n1 and m1 of the first class, gamma_l and gamma_u times less of the last;
+    """CIFAR-100-LT with unlabeled images: n1 and m1 of the first class, gamma_l and gamma_u times less of the last;
     `val_per_class` are held out from the end of each class's images."""
     rules = SemiRules(
         n1=n1,
@@ -93,7 +93,7 @@ def cifar10_semi(
     seed: Seed = 0,
     download: bool = False,
 ) -> Task:
-    """CIFAR-10-LT with unlabelled images: n1 and m1 of the first class, gamma_l and gamma_u times less of the last;
+    """CIFAR-10-LT with unlabeled images: n1 and m1 of the first class, gamma_l and gamma_u times less of the last;
     `val_per_class` are held out from the end of each class's images."""
     rules = SemiRules(
         n1=n1,

@@ -14,7 +14,7 @@ from lpt.files import is_intact, read_tensors, to_bytes, write_atomic
 
 
 class Checkpoint(NamedTuple):
-    """`tensors` are the model's adapted ones, `moments` the optimiser's by "<parameter>/<name>", `memory` what the
+    """`tensors` are the model's adapted ones, `moments` the optimizer's by "<parameter>/<name>", `memory` what the
     method keeps between steps; `seconds` were spent on the phase so far, `flops` is what a step costs."""
 
     step: int
@@ -90,7 +90,7 @@ def unreadable(path: Path, error: object) -> TrainingError:
 
 
 def optimizer_moments(optimizer: torch.optim.Optimizer, names: Mapping[Any, str]) -> dict[str, Tensor]:
-    """The optimiser's state by name. Both optimisers keep tensors only (steps included)."""
+    """The optimizer's state by name. Both optimizers keep tensors only (steps included)."""
     return {
         f"{names[parameter]}/{kind}": torch.as_tensor(value)
         for parameter, state in optimizer.state.items()
@@ -102,7 +102,7 @@ def optimizer_moments(optimizer: torch.optim.Optimizer, names: Mapping[Any, str]
 def restore_moments(
     optimizer: torch.optim.Optimizer, moments: Mapping[str, Tensor], parameters: Mapping[str, Any]
 ) -> None:
-    """Raises KeyError or ValueError for moments of other parameters, or of another optimiser."""
+    """Raises KeyError or ValueError for moments of other parameters, or of another optimizer."""
     kinds = {"momentum_buffer"} if isinstance(optimizer, torch.optim.SGD) else {"step", "exp_avg", "exp_avg_sq"}
     if len(moments) != len({key.rpartition("/")[0] for key in moments}) * len(kinds):
         raise ValueError(f"each parameter needs {', '.join(sorted(kinds))}")
@@ -111,5 +111,5 @@ def restore_moments(
         parameter = parameters[name]
         if kind not in kinds or value.shape != (() if kind == "step" else parameter.shape):
             raise ValueError(f"{key} has shape {list(value.shape)}")
-        device = "cpu" if kind == "step" else parameter.device  # where torch's own optimisers keep them
+        device = "cpu" if kind == "step" else parameter.device  # where torch's own optimizers keep them
         optimizer.state[parameter][kind] = value.to(device)

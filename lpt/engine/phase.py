@@ -45,7 +45,7 @@ class TunableModel(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """All that the loop needs to train one phase. Each has an optimiser and a schedule of its own, and a name that no
+    """All that the loop needs to train one phase. Each has an optimizer and a schedule of its own, and a name that no
     other phase of the run has: its checkpoint is called by it, and its random numbers are drawn from it."""
 
     name: str

@@ -1,4 +1,4 @@
-"""Where a phase is: its optimiser, what its steps remember, and what it has cost; loads and saves itself."""
+"""Where a phase is: its optimizer, what its steps remember, and what it has cost; loads and saves itself."""
 
 from pathlib import Path
 

@@ -54,10 +54,10 @@ def tune(
     """DASO (Oh 2022) on light tuning: pseudo-labels blend the linear head with the similarity to class prototypes, the
     more of it the more often the head's class is predicted (`FusedHead`, fusion `daso`).
 
-    Prototypes are means of the last 256 labelled features of a class, texts while there are none. The semantic
+    Prototypes are means of the last 256 labeled features of a class, texts while there are none. The semantic
     alignment loss, times `lambda_align`, asks strong views for the weak view's similarities. Predictions are the linear
     head's. Not as published: features are the model's and not those of its running mean, the histogram has a momentum,
-    and labelled images are logit-adjusted.
+    and labeled images are logit-adjusted.
     """
     schedule.check(session, task, tuning)
     device, num_classes = next(backbone.parameters()).device, len(task.classes)

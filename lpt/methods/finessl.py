@@ -41,7 +41,7 @@ def tune(
 ) -> Recipe:
     """Like FineSSL (Gan 2024, ICML): a second head on detached features says how much each pseudo-label weighs.
 
-    Every unlabelled image trains the main head, weighted by the second head's confidence in its weak view, times
+    Every unlabeled image trains the main head, weighted by the second head's confidence in its weak view, times
     `lambda_u`. The second head learns from labels, and from the main head's pseudo-labels with `smoothing` where that
     one is sure from `tau` on. Not as published: the imbalance is met by logit adjustment instead of a margin that
     follows the learning status, and the scale does not learn.

@@ -34,10 +34,10 @@ def tune(
     schedule: SemiSchedule = SemiSchedule(),
 ) -> Recipe:
     """The study that ULFine opens with: `tuning` is `head` (LP), adapters or prompts (LFT), or `full` (FFT); with
-    FixMatch (Sohn 2020) on the unlabelled images, or at `lambda_u=0` on labels alone.
+    FixMatch (Sohn 2020) on the unlabeled images, or at `lambda_u=0` on labels alone.
 
     A pseudo-label is the cosine head's on a weak view, kept from confidence `tau` on. Between `soft_from` and `tau` all
-    probabilities are the target (LoFT's way, arXiv 2509.09926). Labelled images have logit adjustment of strength
+    probabilities are the target (LoFT's way, arXiv 2509.09926). Labeled images have logit adjustment of strength
     `la_tau` (0 is cross-entropy). SGD's `lr` is taken as it is.
     """
     schedule.check(session, task, tuning, unlabeled=lambda_u > 0)

@@ -35,7 +35,7 @@ def tune(
     then: Mapping[str, Any] = {"name": "fine_tune", "loss": "ce"},
 ) -> Recipe:
     """Cross-entropy on `views` augmented views of `per_class` images of every class, drawn with repetition where a
-    class has fewer; then `then`, a method's name and settings, on the original data with a fresh optimiser.
+    class has fewer; then `then`, a method's name and settings, on the original data with a fresh optimizer.
 
     The paper trains the topmost layer and the classifier first. What may train here is all small, so `all` is what
     the second step trains, and `head` the classifier alone (ours). `min` is the likely reading of the paper;

@@ -1,7 +1,7 @@
 """Two-stage fine-tuning: a reweighted head first, then standard fine-tuning (Taha Aslani 2022, arXiv 2207.10858).
 
 Stage 1 trains the head alone under LDAM times class-balanced weights. Stage 2 is any other method, from that head on,
-with a fresh optimiser. The paper's recipe is for text; what is ours for images is said in the docstring.
+with a fresh optimizer. The paper's recipe is for text; what is ours for images is said in the docstring.
 """
 
 from collections.abc import Iterator, Mapping

@@ -4,9 +4,9 @@
 of the paper was at hand. Established are the two modules and the form of α; every other choice is a setting of `tune`,
 and its default is ours.
 
-A step: pseudo-labels from the fused logits of weak views; cross-entropy of the linear head, logit-adjusted on labelled
+A step: pseudo-labels from the fused logits of weak views; cross-entropy of the linear head, logit-adjusted on labeled
 images, with the pseudo-labels on strong views where confidence is at least `tau`; then each class prototype moves from
-its text towards the mean of its labelled features, the further the more often the class is predicted.
+its text towards the mean of its labeled features, the further the more often the class is predicted.
 
 Shapes: feature [B D'], joint [B J], prototypes [C J], logits [B C].
 """
@@ -85,7 +85,7 @@ def tune(
     Prototype adaptive fitting, c_k = normalize((1 - α_k) base_k + α_k v_k) with α_k = `mu` P_k / max P:
 
     - `proto_mode`: base_k is the text (`anchored`), or the prototype of the step before (`recursive`: `mu` ≤ 0.001);
-    - v_k: a running mean of the class's labelled features, with `visual_ema` at each step that has the class; P: of the
+    - v_k: a running mean of the class's labeled features, with `visual_ema` at each step that has the class; P: of the
       weak views' probabilities (`soft`), of those kept (`masked`), or their counts (`histogram`), with `pu_ema`;
     - `proto_space`: where images and texts meet, or the features, to which texts are taken by the projection;
     - `proto_center`: both mixed after their means over classes are taken off, and the texts' mean added again;
@@ -94,7 +94,7 @@ def tune(
 
     Dual-logit fusion: `fusion`, `eta` and `daso_temperature` (`FusedHead`), and where it is used. Losses: `tau`,
     `lambda_u`, the strength `la_tau` of logit adjustment (0 is cross-entropy) and where it applies, `lambda_sim` for
-    the same losses on the similarities. `ratio` unlabelled images come with each labelled one. SGD's `lr` is taken as
+    the same losses on the similarities. `ratio` unlabeled images come with each labeled one. SGD's `lr` is taken as
     it is. `weight_ema` is of what trains by gradient. Raises LptError.
     """
     if orth_on == "learnable_text" and proto_mode == "recursive":
