@@ -1,10 +1,13 @@
-"""The mouth: one command for each door of `run.py` and `serve/`. Mistakes are one sentence and exit code 2."""
+"""Long-tailed prompt tuning: adapt one frozen ViT or CLIP to a long-tailed dataset, and use the file that it leaves.
+
+A wrong setting or file is answered in one sentence, with exit code 2."""
 
 import json
 import shlex
 import sys
+import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -81,16 +84,16 @@ def _train(resolved: Any, out: Path, resume: bool) -> None:
         again = f"the same command with --resume --out {shlex.quote(str(out))} goes on from what is saved"
         print(f"stopped by {stopped}; {again}", file=sys.stderr)
         raise typer.Exit(stopped.code) from None
-    _found({report["method"]: report}, out)
+    _print_results({report["method"]: report}, out)
 
 
-def _found(rows: dict[str, dict[str, Any]], out: Path) -> None:
+def _print_results(rows: dict[str, dict[str, Any]], out: Path) -> None:
     """The table of `rows`, of which the last is the run in `out`, and where that run's files are."""
     from lpt.report.markdown import table
 
     print(table(list(rows.items())))
     report = list(rows.values())[-1]
-    sizes = ", ".join(f"{k} {v}" for k, v in report["group_sizes"].items())
+    sizes = ", ".join(f"{group} {number}" for group, number in report["group_sizes"].items())
     print(f"groups by training count ({report['group_rule']}): {sizes} classes; per cent on the test set")
     if "prompt_bytes" in report:
         print(f"prompt file  {out / 'prompt.safetensors'}  {report['prompt_bytes']:,} bytes")
@@ -185,7 +188,7 @@ def report(
     """Write RUN/report.html once more, other runs beside it (--against, up to three times), and print the table."""
     from lpt.run import report_again
 
-    _found(report_again(folder, against=against or []), folder)
+    _print_results(report_again(folder, against=against or []), folder)
 
 
 @app.command()
@@ -233,21 +236,22 @@ def list_(
     from lpt.model.backbones import FAMILIES
 
     def first_line(text: str | None) -> str:
-        return next(iter((text or "").strip().splitlines()), "")
+        lines = (text or "").strip().splitlines()
+        return lines[0] if lines else ""
 
-    shelves: dict[str, dict[str, str]] = {
+    lists: dict[str, dict[str, str]] = {
         "methods": {name: first_line(method.description) for name, method in METHODS.items()},
         "backbones": FAMILIES,
-        "data": {k: first_line(f.__doc__) for k, f in DATA.items()},
+        "data": {name: first_line(function.__doc__) for name, function in DATA.items()},
         "losses": LOSSES,
-        "configs": {str(p): first_line(p.read_text(errors="replace")).lstrip("# ") for p in _configs()},
+        "configs": {str(path): first_line(path.read_text(errors="replace")).lstrip("# ") for path in _configs()},
     }
-    if what is not None and what not in shelves:
-        raise LptError(f"there is no list of {what!r}: {', '.join(shelves)}{did_you_mean(what, shelves)}")
-    for shelf in [what] if what else shelves:
+    if what is not None and what not in lists:
+        raise LptError(f"there is no list of {what!r}: {', '.join(lists)}{did_you_mean(what, lists)}")
+    for kind in [what] if what else lists:
         if what is None:
-            print(f"{shelf}:")
-        for name, text in shelves[shelf].items():
+            print(f"{kind}:")
+        for name, text in lists[kind].items():
             print(f"  {name}  {text}")
 
 
@@ -304,18 +308,25 @@ class _Progress:
 
 def main() -> None:
     """Entry point. People's mistakes end with code 2 and no traceback."""
+    warnings.showwarning = _show_warning
     try:
         app()
     except ConfigError as error:
-        many = len(error.mistakes) > 1
-        _fail(f"{len(error.mistakes)} mistakes:\n  " + "\n  ".join(error.mistakes) if many else str(error))
+        if len(error.mistakes) == 1:
+            _fail(str(error))
+        _fail(f"{len(error.mistakes)} mistakes:\n  " + "\n  ".join(error.mistakes))
     except LptError as error:
         _fail(str(error))
     except OSError as error:
         _fail(f"{error.filename or 'a file'}: {error.strerror or error}; nothing more was written")
 
 
-def _fail(text: str) -> None:
-    shown = "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)
-    print(f"error: {shown}", file=sys.stderr)
+def _show_warning(message: Warning | str, category: type[Warning], *where: Any) -> None:
+    """On one line, without the place in our code that people can do nothing about."""
+    print(f"warning: {quoted(message, 1000)}", file=sys.stderr)
+
+
+def _fail(text: str) -> NoReturn:
+    printable = "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)
+    print(f"error: {printable}", file=sys.stderr)
     sys.exit(2)

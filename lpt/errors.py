@@ -1,4 +1,4 @@
-"""Words: the exceptions that people see, each one sentence with the thing, the value and the way out."""
+"""The exceptions that people see, each one sentence with the thing, the value and the way out."""
 
 import difflib
 from collections.abc import Iterable, Sequence

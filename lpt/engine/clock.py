@@ -15,9 +15,11 @@ class Clock:
         return time.perf_counter() - self.start
 
     def charge(self, what: str) -> "Charge":
+        """A context whose wall time is added to `spent[what]`."""
         return Charge(self, what)
 
     def due(self, what: str, seconds: float) -> bool:
+        """Whether `seconds` have passed since this was last true of `what`, or since the clock was started."""
         now = time.perf_counter()
         if now - self._last.setdefault(what, self.start) < seconds:
             return False
@@ -25,14 +27,18 @@ class Clock:
         return True
 
     def left(self, done: int, more: int) -> float:
+        """Seconds for `more` steps, if they take as long as the `done` ones have."""
         return self.total() / max(done, 1) * more
 
     def rate(self, images: int, done: int, more: int, loss: float) -> str:
+        """Loss, images/s and time left, for people; a step has `images`."""
         speed = images * done / max(self.total(), 1e-9)
         return f"loss {loss:.3f}  {speed:.0f} images/s  {self.left(done, more):.0f} s left"
 
 
 class Charge:
+    """See `Clock.charge`."""
+
     def __init__(self, clock: Clock, what: str):
         self.clock, self.what = clock, what
 

@@ -1,4 +1,4 @@
-"""The seam: what a frozen backbone must offer so that prompts can be put into it.
+"""What a frozen backbone must offer so that prompts can be put into it.
 
 Shapes: images [B 3 H W], tokens [B P+N D] (P prefix tokens such as CLS, N patches), prompt [n D] or [B n D],
 feature [B D'], joint [B J], the space that images and texts share.
