@@ -136,6 +136,8 @@ class Setup:
         if config.train.compile:
             self.backbone.compile_blocks()
         self.manifest = self.task.manifest()
+        # Once: class names that a text tower encodes on the way become prototypes of the backbone.
+        self.weights_identity = _weights_identity(self.backbone, self.precision)
         self.run_hash = self.identity_of(config)
         self.labels_seen = labels_seen(self.task.classes, self.backbone.name)
 
@@ -146,7 +148,7 @@ class Setup:
 
     def identity_of(self, config: Config) -> str:
         """The run hash of another config on this split and these weights."""
-        return config.run_hash(self.manifest["sha256"], _weights_identity(self.backbone, self.precision))
+        return config.run_hash(self.manifest["sha256"], self.weights_identity)
 
     def remarks(self) -> Iterator[str]:
         """What a run says of its data and its backbone before it trains."""

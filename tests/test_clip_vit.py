@@ -165,14 +165,14 @@ def test_adapters_start_at_the_identity_and_copy_no_tower(clip, kind):
 
 
 def test_texts_are_those_of_open_clip_and_need_its_tower_only_while_they_are_made(small, clip, monkeypatch):
-    towers, build = [], clip_text.Texts._tower
+    towers, build = [], clip_text.TextTower._tower
 
     def watched(texts):
         tower = build(texts)
         towers.append(weakref.ref(tower))
         return tower
 
-    monkeypatch.setattr(clip_text.Texts, "_tower", watched)
+    monkeypatch.setattr(clip_text.TextTower, "_tower", watched)
     torch.testing.assert_close(clip.class_prototypes(CLASSES), texts(small[0]), rtol=1e-4, atol=1e-5)
     gc.collect()
     assert len(towers) == 1 and towers[0]() is None
@@ -198,7 +198,7 @@ def test_templates_are_a_text_the_ensemble_or_a_file(tmp_path, small, clip, monk
     (tmp_path / "templates.txt").write_text("a sketch of {}\n\n  {} in the snow, a {} \n")
     own = read_templates(str(tmp_path / "templates.txt"))
     assert own == ("a sketch of {}", "{} in the snow, a {}")
-    monkeypatch.setattr(clip_text, "TEXTS", 3)  # a batch may end between the templates of a class
+    monkeypatch.setattr(clip_text, "TEXTS_AT_A_TIME", 3)  # a batch may end between the templates of a class
     clip.templates = own
     expected = []
     for name in CLASSES:
@@ -278,11 +278,11 @@ def test_a_run_makes_its_texts_by_template_unless_a_file_has_them(tmp_path, smal
         "data": {"name": "digits-lt"},
         "method": {"name": "zero_shot"},
     }
-    first = run._backbone(resolve(config, ["prototypes.template=ensemble"]))
+    first = run.open_backbone(resolve(config, ["prototypes.template=ensemble"]))
     assert len(first.templates) == 80 and first.prototypes is None
-    assert run._backbone(resolve(config)).templates == (clip_text.TEMPLATE,)
+    assert run.open_backbone(resolve(config)).templates == (clip_text.TEMPLATE,)
     with pytest.raises(BackboneError, match=r"'a digit' has no \{}"):
-        run._backbone(resolve(config, ["prototypes.template=a digit"]))
+        run.open_backbone(resolve(config, ["prototypes.template=a digit"]))
 
     report = run.train(resolve(config, ["prototypes.template=the digit {}"]), tmp_path / "run")
     assert report["method"] == "zero_shot" and report["labels_seen"] == {}
@@ -290,7 +290,7 @@ def test_a_run_makes_its_texts_by_template_unless_a_file_has_them(tmp_path, smal
         run.train(resolve(config, ["prototypes.template=a {}"]), tmp_path / "run", resume=True)
 
     save_file({"prototypes": torch.eye(10, 48)}, tmp_path / "p.safetensors", {"classes": json.dumps([*"0123456789"])})
-    given = run._backbone(resolve(config, [f"prototypes.weights={tmp_path / 'p.safetensors'}"]))
+    given = run.open_backbone(resolve(config, [f"prototypes.weights={tmp_path / 'p.safetensors'}"]))
     assert torch.equal(given.class_prototypes(["3", "0"]), torch.eye(10, 48)[[3, 0]])
 
 

@@ -75,7 +75,7 @@ def work(rank, folder, port):
     save_file(of_one_image(), folder / f"one-{rank}.safetensors")
     memory = StepMemory()
     memory.note(rows=torch.arange(6)[rank::2])
-    assert memory.take()["rows"].tolist() == [0, 1, 2, 3, 4, 5]
+    assert memory.take_notes()["rows"].tolist() == [0, 1, 2, 3, 4, 5]
 
     save_file(fitted(rank, 2), folder / f"fitted-{rank}.safetensors")
     for name, settings in RUNS.items():
