@@ -11,12 +11,13 @@ says. A shallow prompt has L = 1. The header stands under `lpt` in the file's me
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
 
 import torch
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, model_validator
 from torch import Tensor
 
+from lpt.data.longtail import GroupRule
 from lpt.data.preprocess import MAX_VIEW, Preprocess
 from lpt.errors import PromptFileError, quoted
 from lpt.files import is_intact, read_tensors, to_bytes, write_atomic
@@ -88,6 +89,7 @@ class Header(BaseModel):
     """Of the votes of nearest neighbours."""
     precision: Literal["fp32", "bf16"] = "fp32"
     data: dict[str, Any] = {}
+    """Of the training data; may hold anything that a run has said of it."""
     metrics: dict[str, float | None] = {}
     versions: dict[str, str] = {}
 
@@ -111,6 +113,12 @@ class Header(BaseModel):
         if not sensible:
             raise ValueError("the preprocessing makes no sense")
         return self
+
+    @property
+    def group_rule(self) -> GroupRule | None:
+        """How many, medium and few are told apart; None where the file does not say, or says anything else."""
+        rule = self.data.get("group_rule")
+        return next((known for known in get_args(GroupRule) if known == rule), None)
 
     def head_spec(self, tensors: Mapping[str, Tensor]) -> HeadSpec:
         return head_spec({**dict(self), "num_classes": len(self.classes)}, tensors)
@@ -140,6 +148,8 @@ def save_prompt(
     """
     backbone, pool = model.backbone, model.pool
     facts.setdefault("precision", "bf16" if backbone.dtype == torch.bfloat16 else "fp32")
+    if model.group_rule and "group_rule" not in facts.get("data", {}):
+        facts["data"] = {**facts.get("data", {}), "group_rule": model.group_rule}
     header = Header(
         format=FORMAT,
         method=method,
@@ -220,6 +230,7 @@ def load_prompt(path: str | Path, backbone: Backbone) -> PromptedClassifier:
         backbone = with_adapter(backbone, **header.inside.model_dump())
     model = _build(header, tensors, head, backbone)
     _fill(path, model, tensors)
+    model.group_rule = header.group_rule
     return model.to(next(backbone.parameters()).device).eval()
 
 

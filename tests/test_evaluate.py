@@ -3,7 +3,10 @@
 import pytest
 import torch
 
+import lpt
 from lpt import evaluate as public_evaluate
+from lpt import serve
+from lpt.data.longtail import usual_group_rule
 from lpt.engine.evaluate import PrefixCache, features, measure, predict
 from tests.support.toy import prompted, small_backbone, toy_images, toy_task
 
@@ -167,3 +170,33 @@ def test_each_head_of_a_fused_one_is_told_by_itself(clip, tmp_path):
     assert "heads" not in measure(
         prompted(clip, num_classes=4), predict(prompted(clip, num_classes=4), task.test), task.counts
     )
+
+
+# Groups.
+
+
+def test_a_task_brings_its_group_rule_to_its_model_and_its_prompt_file(tmp_path):
+    """Digits are in rank thirds, whatever their counts: on the command line, in Python, and after a reload."""
+    task, backbone = lpt.load_task("digits-lt", imbalance_factor=60), lpt.load_backbone("nano")
+    assert usual_group_rule(task.counts) == "lt20" != task.group_rule
+    model = lpt.tune(task, backbone, method="class_mean")
+    lpt.save_prompt(tmp_path / "p.safetensors", model, method="class_mean", counts=task.counts)
+    again = lpt.load_prompt(tmp_path / "p.safetensors", backbone)
+    for one in (model, again):
+        by_task, by_images = public_evaluate(one, task), public_evaluate(one, task.test, task.counts)
+        assert by_task == by_images and by_task["group_rule"] == "thirds" and by_task["few"] is not None
+    assert public_evaluate(model, task, group_rule="lt20")["group_rule"] == "lt20"
+    assert serve.evaluate_prompt(tmp_path / "p.safetensors", {"data": {"name": "digits-lt"}})["group_rule"] == "thirds"
+
+
+def test_without_a_rule_no_group_is_empty_for_want_of_another():
+    """Caltech-101's counts have nothing below 20: rank thirds then, as a folder of them has."""
+    model, images = prompted(small_backbone(), num_classes=7), toy_images(LABELS)
+    counts = torch.tensor([400, 130, 90, 60, 50, 40, 31])
+    assert public_evaluate(model, images, counts)["group_rule"] == "thirds"
+    assert public_evaluate(model, images, torch.tensor([400, 130, 90, 60, 50, 19, 3]))["group_rule"] == "lt20"
+
+
+def test_images_need_the_counts_of_their_classes():
+    with pytest.raises(lpt.LptError, match=r"give a task, or task\.counts"):
+        public_evaluate(prompted(small_backbone()), toy_images(LABELS))

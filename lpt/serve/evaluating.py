@@ -4,13 +4,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
 from lpt.config import check_data
 from lpt.data import LOCATION_SETTINGS, load_task
-from lpt.data.longtail import GroupRule
 from lpt.data.task import Files, Images, Task
 from lpt.device import versions
 from lpt.engine.evaluate import measure, predict
@@ -41,9 +40,7 @@ def evaluate_prompt(
         absent = [header.classes.index(name) for name in unmatched["absent_from_data"]]
         for logits in (predictions.logits, *predictions.head_logits.values()):
             logits[:, absent] = -torch.inf
-    group_rule = str(header.data.get("group_rule"))
-    if group_rule not in get_args(GroupRule):  # the file is of another version, or says anything at all
-        group_rule = task.group_rule
+    group_rule = header.group_rule or task.group_rule
     metrics = measure(model, predictions, torch.tensor(header.counts), group_rule=group_rule)
     return {
         **metrics,
