@@ -25,7 +25,7 @@ from lpt.engine.phase_state import PhaseState
 from lpt.engine.session import Cost, Session
 from lpt.methods import build_recipe
 from lpt.model.classifier import PromptedClassifier
-from lpt.run import Setup
+from lpt.setup import Setup
 
 TIMED_STEPS = 4
 PHASE_SECONDS = 15.0

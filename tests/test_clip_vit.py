@@ -19,6 +19,7 @@ from lpt.model.backbones import clip_text, load_backbone
 from lpt.model.backbones.clip_text import read_templates
 from lpt.model.backbones.clip_vit import ClipViT
 from lpt.model.heads import CosineHead
+from lpt.setup import open_backbone
 from tests.support.plain import plain_block
 from tests.support.towers import CONFIG, TEXT, VISION, open_clip, stored
 from tests.support.toy import toy_task
@@ -278,11 +279,11 @@ def test_a_run_makes_its_texts_by_template_unless_a_file_has_them(tmp_path, smal
         "data": {"name": "digits-lt"},
         "method": {"name": "zero_shot"},
     }
-    first = run.open_backbone(resolve(config, ["prototypes.template=ensemble"]))
+    first = open_backbone(resolve(config, ["prototypes.template=ensemble"]))
     assert len(first.templates) == 80 and first.prototypes is None
-    assert run.open_backbone(resolve(config)).templates == (clip_text.TEMPLATE,)
+    assert open_backbone(resolve(config)).templates == (clip_text.TEMPLATE,)
     with pytest.raises(BackboneError, match=r"'a digit' has no \{}"):
-        run.open_backbone(resolve(config, ["prototypes.template=a digit"]))
+        open_backbone(resolve(config, ["prototypes.template=a digit"]))
 
     report = run.train(resolve(config, ["prototypes.template=the digit {}"]), tmp_path / "run")
     assert report["method"] == "zero_shot" and report["labels_seen"] == {}
@@ -290,7 +291,7 @@ def test_a_run_makes_its_texts_by_template_unless_a_file_has_them(tmp_path, smal
         run.train(resolve(config, ["prototypes.template=a {}"]), tmp_path / "run", resume=True)
 
     save_file({"prototypes": torch.eye(10, 48)}, tmp_path / "p.safetensors", {"classes": json.dumps([*"0123456789"])})
-    given = run.open_backbone(resolve(config, [f"prototypes.weights={tmp_path / 'p.safetensors'}"]))
+    given = open_backbone(resolve(config, [f"prototypes.weights={tmp_path / 'p.safetensors'}"]))
     assert torch.equal(given.class_prototypes(["3", "0"]), torch.eye(10, 48)[[3, 0]])
 
 
