@@ -78,12 +78,7 @@ def train(
 ) -> float:
     """Trains `student` and keeps its state after every epoch; returns the seconds that it took, over all starts."""
     device = next(student.parameters()).device
-    # Weights decay; biases and scales of norms do not
-    matrices = [p for p in student.parameters() if p.dim() > 1]
-    vectors = [p for p in student.parameters() if p.dim() <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
-    )
+    optimizer = optimizer_of(student)
     checkpoint, first_epoch, seconds = given.out / "state.pt", 0, 0.0
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
@@ -121,6 +116,13 @@ def train(
         torch.save({**state, "epochs": epoch + 1, "seconds": seconds}, unfinished)
         unfinished.replace(checkpoint)
     return seconds
+
+
+def optimizer_of(student: "Student") -> torch.optim.Optimizer:
+    """AdamW, whose weight decay leaves biases and the scales of norms alone. `lr_at` gives the rate of each step."""
+    matrices = [p for p in student.parameters() if p.dim() > 1]
+    vectors = [p for p in student.parameters() if p.dim() <= 1]
+    return torch.optim.AdamW([{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}])
 
 
 @torch.no_grad()
