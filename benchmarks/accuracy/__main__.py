@@ -4,9 +4,9 @@
     python -m benchmarks.accuracy --suite phase2 --compare lpt-4+2 phase1-6
 
 Each row of `suites/NAME.yaml` is a config with overrides. A row whose result is there with the same config hash and the
-same commit of the package is skipped, and every result is written when it is there, so a killed suite goes on where it
-was. Runs stay in `runs/accuracy/NAME`. A row with `phase1_of: ROW`, from which it differs in phase 2 alone, starts
-from that phase 1. `--jobs N` runs N at a time, each with its share of the cores.
+same commit of the package is skipped, and every result is written as soon as it is there, so a killed suite goes on
+where it was. Runs stay in `runs/accuracy/NAME`. A row with `phase1_of: ROW` differs from that row in phase 2 alone and
+starts from its phase 1. `--jobs N` runs N at a time, each with its share of the cores.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -29,24 +30,28 @@ import numpy as np
 import yaml
 from safetensors.numpy import load_file
 
-from lpt.config import load_config
-from lpt.engine.checkpoint import load_checkpoint, save_checkpoint, write_atomic
+from lpt.config import Config, load_config
+from lpt.engine.checkpoint import load_checkpoint, save_checkpoint
+from lpt.files import write_atomic
 
 HERE = Path(__file__).parent
 RUNS = Path("runs/accuracy")
 COLUMNS = ("accuracy", "class_accuracy", "many", "medium", "few", "worst_class", "ece")
 FACTS = ("trainable_parameters", "prompt_bytes", "seconds", "commit")
-# Shown where a row has them: pseudo-labels of the last round, the heads of a fused one, and the work, not only its time
-MORE = {
+OPTIONAL_COLUMNS = {
     "kept": "pseudo_labels.coverage",
     "right of them": "pseudo_labels.precision",
     "wrong ones' confidence": "pseudo_labels.false_confidence",
     "linear head": "heads.linear.class_accuracy",
     "similarity": "heads.similarity.class_accuracy",
 }
-# Student's t, two-sided, by number of seeds
+"""Shown where any row has them, by path in a report: pseudo-labels of the last round, each head of a fused one."""
+WORK = ("steps", "images", "flops")
+"""Of a report's `cost`: seconds alone depend on the machine."""
+# Student's t, two-sided 95 %, by number of seeds
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 DRAWS = 10_000
+"""Of a bootstrap."""
 
 
 def main() -> None:
@@ -62,42 +67,58 @@ def main() -> None:
     wanted = [name for name in given.methods.split(",") if name]
     if unknown := {*wanted, *(given.compare or [])} - {row["method"] for row in rows}:
         parser.error(f"the suite has no row {', '.join(sorted(unknown))}")
-    place = HERE / "results" / f"{given.suite}.json"
-    results: list[dict[str, Any]] = json.loads(place.read_text()) if place.exists() else []
+    path = HERE / "results" / f"{given.suite}.json"
+    results: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
     if given.compare:
         print(compared(given.suite, results, *given.compare))
         return
-    commit, writing = commit_of_the_package(), Lock()
+    suite = Suite(given, rows, results, path)
+    chosen_rows = [row for row in rows if not wanted or row["method"] in wanted]
+    for seed in map(int, given.seeds.split(",")):
+        for is_continued in (False, True):  # rows that start from another row's phase 1 come after it
+            wave = [row for row in chosen_rows if ("phase1_of" in row) == is_continued]
+            with ThreadPoolExecutor(given.jobs) as pool:
+                list(pool.map(partial(suite.run_row, seed=seed), wave))
+    write(path, given.suite, rows, results)
+    print(path.with_suffix(".md").read_text())
 
-    def overrides_of(row: dict[str, Any], seed: int) -> list[str]:
-        return [*row.get("set", []), f"train.seed={seed}", *given.overrides]
 
-    def one(row: dict[str, Any], seed: int) -> None:
-        overrides = overrides_of(row, seed)
+class Suite:
+    """Rows of a suite, what is there of their results, and the file at `path` that is written after every run."""
+
+    def __init__(
+        self, given: argparse.Namespace, rows: list[dict[str, Any]], results: list[dict[str, Any]], path: Path
+    ):
+        self.given, self.rows, self.results, self.path = given, rows, results, path
+        self.commit = commit_of_the_package()
+        self.writing = Lock()
+
+    def overrides(self, row: dict[str, Any], seed: int) -> list[str]:
+        return [*row.get("set", []), f"train.seed={seed}", *self.given.overrides]
+
+    def folder(self, row: dict[str, Any], seed: int) -> Path:
+        key = config_hash(row["config"], self.overrides(row, seed))
+        return folder(self.given.suite, row["method"], seed, key, self.commit)
+
+    def run_row(self, row: dict[str, Any], *, seed: int) -> None:
+        """Runs one row with one seed, unless its result is there."""
+        overrides = self.overrides(row, seed)
         key = config_hash(row["config"], overrides)
-        if any(done["config_hash"] == key and done["commit"] == commit for done in results):
+        if any(result["config_hash"] == key and result["commit"] == self.commit for result in self.results):
             return
         print(f"{row['method']}  seed {seed}", flush=True)
-        out = folder(given.suite, row["method"], seed, key, commit)
+        out = self.folder(row, seed)
         if "phase1_of" in row and not out.exists():
-            of = next(other for other in rows if other["method"] == row["phase1_of"])
-            theirs = overrides_of(of, seed)
-            source = folder(given.suite, of["method"], seed, config_hash(of["config"], theirs), commit)
-            share_phase1(source, out, row["config"], overrides)
-        report = run(row["config"], overrides, out, threads=max(1, (os.cpu_count() or 1) // given.jobs))
-        facts = {"method": row["method"], "setting": row.get("set", []), "config_hash": key, "commit": commit}
-        with writing:
-            results[:] = [done for done in results if (done["method"], done["seed"]) != (row["method"], seed)]
-            results.append({**report, **facts})
-            write(place, given.suite, rows, results)
-
-    todo = [row for row in rows if not wanted or row["method"] in wanted]
-    for seed in map(int, given.seeds.split(",")):
-        for wave in (False, True):  # rows that start from another row's phase 1 come after it
-            with ThreadPoolExecutor(given.jobs) as pool:
-                list(pool.map(lambda row, seed=seed: one(row, seed), [r for r in todo if ("phase1_of" in r) == wave]))
-    write(place, given.suite, rows, results)
-    print(place.with_suffix(".md").read_text())
+            source = next(other for other in self.rows if other["method"] == row["phase1_of"])
+            share_phase1(self.folder(source, seed), out, row["config"], overrides)
+        report = run(row["config"], overrides, out, threads=max(1, (os.cpu_count() or 1) // self.given.jobs))
+        facts = {"method": row["method"], "setting": row.get("set", []), "config_hash": key, "commit": self.commit}
+        with self.writing:
+            self.results[:] = [
+                result for result in self.results if (result["method"], result["seed"]) != (row["method"], seed)
+            ]
+            self.results.append({**report, **facts})
+            write(self.path, self.given.suite, self.rows, self.results)
 
 
 def folder(suite: str, method: str, seed: int, key: str, commit: str) -> Path:
@@ -112,40 +133,51 @@ def commit_of_the_package() -> str:
     return f"{log}-dirty" if changed else log
 
 
-def write(place: Path, suite: str, rows: list[dict[str, Any]], results: list[dict[str, Any]]) -> None:
-    write_atomic(place, json.dumps(results, indent=1).encode())
-    write_atomic(place.with_suffix(".md"), table(suite, rows, results).encode())
-    out = io.StringIO()
-    lines = csv.writer(out, lineterminator="\n")
-    lines.writerow(["method", "seed", *COLUMNS, *FACTS])
-    lines.writerows([[r["method"], r["seed"], *(r.get(c) for c in (*COLUMNS, *FACTS))] for r in results])
-    write_atomic(place.with_suffix(".csv"), out.getvalue().encode())
+def write(path: Path, suite: str, rows: list[dict[str, Any]], results: list[dict[str, Any]]) -> None:
+    """The results as JSON at `path`, and beside it as CSV, a line for each run, and as the Markdown table."""
+    write_atomic(path, json.dumps(results, indent=1).encode())
+    write_atomic(path.with_suffix(".md"), table(suite, rows, results).encode())
+    buffer = io.StringIO()
+    lines = csv.writer(buffer, lineterminator="\n")
+    columns = ("method", "seed", *COLUMNS, *FACTS)
+    lines.writerow(columns)
+    for result in results:
+        lines.writerow([result.get(column) for column in columns])
+    write_atomic(path.with_suffix(".csv"), buffer.getvalue().encode())
 
 
 def compared(suite: str, results: list[dict[str, Any]], one: str, other: str) -> str:
-    """Paired bootstrap of the difference in class accuracy, in points: test images are drawn anew, within classes and
-    the same for both rows and all seeds that both have."""
-    of = {
+    """Paired bootstrap of the difference in class accuracy between two rows, in points.
+
+    Test images are drawn anew within classes, the same ones for both rows and all seeds that both have.
+    """
+    folders = {
         (r["method"], r["seed"]): folder(suite, r["method"], r["seed"], r["config_hash"], r["commit"]) for r in results
     }
-    seeds = sorted({seed for name, seed in of if name == one} & {seed for name, seed in of if name == other})
-    paths = [(of[one, seed], of[other, seed]) for seed in seeds]
-    if absent := [path for pair in paths for path in pair if not (path / "predictions.safetensors").exists()]:
-        sys.exit(f"{absent[0]} holds no predictions: run that row again")
+    seeds = sorted(seed for name, seed in folders if name == one and (other, seed) in folders)
+    pairs = [(folders[one, seed], folders[other, seed]) for seed in seeds]
+    for path in (path for pair in pairs for path in pair):
+        if not (path / "predictions.safetensors").exists():
+            sys.exit(f"{path} holds no predictions: run that row again")
     if not seeds:
         sys.exit(f"{one} and {other} have no seed in common")
-    right = []
-    for pair in paths:
-        a, b = (load_file(path / "predictions.safetensors") for path in pair)
-        right.append([found["predicted"] == found["labels"] for found in (a, b)])
-        labels = a["labels"]
-    difference = np.mean([a.astype(float) - b for a, b in right], axis=0)  # mean over seeds, by test image
-    low, middle, high = (100 * x for x in bootstrap(difference, labels))
-    by_seed = ", ".join(f"{100 * class_mean(a.astype(float) - b, labels):+.2f}" for a, b in right)
+    differences = []  # for each seed, [N] of -1, 0 or 1
+    for path, other_path in pairs:
+        is_right, labels = right_predictions(path)
+        other_is_right, _ = right_predictions(other_path)
+        differences.append(is_right.astype(float) - other_is_right)
+    low, middle, high = (100 * x for x in bootstrap(np.mean(differences, axis=0), labels))
+    by_seed = ", ".join(f"{100 * class_mean(difference, labels):+.2f}" for difference in differences)
     return (
         f"{one} - {other}: class accuracy {middle:+.2f} points, 95 % of {DRAWS:,} paired bootstraps over test images "
         f"within {low:+.2f} and {high:+.2f}; by seed ({', '.join(map(str, seeds))}) {by_seed}"
     )
+
+
+def right_predictions(run_folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """(whether each test image is classified rightly, its label), both [N]."""
+    predictions = load_file(run_folder / "predictions.safetensors")
+    return predictions["predicted"] == predictions["labels"], predictions["labels"]
 
 
 def class_mean(values: np.ndarray, labels: np.ndarray) -> float:
@@ -161,9 +193,9 @@ def bootstrap(difference: np.ndarray, labels: np.ndarray, *, seed: int = 0) -> t
 
 
 def config_hash(config: str, overrides: list[str]) -> str:
-    """Everything that moves a number, weights and prototypes by their content; not where files lie."""
+    """Of everything that moves a number, weights and prototypes by their content; not of where files lie."""
     resolved = load_config(config, overrides)
-    digest = hashlib.sha256(resolved.run_hash("", "").encode())
+    digest = hashlib.sha256(resolved.run_hash("", "").encode())  # without the split: no data is read here
     for path in (resolved.backbone.weights, resolved.prototypes.weights):
         digest.update(hashlib.sha256(Path(path).read_bytes()).digest() if path else b"")
     return digest.hexdigest()[:12]
@@ -177,30 +209,36 @@ def share_phase1(source: Path, out: Path, config: str, overrides: list[str]) -> 
     """Makes `out` a run whose phase 1 is done: the checkpoint that the run in `source` had at that point."""
     if not (source / "report.json").exists():
         sys.exit(f"{source} has to be run first: its phase 1 is to be shared")
-    report, theirs, ours = (
-        json.loads((source / "report.json").read_text()),
-        load_config(source / "config.yaml"),
-        load_config(config, overrides),
-    )
-    seen = [{**c.model_dump(), "method": phase1_settings(c.method)} for c in (theirs, ours)]
-    assert seen[0] == seen[1], f"{source} and {config} {overrides} differ in phase 1"
+    report = json.loads((source / "report.json").read_text())
+    source_config, own_config = load_config(source / "config.yaml"), load_config(config, overrides)
+    assert of_phase1(source_config) == of_phase1(own_config), f"{source} and {config} {overrides} differ in phase 1"
+    # A checkpoint is bound to its run's settings, split and weights; only the settings are others here
     identity = (report["data"]["split_sha256"], f"{report['backbone']['fingerprint']} in {report['precision']}")
-    place = Path("checkpoints") / "phase1.safetensors"
-    state = load_checkpoint(source / place, run_hash=theirs.run_hash(*identity))
-    assert state is not None and state.finished, f"{source / place} is not a finished phase"
-    save_checkpoint(out / place, state, run_hash=ours.run_hash(*identity))
-    write_atomic(out / "config.yaml", ours.to_yaml().encode())
+    checkpoint = Path("checkpoints") / "phase1.safetensors"
+    state = load_checkpoint(source / checkpoint, run_hash=source_config.run_hash(*identity))
+    assert state is not None and state.finished, f"{source / checkpoint} is not a finished phase"
+    save_checkpoint(out / checkpoint, state, run_hash=own_config.run_hash(*identity))
+    write_atomic(out / "config.yaml", own_config.to_yaml().encode())
 
 
-def phase1_settings(method: dict[str, Any]) -> dict[str, Any]:
-    """Of two values for two phases, the first."""
-    first = {k: v[0] if k in ("epochs", "lr") else v for k, v in method.items()}
-    return {k: v for k, v in first.items() if k not in PHASE2}
+def of_phase1(config: Config) -> dict[str, Any]:
+    """The settings that LPT's phase 1 depends on."""
+    method = {}
+    for key, value in config.method.items():
+        if key in ("epochs", "lr"):
+            method[key] = value[0]  # of two values for two phases, the first
+        elif key not in PHASE2:
+            method[key] = value
+    return {**config.model_dump(), "method": method}
 
 
 def run(config: str, overrides: list[str], out: Path, *, threads: int | None = None) -> dict[str, Any]:
+    """The report of `lpt train` in a process of its own, and the processor that it ran on."""
     command = [sys.executable, "-m", "lpt", "train", config, *overrides, "--out", str(out), "--resume"]
-    subprocess.run(command, check=True, env={**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})})
+    environment = dict(os.environ)
+    if threads:
+        environment["OMP_NUM_THREADS"] = str(threads)
+    subprocess.run(command, check=True, env=environment)
     return {**json.loads((out / "report.json").read_text()), "processor": processor()}
 
 
@@ -215,54 +253,65 @@ def processor() -> str:
 
 def table(suite: str, rows: list[dict[str, Any]], results: list[dict[str, Any]]) -> str:
     """Mean ± half width of the 95 % t-interval over seeds, per cent; the rows of the suite in their order."""
-    more = {name: path for name, path in MORE.items() if any(value_at(r, path) is not None for r in results)}
-    work = {key: f"cost.{key}" for key in ("steps", "images", "flops") if any("cost" in r for r in results)}
-    heads = [
-        *COLUMNS,
-        *more,
-        "parameters",
-        "file, kB",
-        *("TFLOPs" if w == "flops" else w for w in work),
-        "seconds",
-    ]
-    lines = [f"# {suite}", "", "| method | seeds | " + " | ".join([*heads, "MiB"] if work else heads) + " |"]
-    lines += ["|---|---:" + "|---:" * (len(heads) + bool(work)) + "|"]
+    optional = {
+        name: path
+        for name, path in OPTIONAL_COLUMNS.items()
+        if any(value_at(result, path) is not None for result in results)
+    }
+    has_work = any("cost" in result for result in results)
+    header = ["method", "seeds", *COLUMNS, *optional, "parameters", "file, kB"]
+    header += ["steps", "images", "TFLOPs", "seconds", "MiB"] if has_work else ["seconds"]
+    lines = [f"# {suite}", "", f"| {' | '.join(header)} |", "|---" + "|---:" * (len(header) - 1) + "|"]
     for row in rows:
-        found = [r for r in results if r["method"] == row["method"]]
-        if not found:
-            continue
-        cells = [interval([100 * r[c] for r in found if r[c] is not None]) for c in COLUMNS]
-        for path in more.values():
-            known = [100 * value for r in found if (value := value_at(r, path)) is not None]
-            cells.append(interval(known) if known else "-")
-        size, seconds = found[0]["prompt_bytes"] / 1000, statistics.mean(r["seconds"] for r in found)
-        facts = [f"{found[0]['trainable_parameters']:,}", f"{size:.0f}"]
-        for key, path in work.items():
-            value = value_at(found[0], path)
-            facts.append("-" if value is None else f"{value / 1e12:.1f}" if key == "flops" else f"{value:,}")
-        facts.append(f"{seconds:.0f}")
-        if work:
-            facts.append(f"{statistics.mean(r['peak_memory_bytes'] for r in found) / 2**20:.0f}")
-        lines.append(f"| {row['method']} | {len(found)} | " + " | ".join([*cells, *facts]) + " |")
+        runs = [result for result in results if result["method"] == row["method"]]
+        if runs:
+            cells = [row["method"], str(len(runs)), *metric_cells(runs, optional), *cost_cells(runs, has_work)]
+            lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "What each row sets beyond its config:", ""]
     lines += [f"- **{row['method']}**: {' '.join(row.get('set', [])) or '-'}" for row in rows]
     if results:
-        last = results[-1]
-        versions = ", ".join(f"{k} {v}" for k, v in last["versions"].items())
-        commits = ", ".join(sorted({r["commit"] for r in results}))
-        lines += ["", f"{last['processor']}; {versions}; commits {commits}."]
+        latest = results[-1]
+        versions = ", ".join(f"{package} {version}" for package, version in latest["versions"].items())
+        commits = ", ".join(sorted({result["commit"] for result in results}))
+        lines += ["", f"{latest['processor']}; {versions}; commits {commits}."]
     return "\n".join([*lines, ""])
+
+
+def metric_cells(runs: list[dict[str, Any]], optional: dict[str, str]) -> list[str]:
+    """One row of the table: COLUMNS, then `optional` (names to paths in a report), `-` where the row has none."""
+    cells = [interval([100 * run[column] for run in runs if run[column] is not None]) for column in COLUMNS]
+    for path in optional.values():
+        values = [value_at(run, path) for run in runs]
+        percents = [100 * value for value in values if value is not None]
+        cells.append(interval(percents) if percents else "-")
+    return cells
+
+
+def cost_cells(runs: list[dict[str, Any]], has_work: bool) -> list[str]:
+    """One row of the table: sizes and work, which all seeds have in common, then the means of seconds and memory."""
+    cells = [f"{runs[0]['trainable_parameters']:,}", f"{runs[0]['prompt_bytes'] / 1000:.0f}"]
+    seconds = f"{statistics.mean(run['seconds'] for run in runs):.0f}"
+    if not has_work:
+        return [*cells, seconds]
+    for key in WORK:
+        value = value_at(runs[0], f"cost.{key}")
+        if value is None:
+            cells.append("-")
+        else:
+            cells.append(f"{value / 1e12:.1f}" if key == "flops" else f"{value:,}")
+    return [*cells, seconds, f"{statistics.mean(run['peak_memory_bytes'] for run in runs) / 2**20:.0f}"]
 
 
 def value_at(report: dict[str, Any], path: str) -> float | None:
     """The number at a dotted path of a report, None where there is none."""
-    found: Any = report
+    value: Any = report
     for key in path.split("."):
-        found = found.get(key) if isinstance(found, dict) else None
-    return found
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
 
 
 def interval(values: list[float]) -> str:
+    """Mean ± half width of the 95 % t-interval of the mean; the mean alone of a single value."""
     if not values:
         return "n/a"
     mean = statistics.mean(values)

@@ -51,23 +51,48 @@ def main() -> None:
     torch.manual_seed(0)
     features = teacher_features(given, images, device, dtype)
     student = Student(features.shape[1]).to(device)
-    decay = [p for p in student.parameters() if p.dim() > 1]
-    plain = [p for p in student.parameters() if p.dim() <= 1]
-    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}])
-    place, first, spent = given.out / "state.pt", 0, 0.0
-    if place.exists():
-        state = torch.load(place, weights_only=True)
+    seconds = train(student, given, images, labels, features, dtype)
+
+    weights = {name: value.detach().cpu().half().contiguous() for name, value in student.vit.state_dict().items()}
+    class_names = json.dumps([name.replace("_", " ").lower() for name in task.classes])
+    content = to_bytes(weights, {"made": f"benchmarks.nano.pretrain, {given.epochs} epochs", "labels": class_names})
+    write_atomic(given.out / FILE.name, content)
+    if given.install:
+        write_atomic(FILE, content)
+    result = {
+        "epochs": given.epochs,
+        "seconds": round(seconds),
+        "bytes": len(content),
+        "test_accuracy_of_its_own_head": accuracy(student, task.test.pixels, task.test.labels),
+    }
+    print(json.dumps(result))
+
+
+def train(
+    student: "Student",
+    given: argparse.Namespace,
+    images: Tensor,
+    labels: Tensor,
+    features: Tensor,
+    dtype: torch.dtype,
+) -> float:
+    """Trains `student` and keeps its state after every epoch; returns the seconds that it took, over all starts."""
+    device = next(student.parameters()).device
+    optimizer = optimizer_of(student)
+    checkpoint, first_epoch, seconds = given.out / "state.pt", 0, 0.0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
         student.load_state_dict(state["student"])
         optimizer.load_state_dict(state["optimizer"])
-        first, spent = state["epochs"], state["seconds"]
+        first_epoch, seconds = state["epochs"], state["seconds"]
 
-    per_epoch = len(images) // given.batch
-    for epoch in range(first, given.epochs):
-        began, total = time.perf_counter(), 0.0
-        generator = torch.Generator().manual_seed(1000 + epoch)
+    steps_per_epoch = len(images) // given.batch
+    for epoch in range(first_epoch, given.epochs):
+        began, total_loss = time.perf_counter(), 0.0
+        generator = torch.Generator().manual_seed(1000 + epoch)  # each epoch's own, so that a resumed run is the same
         order = torch.randperm(len(images), generator=generator)
-        for i in range(per_epoch):
-            rate = lr_at(epoch * per_epoch + i, given.epochs * per_epoch, per_epoch, given.lr)
+        for i in range(steps_per_epoch):
+            rate = lr_at(epoch * steps_per_epoch + i, given.epochs * steps_per_epoch, steps_per_epoch, given.lr)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             rows = order[i * given.batch : (i + 1) * given.batch]
@@ -81,28 +106,33 @@ def main() -> None:
             loss.backward()
             nn.utils.clip_grad_norm_(student.parameters(), 1.0)
             optimizer.step()
-            total += loss.item()
-        spent += time.perf_counter() - began
-        print(f"epoch {epoch + 1}/{given.epochs}  loss {total / max(per_epoch, 1):.4f}  {spent:.0f} s", flush=True)
+            total_loss += loss.item()
+        seconds += time.perf_counter() - began
+        mean_loss = total_loss / max(steps_per_epoch, 1)
+        print(f"epoch {epoch + 1}/{given.epochs}  loss {mean_loss:.4f}  {seconds:.0f} s", flush=True)
         given.out.mkdir(parents=True, exist_ok=True)
         state = {"student": student.state_dict(), "optimizer": optimizer.state_dict()}
-        fresh = place.with_suffix(".tmp")
-        torch.save({**state, "epochs": epoch + 1, "seconds": spent}, fresh)
-        fresh.replace(place)
+        unfinished = checkpoint.with_suffix(".tmp")  # a kill while it is written leaves the last checkpoint intact
+        torch.save({**state, "epochs": epoch + 1, "seconds": seconds}, unfinished)
+        unfinished.replace(checkpoint)
+    return seconds
 
-    weights = {k: v.detach().cpu().half().contiguous() for k, v in student.vit.state_dict().items()}
-    labels = json.dumps([name.replace("_", " ").lower() for name in task.classes])
-    content = to_bytes(weights, {"made": f"benchmarks.nano.pretrain, {given.epochs} epochs", "labels": labels})
-    write_atomic(given.out / FILE.name, content)
-    if given.install:
-        write_atomic(FILE, content)
+
+def optimizer_of(student: "Student") -> torch.optim.Optimizer:
+    """AdamW, whose weight decay leaves biases and the scales of norms alone. `lr_at` gives the rate of each step."""
+    matrices = [p for p in student.parameters() if p.dim() > 1]
+    vectors = [p for p in student.parameters() if p.dim() <= 1]
+    return torch.optim.AdamW([{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}])
+
+
+@torch.no_grad()
+def accuracy(student: "Student", pixels: Tensor, labels: Tensor) -> float:
+    """Of the classifier that is dropped afterwards, on test images [N 3 32 32] uint8."""
     student.eval()
-    result: dict[str, Any] = {"epochs": given.epochs, "seconds": round(spent), "bytes": len(content)}
-    with torch.no_grad():
-        views = PREPROCESS.test(task.test.pixels).to(device)
-        found = torch.cat([student(part)[0].argmax(1) for part in views.split(500)]).cpu()
-    result["test_accuracy_of_its_own_head"] = (found == task.test.labels).double().mean().item()
-    print(json.dumps(result))
+    device = next(student.parameters()).device
+    views = PREPROCESS.test(pixels).to(device)
+    predicted = torch.cat([student(part)[0].argmax(1) for part in views.split(500)]).cpu()
+    return (predicted == labels).double().mean().item()
 
 
 class Student(nn.Module):
@@ -124,20 +154,19 @@ class Student(nn.Module):
 @torch.no_grad()
 def teacher_features(given: argparse.Namespace, images: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Features of each image and of its mirror image [2 N D], kept in the out-folder."""
-    place = given.out / f"teacher-{given.teacher_size}-{len(images)}.safetensors"
-    if place.exists():
-        return load_file(place)["features"]
-    teacher = load_backbone("timm:deit_tiny_patch16_224", weights=given.teacher, image_size=given.teacher_size).to(
-        device, dtype
-    )
-    found = []
+    path = given.out / f"teacher-{given.teacher_size}-{len(images)}.safetensors"
+    if path.exists():
+        return load_file(path)["features"]
+    teacher = load_backbone("timm:deit_tiny_patch16_224", weights=given.teacher, image_size=given.teacher_size)
+    teacher = teacher.to(device, dtype)
+    parts = []
     for part in torch.cat([images, images.flip(3)]).split(256):
         tokens = teacher.embed(teacher.preprocess.test(part.to(device), dtype=dtype))
         for i in range(teacher.depth):
             tokens = teacher.block(i, tokens)
-        found.append(teacher.pool(tokens).half().cpu())
-    features = torch.cat(found)
-    write_atomic(place, to_bytes({"features": features}))
+        parts.append(teacher.pool(tokens).half().cpu())
+    features = torch.cat(parts)
+    write_atomic(path, to_bytes({"features": features}))
     return features
 
 

@@ -19,6 +19,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +51,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     device = pick_device(given.device)
-    exact = model_on(untrained(given.backbone, image_size=given.image_size).to(device))
+    fp32_model = model_on(untrained(given.backbone, image_size=given.image_size).to(device))
     if given.compile:  # the published procedure runs timm's own blocks, which this leaves alone
-        exact.backbone.compile_blocks()
+        fp32_model.backbone.compile_blocks()
     result: dict[str, Any] = {
         "backbone": given.backbone,
         "image_size": given.image_size,
@@ -69,13 +70,13 @@ def main() -> None:
         "command": f"python -m benchmarks.speed --backbone {given.backbone} --image-size {given.image_size} "
         f"--batch {given.batch} --pairs {given.pairs} --device {given.device}" + " --compile" * given.compile,
     }
-    result |= compare(exact, exact, given.batch, given.pairs, device)
+    result |= compare(fp32_model, fp32_model, given.batch, given.pairs, device)
     show("fp32 against published in fp32", result)
     if pick_precision("auto", device) == "bf16":
-        half = model_on(untrained(given.backbone, image_size=given.image_size).to(device, torch.bfloat16))
+        bf16_model = model_on(untrained(given.backbone, image_size=given.image_size).to(device, torch.bfloat16))
         if given.compile:
-            half.backbone.compile_blocks()
-        result["bf16"] = compare(exact, half, given.batch, given.pairs, device)
+            bf16_model.backbone.compile_blocks()
+        result["bf16"] = compare(fp32_model, bf16_model, given.batch, given.pairs, device)
         show("bf16 against published in fp32", result["bf16"])
     if given.json:
         write_atomic(given.json, json.dumps(result, indent=1).encode())
@@ -96,97 +97,114 @@ def model_on(backbone: TimmViT) -> PromptedClassifier:
     head = CosineHead(num_classes=CLASSES, width=backbone.feature_width, scale=20, generator=generator)
     shared = DeepPrompt(layers=backbone.depth, **sizes)
     device = next(backbone.parameters()).device
-    return PromptedClassifier(backbone, head, classes=tuple(map(str, range(CLASSES))), shared=shared, pool=pool).to(
-        device
-    )
+    model = PromptedClassifier(backbone, head, classes=tuple(map(str, range(CLASSES))), shared=shared, pool=pool)
+    return model.to(device)
 
 
-def compare(plain: PromptedClassifier, ours: PromptedClassifier, batch: int, pairs: int, device: Any) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(1)
-    size = plain.backbone.preprocess.size
-    streams = [
-        (
-            torch.randn(batch, 3, size, size, generator=generator).to(device),
-            torch.randint(CLASSES, (batch,), generator=generator).to(device),
-        )
-        for _ in range(2)
-    ]
-    views = torch.cat([v for v, _ in streams])
-    loss = GCL(torch.arange(CLASSES, 0, -1).to(device))
+WORKS = ("inference", "phase1_step", "phase2_step")
+"""What is measured, by its key in the result."""
 
-    def value(output: Any, labels: Tensor) -> Tensor:
-        total = loss(output.logits, labels)
-        return total if output.similarity is None else total - 0.5 * output.similarity.sum(1).mean()
 
-    def gradients(model: PromptedClassifier) -> list[Tensor]:
-        return [p.grad for p in model.parameters() if p.grad is not None]
+class Pair:
+    """The published procedure with the model `plain` and ours with `ours`, on the same two streams of `batch` images.
 
-    def published_step() -> list[Tensor]:
-        plain.zero_grad(set_to_none=True)
-        outputs = [plain_forward(plain, images) for images, _ in streams]
-        sum(value(output, labels) for output, (_, labels) in zip(outputs, streams, strict=True)).backward()
-        return gradients(plain)
+    The two may be one model. What each work returns is compared: logits [2 B C], or the gradients of a step.
+    """
 
-    def our_step() -> list[Tensor]:
-        """As `lpt.methods.lpt` does it: what needs no gradient once for both streams, then one tail after the other."""
-        ours.zero_grad(set_to_none=True)
-        tokens = ours.prefix(views)
-        query = None if ours.pool is None else ours.query(tokens)
-        for i, (_, labels) in enumerate(streams):
-            rows = slice(i * batch, (i + 1) * batch)
-            value(ours.tail(tokens[rows], query=None if query is None else query[rows]), labels).backward()
-        return gradients(ours)
+    def __init__(self, plain: PromptedClassifier, ours: PromptedClassifier, batch: int, device: torch.device):
+        self.plain, self.ours, self.batch = plain, ours, batch
+        generator = torch.Generator().manual_seed(1)
+        size = plain.backbone.preprocess.size
+        self.streams: list[tuple[Tensor, Tensor]] = []  # (views [B 3 S S], labels [B])
+        for _ in range(2):
+            views = torch.randn(batch, 3, size, size, generator=generator)
+            labels = torch.randint(CLASSES, (batch,), generator=generator)
+            self.streams.append((views.to(device), labels.to(device)))
+        self.views = torch.cat([views for views, _ in self.streams])
+        self.gcl = GCL(torch.arange(CLASSES, 0, -1).to(device))
+        self.pools = {model: model.pool for model in {plain, ours}}
 
-    def inference(forward: Callable[..., Any]) -> list[Tensor]:
-        with torch.no_grad():
-            return [forward(views).logits]
-
-    def prepare(which: str) -> None:
-        for model in {plain, ours}:
-            model.pool = pools[model] if which != "phase1_step" else None
+    def prepare(self, work: str) -> None:
+        """Phase 1 has no pool yet; each step trains the parameters of its phase."""
+        trained = {"inference": (), "phase1_step": ("shared.", "head."), "phase2_step": ("pool.", "head.")}[work]
+        for model, pool in self.pools.items():
+            model.pool = None if work == "phase1_step" else pool
             model._shared_cache = None
-            trained = {"inference": (), "phase1_step": ("shared.", "head."), "phase2_step": ("pool.", "head.")}[which]
             model.only_train(*trained)
 
-    pools = {model: model.pool for model in {plain, ours}}
-    out: dict[str, Any] = {}
-    for which in ("inference", "phase1_step", "phase2_step"):
-        prepare(which)
-
-        def slow() -> list[Tensor]:
-            return inference(lambda x: plain_forward(plain, x)) if which == "inference" else published_step()  # noqa: B023
-
-        def fast() -> list[Tensor]:
-            return inference(ours) if which == "inference" else our_step()  # noqa: B023
-
-        def bare() -> None:
-            """One plain forward of the same images, without prompts, at our precision."""
+    def published(self, work: str) -> list[Tensor]:
+        if work == "inference":
             with torch.no_grad():
-                tokens = ours.backbone.embed(views)
-                for i in range(ours.backbone.depth):
-                    tokens = ours.backbone.block(i, tokens)
-                ours.backbone.pool(tokens)
+                return [plain_forward(self.plain, self.views).logits]
+        self.plain.zero_grad(set_to_none=True)
+        outputs = [plain_forward(self.plain, views) for views, _ in self.streams]
+        losses = [self.loss(output, labels) for output, (_, labels) in zip(outputs, self.streams, strict=True)]
+        sum(losses).backward()
+        return gradients(self.plain)
 
+    def our(self, work: str) -> list[Tensor]:
+        """As `lpt.methods.lpt` does it: what needs no gradient once for both streams, then one tail after the other."""
+        if work == "inference":
+            with torch.no_grad():
+                return [self.ours(self.views).logits]
+        self.ours.zero_grad(set_to_none=True)
+        tokens = self.ours.prefix(self.views)
+        query = None if self.ours.pool is None else self.ours.query(tokens)
+        for i, (_, labels) in enumerate(self.streams):
+            rows = slice(i * self.batch, (i + 1) * self.batch)
+            output = self.ours.tail(tokens[rows], query=None if query is None else query[rows])
+            self.loss(output, labels).backward()
+        return gradients(self.ours)
+
+    def bare_forward(self) -> None:
+        """One plain forward of the same images, without prompts, at our precision."""
+        with torch.no_grad():
+            tokens = self.ours.backbone.embed(self.views)
+            for i in range(self.ours.backbone.depth):
+                tokens = self.ours.backbone.block(i, tokens)
+            self.ours.backbone.pool(tokens)
+
+    def loss(self, output: Any, labels: Tensor) -> Tensor:
+        total = self.gcl(output.logits, labels)
+        return total if output.similarity is None else total - 0.5 * output.similarity.sum(1).mean()
+
+
+def gradients(model: PromptedClassifier) -> list[Tensor]:
+    return [p.grad for p in model.parameters() if p.grad is not None]
+
+
+def compare(
+    plain: PromptedClassifier, ours: PromptedClassifier, batch: int, pairs: int, device: torch.device
+) -> dict[str, Any]:
+    """The fields of `README.md` for each of WORKS."""
+    pair = Pair(plain, ours, batch, device)
+    result: dict[str, Any] = {}
+    for work in WORKS:
+        pair.prepare(work)
+        slow, fast = partial(pair.published, work), partial(pair.our, work)
         error = max(relative(a, b) for a, b in zip(fast(), slow(), strict=True))
-        times = [(seconds(slow, device), seconds(fast, device), seconds(bare, device)) for _ in range(pairs)]
-        ratios = [a / b for a, b, _ in times]
-        out[which] = {
+        times = []
+        for _ in range(pairs):  # interleaved: what else the machine does then slows all three
+            times.append((seconds(slow, device), seconds(fast, device), seconds(pair.bare_forward, device)))
+        ratios = [slow_time / fast_time for slow_time, fast_time, _ in times]
+        result[work] = {
             "ratio": statistics.median(ratios),
             "ratio_min": min(ratios),
             "ratio_max": max(ratios),
             "relative_error": error,
             "memory_ratio": peak(fast, device) / peak(slow, device),
-            "over_forward": statistics.median(b / c for _, b, c in times),
+            "over_forward": statistics.median(fast_time / bare_time for _, fast_time, bare_time in times),
             "flops_ratio": flops(slow) / flops(fast),
-            "seconds_published": statistics.median(a for a, _, _ in times),
-            "seconds_ours": statistics.median(b for _, b, _ in times),
+            "seconds_published": statistics.median(slow_time for slow_time, _, _ in times),
+            "seconds_ours": statistics.median(fast_time for _, fast_time, _ in times),
             "images": 2 * batch,
         }
-    prepare("phase2_step")
-    return out
+    pair.prepare("phase2_step")  # the pools are back for the next comparison
+    return result
 
 
 def relative(a: Tensor, b: Tensor) -> float:
+    """The norm of the difference as a share of b's."""
     return ((a - b).norm() / b.norm()).item()
 
 
@@ -235,6 +253,7 @@ def peak(work: Callable[[], Any], device: torch.device) -> int:
 
 
 def resident() -> int:
+    """Bytes of this process in memory now; its peak so far where the system does not say."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         return pages * resource.getpagesize()
@@ -247,11 +266,12 @@ def show(title: str, result: dict[str, Any]) -> None:
         f"{title}\n| | times faster | relative error | memory | ÷ one plain forward | FLOPs |\n"
         "|---|---|---|---|---|---|"
     )
-    for name in ("inference", "phase1_step", "phase2_step"):
-        r = result[name]
+    for work in WORKS:
+        measured = result[work]
         print(
-            f"| {name} | {r['ratio']:.2f} ({r['ratio_min']:.2f} to {r['ratio_max']:.2f}) | {r['relative_error']:.1e} | "
-            f"{r['memory_ratio']:.2f} | {r['over_forward']:.2f} | {r['flops_ratio']:.2f} |",
+            f"| {work} | {measured['ratio']:.2f} ({measured['ratio_min']:.2f} to {measured['ratio_max']:.2f}) | "
+            f"{measured['relative_error']:.1e} | {measured['memory_ratio']:.2f} | {measured['over_forward']:.2f} | "
+            f"{measured['flops_ratio']:.2f} |",
             flush=True,
         )
 
