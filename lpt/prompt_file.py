@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
 
 import torch
-from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, field_validator, model_validator
 from torch import Tensor
 
+from lpt.data.image_hashes import unpacked
 from lpt.data.longtail import GroupRule
 from lpt.data.preprocess import MAX_VIEW, Preprocess
 from lpt.errors import PromptFileError, quoted
@@ -90,6 +91,9 @@ class Header(BaseModel):
     precision: Literal["fp32", "bf16"] = "fp32"
     data: dict[str, Any] = {}
     """Of the training data; may hold anything that a run has said of it."""
+    trained_on: str | None = None
+    """Short hashes of the training images (`lpt.data.image_hashes`), where a test part was split off them: the folder
+    may have changed when the file is evaluated. Absent where it is None."""
     metrics: dict[str, float | None] = {}
     versions: dict[str, str] = {}
 
@@ -98,6 +102,13 @@ class Header(BaseModel):
         if len(self.counts) != len(self.classes):
             raise ValueError(f"{len(self.counts)} counts for {len(self.classes)} classes")
         return self
+
+    @field_validator("trained_on")
+    @classmethod
+    def _are_hashes(cls, text: str | None) -> str | None:
+        if text is not None:
+            unpacked(text)  # raises ValueError
+        return text
 
     @model_validator(mode="after")
     def _pixels_make_sense(self) -> Self:
@@ -173,7 +184,10 @@ def save_prompt(
                 f"prompt file {path} is not written: in {storage} {name} holds numbers that are not finite or above "
                 f"{LARGEST_NUMBER:g}: lower method.lr, or use train.storage=fp32"
             )
-    write_atomic(Path(path), to_bytes(tensors, lpt=json.loads(header.model_dump_json())))
+    content = json.loads(header.model_dump_json())
+    if header.trained_on is None:
+        del content["trained_on"]
+    write_atomic(Path(path), to_bytes(tensors, lpt=content))
     return header
 
 

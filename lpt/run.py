@@ -16,6 +16,7 @@ import torch
 
 from lpt.config import Config, load_config
 from lpt.data import LOCATION_SETTINGS, load_task
+from lpt.data.image_hashes import image_hashes, packed
 from lpt.data.task import Task
 from lpt.device import PRECISIONS, peak_memory, versions
 from lpt.engine.batches import Progress
@@ -312,6 +313,7 @@ def write_prompt(setup: Setup, path: Path, results: Results) -> None:
         },
         metrics={key: results.report[key] for key in (*EPOCH_METRICS, "nll")},
         versions=versions(),
+        trained_on=packed(image_hashes(task.train)) if "split off" in task.facts.get("test_part", "") else None,
     )
 
 

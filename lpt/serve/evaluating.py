@@ -6,10 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from lpt.config import check_data
 from lpt.data import LOCATION_SETTINGS, load_task
+from lpt.data.image_hashes import can_be_hashed, image_hashes, unpacked
 from lpt.data.task import Files, Images, Task
 from lpt.device import versions
 from lpt.engine.evaluate import measure, predict
@@ -30,10 +32,13 @@ def evaluate_prompt(
     header, _ = read_prompt(path)
     loading = check_loading(settings, sections=("data", "backbone", "train"))
     task = _load_task(header, settings.get("data", {}))
+    task, trained_on = _without_training_images(task, header)
     images, unmatched = _match_classes(task, header.classes, path)
     model, _ = open_prompt(path, **loading)
     for line in [*task.summary_lines(), *_matching_lines(task, header.classes, len(images), unmatched)]:
         say(line)
+    if trained_on:
+        say(f"warning: {trained_on} test images were trained on, and are left out")
     began = time.perf_counter()
     predictions = predict(model, images)
     if unmatched["absent_from_data"]:
@@ -45,6 +50,7 @@ def evaluate_prompt(
     return {
         **metrics,
         **unmatched,
+        "trained_on_left_out": trained_on,
         "method": quoted(header.method),
         "backbone": {"name": model.backbone.name, "fingerprint": model.backbone.fingerprint},
         "data": {
@@ -90,6 +96,24 @@ def _tested_on_all_images(task: Task) -> Task:
         assert isinstance(task.val, Files)
         images = images.plus(task.val)
     return replace(task, test=images, val=None, facts={**task.facts, "test_part": "all images are tested on"})
+
+
+def _without_training_images(task: Task, header: Header) -> tuple[Task, int]:
+    """(the task without test images that the prompt file was trained on, how many these were).
+
+    Only files that a test part was split off for know their training images, and the split that they were trained
+    with holds none. Raises DataError where nothing is left to test on.
+    """
+    if header.trained_on is None or _was_trained_on(task, header) or not can_be_hashed(task.test):
+        return task, 0
+    new = ~np.isin(image_hashes(task.test), unpacked(header.trained_on))
+    if not new.any():
+        raise DataError(
+            f"all {len(task.test)} test images were trained on: give images that the prompt file does not know"
+        )
+    if new.all():
+        return task, 0
+    return replace(task, test=task.test.subset(np.flatnonzero(new).tolist())), int((~new).sum())
 
 
 def _match_classes(
