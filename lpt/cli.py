@@ -129,12 +129,12 @@ def predict(
     from lpt.config import nested
     from lpt.files import write_atomic
     from lpt.serve.opening import check_loading, open_prompt
-    from lpt.serve.predicting import image_files, predict_files
+    from lpt.serve.predicting import find_images, predict_files
 
     texts = [str(path) for path in images]
     settings = nested([t for t in texts if _is_setting(t)])
     check_loading(settings, sections=("backbone", "train"))
-    files = image_files([Path(t) for t in texts if not _is_setting(t)])
+    files, left_out = find_images([Path(t) for t in texts if not _is_setting(t)])
     backbone, train = settings.get("backbone", {}), settings.get("train", {})
     model, _ = open_prompt(
         prompt,
@@ -143,14 +143,16 @@ def predict(
         precision=train.get("precision"),
         device=train.get("device", "auto"),
     )
+    for line in left_out:
+        print(line, file=sys.stderr)
     answers: list[dict[str, Any]] = []
     for answer in predict_files(model, files, topk=topk):
         answers.append(answer)
         if "error" in answer:
-            print(f"error: {answer['error']}", file=sys.stderr)
+            print(f"error: {quoted(answer['error'], 4096)}", file=sys.stderr)
         else:
             pairs = zip(answer["classes"], answer["probabilities"], strict=True)
-            print(f"{answer['image']}  " + "  ".join(f"{quoted(name)} {p:.3f}" for name, p in pairs))
+            print(f"{quoted(answer['image'], 4096)}  " + "  ".join(f"{quoted(name)} {p:.3f}" for name, p in pairs))
     if json_file:
         write_atomic(json_file, json.dumps(answers, indent=1).encode())
     if any("error" in answer for answer in answers):
@@ -201,14 +203,13 @@ def doctor(
     backbone.name=NAME adds which of the classes that backbone has been trained to tell apart.
     """
     from lpt.config import check_data, nested
-    from lpt.data import load_task
-    from lpt.data.doctor import examine
+    from lpt.data.doctor import examine, load_with_mistakes
     from lpt.model.backbones.labels_seen import overlap_notes
     from lpt.serve.opening import check_loading
 
     given = nested(settings or [])
     loading = check_loading(given, sections=("data", "backbone"))
-    task = load_task(**check_data({"name": "folder", "root": root, **given.get("data", {})}))
+    task = load_with_mistakes(**check_data({"name": "folder", "root": root, **given.get("data", {})}))
     findings = examine(task)
     if loading["name"]:
         findings.notes += overlap_notes(task.classes, loading["name"])

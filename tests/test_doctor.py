@@ -33,7 +33,7 @@ def test_a_healthy_folder_has_no_problem(folder):
     findings = found(folder)
     assert findings.problems == []
     facts = "\n".join(findings.facts)
-    assert "3 classes; images: 10 training, 4 test" in facts
+    assert "3 classes; images: 10 training (train/), 4 test (test/)" in facts
     assert "imbalance factor 6: tench 6, Cat of mine 3, owl 1" in facts
     assert "shorter sides from 40 to 40 pixels" in facts
     notes = "\n".join(findings.notes)
@@ -76,7 +76,10 @@ def test_one_image_under_two_classes_and_plain_copies(folder):
 def test_the_unlabelled_part_is_examined_too(folder):
     fill(folder / "unlabeled", {"tench": 3, "somewhere": 2}, seed=9)
     findings = found(folder)
-    assert findings.problems == [] and "images: 10 training, 5 unlabelled, 4 test" in findings.facts[0]
+    assert (
+        findings.problems == []
+        and "images: 10 training (train/), 5 unlabelled (unlabeled/), 4 test (test/)" in findings.facts[0]
+    )
     Image.open(folder / "test/tench/0.png").save(folder / "unlabeled" / "leak.bmp")
     Image.open(folder / "train/owl/0.png").save(folder / "unlabeled" / "again.bmp")
     Image.open(folder / "train/owl/0.png").save(folder / "unlabeled" / "tench" / "not an owl.bmp")

@@ -5,14 +5,16 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
+from lpt.data import load_task
+from lpt.data.folder import folder_with_mistakes
 from lpt.data.longtail import shot_groups
-from lpt.data.preprocess import decoded
-from lpt.data.task import Files, Images, Task
-from lpt.errors import DataError
+from lpt.data.preprocess import readable
+from lpt.data.task import Files, Images, Task, first_few, remarks
+from lpt.errors import DataError, quoted
 
 
 @dataclass
@@ -24,10 +26,17 @@ class Findings:
     problems: list[str] = field(default_factory=list)
 
 
+def load_with_mistakes(name: str, **settings: Any) -> Task:
+    """The task `name` for `examine`: of what ends a run, all that one can go on after is in its facts. Raises DataError
+    for the rest."""
+    return folder_with_mistakes(**settings) if name == "folder" else load_task(name, **settings)
+
+
 def examine(task: Task) -> Findings:
     """Looks at every image of `task` once."""
     findings = Findings()
     _describe(task, findings)
+    _repeat_remarks(task, findings)
     _check_classes(task, findings)
     _check_images(task, findings)
     return findings
@@ -42,9 +51,8 @@ def _parts(task: Task) -> dict[str, Images | Files]:
 
 
 def _describe(task: Task, findings: Findings) -> None:
-    sizes = ", ".join(f"{len(images)} {role}" for role, images in _parts(task).items())
-    if task.facts.get("test_part"):
-        sizes += f" ({task.facts['test_part']})"
+    key_of = {"training": "train", "unlabelled": "unlabeled", "held-out": "val", "test": "test"}
+    sizes = ", ".join(f"{len(images)} {role}{task.source_of(key_of[role])}" for role, images in _parts(task).items())
     by_count = _by_count(task)
     groups = shot_groups(task.counts, task.group_rule)
     group_sizes = ", ".join(f"{name} {len(classes)}" for name, classes in groups.items())
@@ -61,23 +69,27 @@ def _by_count(task: Task) -> list[int]:
     return task.counts.argsort(descending=True, stable=True).tolist()
 
 
+def _repeat_remarks(task: Task, findings: Findings) -> None:
+    """What a run would say of the data, or end with."""
+    findings.problems += [f"a run ends here: {sentence}" for sentence in task.facts.get("refused", ())]
+    for remark, text in remarks(task.facts, most=5):
+        (findings.problems if remark.is_problem else findings.notes).append(text)
+
+
 def _check_classes(task: Task, findings: Findings) -> None:
     """What is wrong with the number of images per class."""
-    left_out = task.facts.get("left_out")
-    if left_out:
-        findings.problems.append(f"{len(left_out)} images belong to no class and are left out: {_first(left_out)}")
     absent = task.absent_classes()
     if absent:
-        findings.problems.append(f"{len(absent)} classes have no training image: {_first(absent)}")
+        findings.problems.append(f"{len(absent)} classes have no training image: {first_few(absent)}")
     by_count = _by_count(task)
     single = [task.classes[k] for k in by_count if task.counts[k] == 1]
     if single:
-        findings.notes.append(f"{len(single)} classes have a single training image: {_first(single)}")
+        findings.notes.append(f"{len(single)} classes have a single training image: {first_few(single)}")
 
     test_counts = torch.bincount(task.test.labels, minlength=len(task.classes))
     untested = [task.classes[k] for k in by_count if test_counts[k] == 0]
     if untested:
-        findings.notes.append(f"{len(untested)} classes have no test image and count in no mean: {_first(untested)}")
+        findings.notes.append(f"{len(untested)} classes have no test image and count in no mean: {first_few(untested)}")
     most, least = int(test_counts.max()), int(test_counts[test_counts > 0].min())
     if most > 1.5 * least:
         findings.notes.append(
@@ -109,7 +121,7 @@ def _check_images(task: Task, findings: Findings) -> None:
             by_pixels[scan.digest].append(Appearance(role, images.ids[i], int(images.labels[i])))
             shorter_sides.append(scan.shorter_side)
     if broken:
-        findings.problems.append(f"{len(broken)} files cannot be read: {_first(broken, '; ')}")
+        findings.problems.append(f"{len(broken)} files cannot be read: {first_few(broken, '; ')}")
     if shorter_sides:
         findings.facts.append(f"shorter sides from {min(shorter_sides)} to {max(shorter_sides)} pixels")
     _check_copies(task, [copies for copies in by_pixels.values() if len(copies) > 1], findings)
@@ -135,18 +147,18 @@ def _check_copies(task: Task, groups: list[list[Appearance]], findings: Findings
         elif len(roles) == 1:
             within_a_part.append(f"{first.image_id} = {copies[1].image_id}")
     if leaks:
-        findings.problems.append(f"{len(leaks)} images are in more than one part: {_first(leaks)}")
+        findings.problems.append(f"{len(leaks)} images are in more than one part: {first_few(leaks)}")
     if under_two_classes:
         findings.problems.append(
-            f"{len(under_two_classes)} images stand under two classes: {_first(under_two_classes)}"
+            f"{len(under_two_classes)} images stand under two classes: {first_few(under_two_classes)}"
         )
     if also_unlabeled:
         findings.notes.append(
-            f"{len(also_unlabeled)} training images are among the unlabelled too: {_first(also_unlabeled)}"
+            f"{len(also_unlabeled)} training images are among the unlabelled too: {first_few(also_unlabeled)}"
         )
     if within_a_part:
         findings.notes.append(
-            f"{len(within_a_part)} images are there more than once within a part: {_first(within_a_part)}"
+            f"{len(within_a_part)} images are there more than once within a part: {first_few(within_a_part)}"
         )
 
 
@@ -166,7 +178,7 @@ def _scans(images: Images | Files) -> Iterator[Scan]:
         if isinstance(image, torch.Tensor):
             return Scan(hashlib.sha256(image.numpy().tobytes()).digest(), min(image.shape[-2:]))
         try:
-            picture = decoded(image)
+            picture = readable(image)
         except DataError as error:
             return Scan(error=str(error))
         # The same bytes may be another image in another shape.
@@ -181,11 +193,4 @@ def _scans(images: Images | Files) -> Iterator[Scan]:
 
 
 def _counted(task: Task, classes: Sequence[int]) -> str:
-    return ", ".join(f"{task.classes[k]} {int(task.counts[k])}" for k in classes)
-
-
-def _first(items: Sequence[str], between: str = ", ", most: int = 5) -> str:
-    """The first few `items` in one line, and how many more there are."""
-    line = between.join(items[:most])
-    rest = len(items) - most
-    return f"{line}{between}and {rest} more" if rest > 0 else line
+    return ", ".join(f"{quoted(task.classes[k], 60)} {int(task.counts[k])}" for k in classes)

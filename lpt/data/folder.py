@@ -4,12 +4,15 @@ Images are decoded when a batch needs them.
 """
 
 import hashlib
+import inspect
 import os
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -17,19 +20,13 @@ from pydantic import Field
 
 from lpt.data.lists import read_unlabeled
 from lpt.data.longtail import usual_group_rule
-from lpt.data.preprocess import decoded
-from lpt.data.tables import PART_NAMES, EncodedPart, metadata, read_metadata, read_tables
-from lpt.data.task import Files, Task, hold_out, rows_by_class
-from lpt.errors import DataError
+from lpt.data.parts import FORMS, FolderPart, find_parts, role_called, role_in_path, same_inside
+from lpt.data.preprocess import readable
+from lpt.data.tables import EncodedPart, metadata, read_metadata, read_tables
+from lpt.data.task import Files, Task, counted_by_folder, hold_out, remarks, rows_by_class
+from lpt.data.walk import SUFFIXES, RelativePath, Walk, as_text, joined, refuse, walk
+from lpt.errors import DataError, quoted
 from lpt.settings import Count, Seed
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm", ".pgm", ".jp2")
-"""What is an image by its name; other files in a folder are passed over."""
-UNLABELED_FOLDERS = ("unlabeled", "unlabelled")
-"""How a folder of unlabeled images beside train/ may be called."""
-
-RelativePath = tuple[str, ...]
-"""A path below a root by its components: folders from the outside in, then the file."""
 
 
 def folder(
@@ -55,24 +52,123 @@ def folder(
     list with a path a line, below the list's own folder, and after a space perhaps the number of the class.
     Raises DataError.
     """
+    return _load(
+        root,
+        refuse,
+        Split(test_share, seed, val_per_class),
+        Columns(image_column, label_column),
+        unlabeled=unlabeled,
+        on_error=on_error,
+    )
+
+
+def folder_with_mistakes(**settings: Any) -> Task:
+    """As `folder`, but what ends a run stands in `facts` under "refused", a sentence each, as far as one can go on."""
+    bound = inspect.signature(folder).bind(**settings)
+    bound.apply_defaults()
+    given = bound.arguments
+    mistakes: list[str] = []
+    task = _load(
+        given["root"],
+        mistakes.append,
+        Split(given["test_share"], given["seed"], given["val_per_class"]),
+        Columns(given["image_column"], given["label_column"]),
+        unlabeled=given["unlabeled"],
+        on_error=given["on_error"],
+    )
+    return replace(task, facts={**task.facts, "refused": mistakes}) if mistakes else task
+
+
+class Columns(NamedTuple):
+    """Which columns of a table hold images and classes, where the settings of `folder` say so."""
+
+    image: str | None
+    label: str | None
+
+
+class Split(NamedTuple):
+    """How parts that are not there are taken from the training part; as the settings of `folder`."""
+
+    test_share: float
+    seed: int
+    val_per_class: int
+
+
+OnMistake = Callable[[str], object]
+"""What is done with a sentence on something that ends a run."""
+
+
+@dataclass
+class Contents:
+    """What was read of a folder or a Hub dataset."""
+
+    parts: dict[str, EncodedPart] = field(default_factory=dict)
+    """By role: train, val, test and unlabeled."""
+    facts: dict[str, list[str]] = field(default_factory=dict)
+    """Names of what is in no part, under keys of `lpt.data.task.REMARKS`."""
+    lost_links: list[str] = field(default_factory=list)
+    has_links: bool = False
+
+    def note(self, walked: Walk, prefix: RelativePath = ()) -> None:
+        """Takes over what a walk left out; `prefix` is what its paths start at."""
+        self.has_links |= walked.has_links
+        for reason, paths in walked.left_out.items():
+            names = self.lost_links if reason == "lost_links" else self.facts.setdefault(reason, [])
+            names += [joined((*prefix, *path)) for path in paths]
+
+
+def _load(
+    root: str | None,
+    on_mistake: OnMistake,
+    split: Split,
+    columns: Columns,
+    *,
+    unlabeled: str | None,
+    on_error: str,
+) -> Task:
     if root is None:
         raise DataError("data.root is missing: give a folder with one folder of images for each class")
-    parts = _read_parts(root, unlabeled, image_column, label_column)
+    contents = Contents()
+    try:
+        _read_parts(contents, root, unlabeled, columns, on_mistake)
+        return _to_task(contents, root, unlabeled, split, on_mistake, skips=on_error == "skip")
+    except DataError as error:
+        # What was left out may be why the rest is not enough.
+        reasons = [text for remark, text in remarks(contents.facts, most=1) if remark.is_problem]
+        raise DataError(f"{error}; {'; '.join(reasons)}" if reasons else str(error)) from None
+
+
+def _to_task(
+    contents: Contents, root: str, unlabeled: str | None, split: Split, on_mistake: OnMistake, *, skips: bool
+) -> Task:
+    parts = contents.parts
     if "train" not in parts:
-        raise DataError(f"data.root {root} has no training part, only {', '.join(parts) or 'nothing'}")
-    classes = _class_names(parts, root)
+        raise DataError(f"data.root {quoted(root)} has no training part, only {', '.join(parts) or 'nothing'}")
+    classes = _class_names(parts, root, on_mistake)
     if unlabeled:
-        parts["unlabeled"] = _read_unlabeled_part(unlabeled, classes)
-    images = {role: _to_files(root, role, part, classes) for role, part in parts.items()}
-    skipped: list[str] = []
-    if on_error == "skip":
-        images, skipped = _without_broken(images, root)
+        _read_unlabeled(contents, root, unlabeled, classes, on_mistake)
+    skipped = [f"image {name} cannot be read (a link that leads to nothing)" for name in contents.lost_links]
+    if contents.lost_links and not skips:
+        on_mistake(
+            f"data.root {quoted(root)} has {len(skipped)} links that lead to nothing, "
+            f"{counted_by_folder(contents.lost_links)}: mend or remove them, or set data.on_error=skip"
+        )
+        skipped = []
+    images = {role: _to_files(root, role, part, classes, on_mistake) for role, part in parts.items()}
+    if skips:
+        images, broken = _without_broken(images, root)
+        skipped += broken
 
-    train, val, test, test_part = _with_test_part(images, root, test_share, seed)
-    if val is None and val_per_class:
-        train, val = _with_val_part(train, root, val_per_class, seed)
+    train, val, test, test_part = _with_test_part(images, parts, root, split)
+    facts = {f"{role}_part": part.origin or "as given" for role, part in parts.items()}
+    if test_part.startswith(VAL_IS_TEST):
+        del facts["val_part"]
+    if val is None and split.val_per_class:
+        train, val = _with_val_part(train, root, split.val_per_class, split.seed)
+        facts["val_part"] = f"{split.val_per_class} of each class, of the training images, with seed {split.seed}"
 
-    facts = {"variant": Path(root).resolve().name, "profile": "natural", "seed": seed, "test_part": test_part}
+    variant = as_text(Path(root).resolve().name)
+    facts |= {"variant": variant, "profile": "natural", "seed": split.seed, "test_part": test_part}
     return Task(
         name="folder",
         classes=tuple(classes),
@@ -81,32 +177,33 @@ def folder(
         test=test,
         unlabeled=images.get("unlabeled"),
         group_rule=usual_group_rule(torch.bincount(train.labels, minlength=len(classes))),
-        facts=facts | _amiss(root, parts, skipped, test, images.get("unlabeled")),
+        facts=facts | _amiss(contents, skipped, [train, val, test], images.get("unlabeled")),
     )
 
 
 # Reading: which parts there are, and which images are in each.
 
 
-def _read_parts(
-    root: str, unlabeled: str | None, image_column: str | None, label_column: str | None
-) -> dict[str, EncodedPart]:
-    """The parts train, val, test and unlabeled that `root`, a folder or a Hub id, has."""
+def _read_parts(contents: Contents, root: str, unlabeled: str | None, columns: Columns, on_mistake: OnMistake) -> None:
+    """Fills `contents` with the parts that `root`, a folder or a Hub id, has."""
     root_folder = Path(root)
     if root_folder.is_dir():
-        images = list(_image_paths(root_folder, without=_unlabeled_folder(root_folder, unlabeled)))
-        if images:
-            return _read_folders(root_folder, images, label_column)
-        if any(root_folder.rglob("*.parquet")):
-            return read_tables(root, image_column, label_column)
-        raise DataError(f"data.root {root} holds no image ({', '.join(SUFFIXES)}) and no parquet file")
+        walked = walk(root_folder, without=_unlabeled_folder(root_folder, unlabeled), on_mistake=on_mistake)
+        if not walked.images and any(root_folder.rglob("*.parquet")):
+            contents.parts = read_tables(root, columns.image, columns.label)
+            return
+        contents.note(walked)
+        if not walked.images:
+            raise DataError(f"data.root {quoted(root)} holds no image ({', '.join(SUFFIXES)}) and no parquet file")
+        _read_images(contents, root_folder, walked, columns.label)
+        return
     if root_folder.exists():
-        raise DataError(f"data.root {root} is a file: give the folder that it lies in")
+        raise DataError(f"data.root {quoted(root)} is a file: give the folder that it lies in")
     owner, _, name = root.partition("/")
     is_hub_id = owner and name and "/" not in name and not root.startswith((".", "~"))
-    if is_hub_id:
-        return read_tables(root, image_column, label_column)
-    raise DataError(f"data.root {root} does not exist")
+    if not is_hub_id:
+        raise DataError(f"data.root {quoted(root)} does not exist")
+    contents.parts = read_tables(root, columns.image, columns.label)
 
 
 def _unlabeled_folder(root: Path, unlabeled: str | None) -> Path | None:
@@ -117,111 +214,142 @@ def _unlabeled_folder(root: Path, unlabeled: str | None) -> Path | None:
     if unlabeled is None or os.path.realpath(unlabeled) == os.path.realpath(root):
         return None
     folder = Path(unlabeled)
-    return folder if _role_called(folder.name) is None else None
+    return folder if role_called(folder.name) in (None, "unlabeled") else None
 
 
-def _role_called(name: str) -> str | None:
-    """The part that a folder of this name may be: train, val or test."""
-    for role, names in PART_NAMES.items():
-        if name.lower() in names:
-            return role
-    return None
-
-
-def _image_paths(top: Path, *, without: Path | None = None) -> Iterator[RelativePath]:
-    """Image files below `top` in order of name; hidden ones and the folder `without` are passed over, links are
-    followed."""
-    visited = {os.path.realpath(without)} if without else set[str]()
-    for here, folders, files in os.walk(top, onerror=_raise_unreadable, followlinks=True):
-        real = os.path.realpath(here)
-        if real in visited:  # a link to where the walk has been, or `without`
-            folders.clear()
-            continue
-        visited.add(real)
-        # os.walk goes on with what is left in this very list, in this order.
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
-                yield (*Path(here).relative_to(top).parts, name)
-
-
-def _raise_unreadable(error: OSError) -> None:
-    raise DataError(
-        f"folder {error.filename} cannot be read ({error.strerror}): give yourself the right, or move it away"
-    )
-
-
-def _read_folders(root: Path, images: list[RelativePath], label_column: str | None) -> dict[str, EncodedPart]:
-    """The parts of a folder of images: train, val, test and unlabeled where it has such folders, else all as train."""
-    by_folder: dict[str, list[RelativePath]] = {}
-    for path in images:
-        if len(path) > 1:
-            by_folder.setdefault(path[0], []).append(path)
-    folders_by_role = _folders_by_role(root, by_folder)
-    if "train" not in folders_by_role or metadata(root):
-        return {"train": _read_part(root, root, images, label_column)}
-    for names in folders_by_role.values():
-        if len(names) > 1:
-            raise DataError(f"data.root {root} has two folders for one part, {' and '.join(names)}: keep one of them")
-    folder_of = {role: names[0] for role, names in folders_by_role.items()}
-    others = sorted(by_folder.keys() - set(folder_of.values()))
-    if others:
-        raise DataError(
-            f"data.root {root} has parts ({', '.join(folder_of.values())}) and beside them {others[0]}, "
-            "which holds images too: move it elsewhere"
-        )
-    unlabeled = folder_of.pop("unlabeled", None)
-    parts = {role: _read_part(root, root / name, by_folder[name], label_column) for role, name in folder_of.items()}
-    if unlabeled:
-        parts["unlabeled"] = _read_unlabeled_part(str(root / unlabeled), ())
-    return parts
-
-
-def _folders_by_role(root: Path, by_folder: Mapping[str, Sequence[RelativePath]]) -> dict[str, list[str]]:
-    """Which folders in `root` are called as a part and are one.
-
-    A folder called train may be a part or a class. It is a part where images lie one folder deeper, in class folders,
-    or where a metadata file describes them.
-    """
-    folders: dict[str, list[str]] = {}
-    for name, images in by_folder.items():
-        role = _role_called(name)
-        has_class_folders = any(len(path) > 2 for path in images)
-        if role and (has_class_folders or metadata(root / name)):
-            folders.setdefault(role, []).append(name)
-        if name.lower() in UNLABELED_FOLDERS:
-            folders.setdefault("unlabeled", []).append(name)
-    return folders
-
-
-def _read_part(root: Path, part: Path, images: list[RelativePath], label_column: str | None) -> EncodedPart:
-    """The `images` of folder `part`, root itself or one inside it; classes are from its metadata file, or else its
-    folders. Ids are paths from `root`."""
-    table = metadata(part)
+def _read_images(contents: Contents, root: Path, walked: Walk, label_column: str | None) -> None:
+    """The parts of a folder of images: as its own table says, or as its folders are called."""
+    table = metadata(root)
     if table:
-        listed, class_names = read_metadata(table, label_column)
-        files = [_below(root, path) for path in listed]
+        contents.parts, strays = _parts_of_table(root, table, walked.images, label_column)
+        class_level: set[RelativePath] = set()
     else:
-        depth = len(part.relative_to(root).parts)  # where in a path the class folder stands
-        in_class_folders = [path for path in images if len(path) > depth + 1]
-        files = [root.joinpath(*path) for path in in_class_folders]
-        class_names = [path[depth] for path in in_class_folders]
-        _check_class_folders(part, class_names)
+        layout = find_parts(root, walked.images, lambda name: metadata(root / name) is not None)
+        strays = list(layout.strays)
+        class_level = set()
+        for role, part in layout.parts.items():
+            contents.parts[role], others = _read_part(root, role, part, label_column)
+            strays += others
+            if role != "unlabeled" and not (part.folder and metadata(root / part.folder)):
+                outer = (part.folder,) if part.folder else ()
+                class_level |= {path for path in walked.folders if len(path) == len(outer) + 1 and path[:-1] == outer}
+        if list(layout.parts) == ["train"]:
+            contents.facts["same_inside"] = same_inside(layout.parts["train"].images)
+    contents.facts["left_out"] = [joined(path) for path in strays]
+    contents.facts["empty_folders"] = _without_images(walked, class_level)
+
+
+def _read_part(
+    root: Path, role: str, part: FolderPart, label_column: str | None
+) -> tuple[EncodedPart, list[RelativePath]]:
+    """(a part that is a folder of `root` or spread over its class folders, the images there that are in no class).
+
+    Classes are from the metadata file of the folder, or else from its folders. Ids are paths from `root`.
+    """
+    table = metadata(root / part.folder) if part.folder else None
+    if role == "unlabeled" and part.folder:  # its ids start at itself, as if it were given by name
+        inside = [path[1:] for path in part.images]
+        return _unlabeled_part(root / part.folder, inside, part.origin), []
+    if table:
+        files, class_names = read_metadata(table, label_column)
+        return _part_of_table(root, [_below(root, path) for path in files], class_names, part)
+    with_class = [path for path in part.images if len(path) > part.class_at + 1]
+    folders = [path[part.class_at] for path in with_class]
+    if role != "unlabeled":
+        _check_class_folders(root / (part.folder or ""), folders)
+    files = [str(root.joinpath(*path)) for path in with_class]
+    class_names = [as_text(name) for name in folders]
+    read = _part_of_files(files, [joined(path) for path in with_class], class_names, part.origin)
+    return read, [path for path in part.images if len(path) <= part.class_at + 1]
+
+
+def _part_of_table(
+    root: Path, files: Sequence[Path], class_names: list[str], part: FolderPart
+) -> tuple[EncodedPart, list[RelativePath]]:
+    """(the part of the rows of a table, the images in its folder that it does not name)."""
     ids = [_path_from(root, path) for path in files]
-    with_class = set(ids)
-    left_out = [name for name in map("/".join, images) if name not in with_class]
-    return _part_of_files([str(path) for path in files], ids, class_names, left_out)
+    read = _part_of_files([str(path) for path in files], ids, class_names, part.origin)
+    named = set(ids)
+    return read, [path for path in part.images if joined(path) not in named]
+
+
+def _parts_of_table(
+    root: Path, table: Path, images: Sequence[RelativePath], label_column: str | None
+) -> tuple[dict[str, EncodedPart], list[RelativePath]]:
+    """(the parts of a table above them, the images that it does not name): its rows are of the part that one of the
+    folders in their path is called as, or all of them for training. An unlabeled/ is a part without rows."""
+    listed, class_names = read_metadata(table, label_column)
+    files = [_below(root, path) for path in listed]
+    rows_of: dict[str | None, list[int]] = defaultdict(list)
+    for row, path in enumerate(files):
+        rows_of[role_in_path(_relative(root, path), class_names[row])].append(row)
+    if len(rows_of) > 1 and (None in rows_of or "train" not in rows_of):
+        in_a_part = next(rows[0] for role, rows in rows_of.items() if role)
+        other = f"{quoted(listed[rows_of[None][0]])} in none" if None in rows_of else "none in train/"
+        raise DataError(f"{quoted(table)} names {quoted(listed[in_a_part])} in a part, and {other}: {FORMS}")
+    for name in {path[0] for path in images if len(path) > 1}:
+        if role_called(name) and metadata(root / name):
+            raise DataError(
+                f"data.root {quoted(root)} has {table.name}, and {quoted(name)} in it has one too: keep one of them"
+            )
+    unnamed = {joined(path): path for path in images}
+    parts: dict[str, EncodedPart] = {}
+    for role, rows in rows_of.items():
+        folders = sorted({folder for row in rows for folder in _relative(root, files[row])[:-1] if role_called(folder)})
+        origin = ", ".join([table.name, *(f"{as_text(folder)}/" for folder in folders if role)])
+        part = FolderPart([], origin=origin)
+        names = [class_names[row] for row in rows]
+        parts[role or "train"], _ = _part_of_table(root, [files[row] for row in rows], names, part)
+        for name in parts[role or "train"].ids:
+            unnamed.pop(name, None)
+    beside = {path[0] for path in unnamed.values() if len(path) > 1 and role_called(path[0]) == "unlabeled"}
+    if len(beside) == 1 and "unlabeled" not in parts:
+        (folder,) = beside
+        inside = [path[1:] for path in unnamed.values() if path[0] == folder]
+        parts["unlabeled"] = _unlabeled_part(root / folder, inside, f"{as_text(folder)}/")
+        unnamed = {name: path for name, path in unnamed.items() if path[0] != folder}
+    return parts, list(unnamed.values())
+
+
+def _relative(root: Path, path: Path) -> RelativePath:
+    return path.relative_to(root).parts if path.is_relative_to(root) else path.parts[-1:]
+
+
+def _without_images(walked: Walk, class_level: set[RelativePath]) -> list[str]:
+    """Folders that stand where classes do and hold no image, and folders that hold nothing at all: somebody may have
+    meant them as classes."""
+    with_images = _outer_folders(walked.images)
+    with_anything = with_images | _outer_folders(walked.folders)
+    for reason, paths in walked.left_out.items():
+        if reason != "hidden":
+            with_anything |= _outer_folders(paths)
+    empty = {path for path in walked.folders if path and path not in with_anything}
+    return [f"{joined(path)}" for path in sorted(empty | (class_level - with_images))]
+
+
+def _outer_folders(paths: Sequence[RelativePath]) -> set[RelativePath]:
+    """All folders on the way to `paths`."""
+    folders: set[RelativePath] = set()
+    for path in paths:
+        outer = path[:-1]
+        while outer and outer not in folders:
+            folders.add(outer)
+            outer = outer[:-1]
+    return folders
 
 
 def _check_class_folders(part: Path, class_names: Sequence[str]) -> None:
     if not class_names:
-        raise DataError(f"data.root {part} has images, but no class folders with images in them")
-    for name in class_names:
-        if name.lower() in UNLABELED_FOLDERS:
+        raise DataError(f"data.root {quoted(part)} has images, but no class folders with images in them")
+    shown: dict[str, str] = {}
+    for name in dict.fromkeys(class_names):
+        if role_called(name) == "unlabeled":
             raise DataError(
-                f"data.root {part} has {name} among its class folders: set data.unlabeled={part / name} if its "
-                "images have no label, or give the class another name"
+                f"data.root {quoted(part)} has {quoted(name)} among its class folders: set data.unlabeled="
+                f"{quoted(part / name)} if its images have no label, or give the class another name"
             )
+        if shown.setdefault(as_text(name), name) != name:
+            raise DataError(f"data.root {quoted(part)} has two class folders that are shown as {name!r}: rename one")
 
 
 def _below(root: Path, path: Path) -> Path:
@@ -234,41 +362,53 @@ def _below(root: Path, path: Path) -> Path:
 
 
 def _path_from(root: Path, path: Path) -> str:
-    return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
+    return as_text(path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path))
 
 
-def _read_unlabeled_part(source: str, classes: Sequence[str]) -> EncodedPart:
+def _read_unlabeled(contents: Contents, root: str, source: str, classes: Sequence[str], on_mistake: OnMistake) -> None:
     """Images of the folder `source` at any depth, or of the list `source`. Their class is the topmost folder, or the
     label in the list as one of `classes`, and an empty text where there is none.
 
     Raises DataError.
     """
-    if os.path.isdir(source):
-        root = Path(source)
-        images = list(_image_paths(root))
-        ids = ["/".join(path) for path in images]
-        class_names = [path[0] if len(path) > 1 else "" for path in images]
-        if not images:
-            raise DataError(f"data.unlabeled {source} holds no image ({', '.join(SUFFIXES)})")
-    elif os.path.isfile(source):
-        root = Path(source).parent
-        ids, labels = read_unlabeled(Path(source), len(classes))
+    folder, origin = Path(source), f"{as_text(os.path.basename(os.path.normpath(source)))}"
+    if folder.is_dir():
+        walked = walk(folder, on_mistake=on_mistake)
+        if not _is_within(folder, root):  # else the walk over root has named what is no image
+            contents.note(walked, (folder.resolve().name,))
+        elif _unlabeled_folder(Path(root), source):
+            contents.note(walked, Path(os.path.realpath(folder)).relative_to(os.path.realpath(root)).parts)
+        if not walked.images:
+            raise DataError(f"data.unlabeled {quoted(source)} holds no image ({', '.join(SUFFIXES)})")
+        contents.parts["unlabeled"] = _unlabeled_part(folder, walked.images, f"{origin}/")
+    elif folder.is_file():
+        ids, labels = read_unlabeled(folder, len(classes))
         names = [*classes, ""]  # label -1, an unknown class, indexes the last
         class_names = [names[label] for label in labels.tolist()]
-        missing = [name for name in ids if not os.path.isfile(root / name)]
+        missing = [name for name in ids if not os.path.isfile(folder.parent / name)]
         if missing:
             raise DataError(
-                f"list {source} names {len(missing)} files that are not there, the first is {missing[0]}: its paths "
-                f"start at {root}"
+                f"list {quoted(source)} names {len(missing)} files that are not there, the first is "
+                f"{quoted(missing[0])}: its paths start at {quoted(folder.parent)}"
             )
+        files = [str(folder.parent / name) for name in ids]
+        contents.parts["unlabeled"] = _part_of_files(files, ids, class_names, origin)
     else:
-        raise DataError(f"data.unlabeled {source} does not exist: give a folder of images, or a list of them")
-    return _part_of_files([str(root / name) for name in ids], ids, class_names)
+        raise DataError(f"data.unlabeled {quoted(source)} does not exist: give a folder of images, or a list of them")
 
 
-def _part_of_files(
-    paths: Sequence[str], ids: list[str], class_names: list[str], left_out: Sequence[str] = ()
-) -> EncodedPart:
+def _is_within(folder: Path, root: str) -> bool:
+    return Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(root))
+
+
+def _unlabeled_part(folder: Path, images: Sequence[RelativePath], origin: str) -> EncodedPart:
+    """Unlabeled images, by their paths from `folder`; the topmost folder of each may be its class."""
+    class_names = [as_text(path[0]) if len(path) > 1 else "" for path in images]
+    files = [str(folder.joinpath(*path)) for path in images]
+    return _part_of_files(files, [joined(path) for path in images], class_names, origin)
+
+
+def _part_of_files(paths: Sequence[str], ids: list[str], class_names: list[str], origin: str) -> EncodedPart:
     """A part of image files; the fingerprint of each is its size, the stamp a hash of when all were written.
 
     Raises DataError.
@@ -276,23 +416,23 @@ def _part_of_files(
     try:
         status = [os.stat(path) for path in paths]
     except OSError as error:
-        raise DataError(f"image {error.filename} cannot be read ({error.strerror}): move it away") from None
+        raise DataError(f"image {quoted(error.filename)} cannot be read ({error.strerror}): move it away") from None
     sizes = [str(file.st_size) for file in status]
     written = " ".join(str(file.st_mtime_ns) for file in status)
     stamp = hashlib.sha256(written.encode()).hexdigest()
-    return EncodedPart(lambda i: paths[i], ids, class_names, sizes, stamp, left_out=left_out)
+    return EncodedPart(lambda i: paths[i], ids, class_names, sizes, stamp, origin=origin)
 
 
 # From parts to a task.
 
 
-def _class_names(parts: Mapping[str, EncodedPart], root: str) -> list[str]:
+def _class_names(parts: Mapping[str, EncodedPart], root: str, on_mistake: OnMistake) -> list[str]:
     """The classes of all labeled parts: in the dataset's own order, or sorted where it has none, numbers as numbers."""
     used: set[str] = set()
     for role, part in parts.items():
         if role != "unlabeled":
             used.update(part.class_names)
-    _check_spellings(used, root)
+    _check_spellings(used, root, on_mistake)
     own_order = parts["train"].class_order
     if used <= set(own_order):
         return list(own_order)
@@ -300,23 +440,24 @@ def _class_names(parts: Mapping[str, EncodedPart], root: str) -> list[str]:
     return sorted(numbers, key=lambda name: (int(name), name)) + sorted(used - numbers)
 
 
-def _check_spellings(names: set[str], root: str) -> None:
-    """Raises DataError for two classes whose names differ in case, underscores or Unicode form alone."""
+def _check_spellings(names: set[str], root: str, on_mistake: OnMistake) -> None:
+    """Names two classes that differ in case, underscores or Unicode form alone."""
     known: dict[str, str] = {}
     for name in sorted(names):
         key = unicodedata.normalize("NFKC", name).casefold().replace("_", " ").strip()
         if key in known:
-            raise DataError(
-                f"data.root {root}: classes {known[key]!r} and {name!r} are one in two spellings: rename one"
+            on_mistake(
+                f"data.root {quoted(root)}: classes {quoted(repr(known[key]))} and {quoted(repr(name))} are one in two "
+                "spellings: rename one"
             )
         known[key] = name
 
 
-def _to_files(root: str, role: str, part: EncodedPart, classes: list[str]) -> Files:
+def _to_files(root: str, role: str, part: EncodedPart, classes: list[str], on_mistake: OnMistake) -> Files:
     """A part with classes as numbers; -1 where a name is no class, as in the unlabeled part alone."""
     if len(set(part.ids)) < len(part.ids):
         twice = next(name for name in part.ids if part.ids.count(name) > 1)
-        raise DataError(f"the {role} part of data.root {root} lists an image twice: {twice}")
+        on_mistake(f"the {role} part of data.root {quoted(root)} lists an image twice: {quoted(twice)}")
     label_of = {name: k for k, name in enumerate(classes)}
     labels = torch.tensor([label_of.get(name, -1) for name in part.class_names])
     return Files(part.source, labels, tuple(part.ids), tuple(part.fingerprints), part.stamp)
@@ -346,7 +487,7 @@ def _decoding_errors(files: Files) -> list[str]:
 
     def error_of(i: int) -> str:
         try:
-            decoded(*files.take(torch.tensor([i])))
+            readable(*files.take(torch.tensor([i])))
         except DataError as error:
             return str(error)
         return ""
@@ -355,21 +496,24 @@ def _decoding_errors(files: Files) -> list[str]:
         return list(pool.map(error_of, range(len(files))))
 
 
+VAL_IS_TEST = "the val part is the test set"
+
+
 def _with_test_part(
-    images: Mapping[str, Files], root: str, test_share: float, seed: int
+    images: Mapping[str, Files], parts: Mapping[str, EncodedPart], root: str, split: Split
 ) -> tuple[Files, Files | None, Files, str]:
     """(training, val, test, what the test part is): a test part as given, or else the val part, or else split off."""
     train, val, test = images["train"], images.get("val"), images.get("test")
-    test_part = "as given"
-    if test is None and val is not None:
+    if test is not None:
+        test_part = parts["test"].origin or "as given"
+    elif val is not None:
         test, val = val, None
-        test_part = "the val part is the test set"
-    elif test is None:
-        train, test = _split_off(train, test_share, seed)
-        test_part = f"{test_share:g} of each class split off as test set with seed {seed}"
-    assert test is not None
+        test_part = ", ".join(text for text in (VAL_IS_TEST, parts["val"].origin) if text)
+    else:
+        train, test = _split_off(train, split.test_share, split.seed)
+        test_part = f"{split.test_share:g} of each class split off as test set with seed {split.seed}"
     if len(test) == 0:
-        raise DataError(f"data.root {root} has no image to test on: a class needs two images to give one away")
+        raise DataError(f"data.root {quoted(root)} has no image to test on: a class needs two images to give one away")
     return train, val, test, test_part
 
 
@@ -396,29 +540,34 @@ def _with_val_part(train: Files, root: str, val_per_class: int, seed: int) -> tu
 
 
 def _amiss(
-    root: str, parts: Mapping[str, EncodedPart], skipped: list[str], test: Files, unlabeled: Files | None
+    contents: Contents, skipped: list[str], labeled: Sequence[Files | None], unlabeled: Files | None
 ) -> dict[str, list[str]]:
-    """What a run warns of (`lpt.data.task.WARNINGS`), where there is any."""
-    left_out: list[str] = []
-    for part in parts.values():
-        left_out += part.left_out
+    """What a run says of it (`lpt.data.task.REMARKS`), where there is any."""
+    test = labeled[-1]
     lists = {
-        "left_out": left_out,
-        "empty_folders": _empty_folders(Path(root)),
+        **contents.facts,
         "skipped": skipped,
-        "leaked": _same_files(test, unlabeled) if unlabeled else [],
+        "same_file": _one_file_twice([part for part in labeled if part]) if contents.has_links else [],
+        "leaked": _same_files(test, unlabeled) if test and unlabeled else [],
     }
     return {fact: names for fact, names in lists.items() if names}
 
 
-def _empty_folders(root: Path) -> list[str]:
-    """Folders without a visible file or folder in them, which somebody may have meant as classes."""
-    empty: list[str] = []
-    for here, folders, files in os.walk(root):
-        is_empty = all(name.startswith(".") for name in [*folders, *files])
-        if is_empty and Path(here) != root:
-            empty.append(str(Path(here).relative_to(root)))
-    return sorted(empty)
+def _one_file_twice(parts: Sequence[Files]) -> list[str]:
+    """Pairs of ids that are one file, in one part or in two."""
+    first: dict[tuple[int, int], str] = {}
+    pairs: list[str] = []
+    for part in parts:
+        for i, name in enumerate(part.ids):
+            known = first.setdefault(_inode(part, i), name)
+            if known != name:
+                pairs.append(f"{known} = {name}")
+    return pairs
+
+
+def _inode(images: Files, i: int) -> tuple[int, int]:
+    status = os.stat(images.source(i))
+    return status.st_dev, status.st_ino
 
 
 def _same_files(test: Files, unlabeled: Files) -> list[str]:
@@ -426,10 +575,5 @@ def _same_files(test: Files, unlabeled: Files) -> list[str]:
     first = test.source(0)
     if isinstance(first, bytes) or not os.path.isfile(first):
         return []
-
-    def inode(images: Files, i: int) -> tuple[int, int]:
-        status = os.stat(images.source(i))
-        return status.st_dev, status.st_ino
-
-    tested = {inode(test, i) for i in range(len(test))}
-    return [unlabeled.ids[i] for i in range(len(unlabeled)) if inode(unlabeled, i) in tested]
+    tested = {_inode(test, i) for i in range(len(test))}
+    return [unlabeled.ids[i] for i in range(len(unlabeled)) if _inode(unlabeled, i) in tested]

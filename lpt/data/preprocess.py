@@ -11,6 +11,7 @@ import io
 import math
 import os
 import threading
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -26,8 +27,9 @@ from torch import Tensor
 from lpt.errors import DataError, quoted
 
 Transform = Literal["timm", "lift", "lpt"]
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "PPM", "JPEG2000")
-"""What is read where this Pillow can. It would read more, PostScript by running a program."""
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "PPM", "JPEG2000", "HEIF")
+"""What is read where this Pillow can, HEIF with pillow-heif. It would read more, PostScript by running a program."""
+HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 # In a few bytes of a file there is room for an image that would fill the memory, or take hours.
 MAX_PIXELS = 2**25
 """Pixels of an image, of a JPEG once it is decoded smaller; a fourth of them with 32 bits each."""
@@ -37,6 +39,8 @@ MAX_SCANS = 100
 """Scans of a progressive JPEG, each of which goes over the whole image."""
 MAX_VIEW = 1024
 """Pixels of a view's side: attention over many more patches than that has would never end."""
+USUAL_MIN_SIDE = 540
+"""`min_side` of views of 224 pixels: what a check decodes an image to that is too large as it is."""
 DECODE_ALONE_ABOVE = 2**24
 """Pixels above which one image is decoded at a time, whatever the number of workers: memory for one is enough."""
 _decode_alone = threading.Lock()
@@ -257,7 +261,43 @@ def decoded(file: File, *, min_side: int = 0) -> Image.Image:
                 has_wide_pixels = image.mode[0] in "IF"
                 return (_eight_bits(image) if has_wide_pixels else image).convert("RGB")
     except Exception as error:  # a decoder's error on a damaged file can be of any class
-        raise DataError(f"image {file.name} cannot be decoded ({quoted(error) or type(error).__name__})") from None
+        reason = quoted(error) or type(error).__name__
+        if "HEIF" not in _formats() and is_heic(content):
+            reason = "it is HEIC, whatever its name: install pillow-heif to read it"
+        raise DataError(f"image {file.name} cannot be decoded ({reason})") from None
+
+
+def readable(file: File) -> Image.Image:
+    """The whole image, or where it is too large for that, smaller, as a view of usual size would have it: what can be
+    trained on is readable. Raises DataError."""
+    try:
+        return decoded(file)
+    except DataError:
+        return decoded(file, min_side=USUAL_MIN_SIDE)
+
+
+def is_image(path: str) -> bool:
+    """Whether a file is an image by its first bytes, which says nothing of the rest."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of its size, which is looked at when it is decoded
+        try:
+            with Image.open(path, formats=_formats()):
+                return True
+        except Image.DecompressionBombError:
+            return True
+        except Exception:  # a parser's error can be of any class
+            return False
+
+
+def is_heic(content: str | Path | bytes) -> bool:
+    """Whether a file, or its bytes, are HEIC by its first bytes; AVIF is none."""
+    try:
+        if not isinstance(content, bytes):
+            with open(content, "rb") as file:
+                content = file.read(12)
+    except OSError:
+        return False
+    return content[4:8] == b"ftyp" and content[8:12] in HEIC_BRANDS
 
 
 def _scans(file: File) -> int:
@@ -294,6 +334,10 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 @cache
 def _formats() -> tuple[str, ...]:
     Image.init()
+    with contextlib.suppress(ImportError):
+        import pillow_heif  # pyright: ignore[reportMissingImports]
+
+        pillow_heif.register_heif_opener()
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 

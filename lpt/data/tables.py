@@ -37,6 +37,8 @@ class EncodedPart(NamedTuple):
     """All classes in the dataset's own order, where it has one."""
     left_out: Sequence[str] = ()
     """Images that lie beside these and belong to no class."""
+    origin: str = ""
+    """Where the part came from: a folder for example."""
 
 
 def metadata(folder: Path) -> Path | None:

@@ -4,25 +4,45 @@ Shapes: pixels [N 3 h w] uint8, labels [N], counts [C].
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from pathlib import PurePosixPath
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lpt.data.preprocess import File
-from lpt.errors import DataError
+from lpt.errors import DataError, quoted
 
-WARNINGS = {
-    "left_out": "{} images belong to no class and are left out",
-    "skipped": "{} images cannot be decoded and are skipped",
-    "leaked": "{} unlabelled images are test images too",
-    "empty_folders": "{} folders hold no image and are no classes",
-}
-"""What is said of a task whose `facts` list something under one of these keys."""
+
+class Remark(NamedTuple):
+    """How something is said that is amiss in a dataset, or worth knowing."""
+
+    text: str
+    """With the number of names in the place of {}."""
+    is_problem: bool = True
+    by_folder: bool = False
+    """Whether the names are paths, to be counted in each folder."""
+
+
+REMARKS = {
+    "empty_folders": Remark("{} folders hold no image and are no classes"),
+    "heic": Remark("{} HEIC photos are left out: install pillow-heif to read them", by_folder=True),
+    "unread_pictures": Remark("{} pictures of other formats are left out: save them as JPEG or PNG", by_folder=True),
+    "left_out": Remark("{} images belong to no class and are left out"),
+    "skipped": Remark("{} images cannot be decoded and are skipped"),
+    "same_file": Remark("{} images are one file under two names"),
+    "leaked": Remark("{} unlabelled images are test images too"),
+    "same_inside": Remark("{} class folders hold folders of the same names: if these are the classes, call the outer "
+                          "ones train and test", is_problem=False),
+    "other_files": Remark("{} files are no images and are left out", is_problem=False, by_folder=True),
+    "back_links": Remark("{} links lead back to a folder that they lie in and are not followed", is_problem=False),
+    "hidden": Remark("{} hidden files and folders are left out", is_problem=False, by_folder=True),
+}  # fmt: skip
+"""What is said of a task whose `facts` list names under one of these keys. What is no problem is worth a note."""
 
 # A part of a task is `Images` or `Files`. Both have `labels` [N] and `ids`, a length, `digest`, `take`, `subset` and
 # `content`; only what `take` returns differs, and the engine asks which of the two it has.
@@ -45,7 +65,7 @@ class Images:
     @cached_property
     def digest(self) -> str:
         """SHA-256 over ids and pixels in their order, in hex: what was computed from these images is cached by it."""
-        digest = hashlib.sha256("\n".join(self.ids).encode())
+        digest = hashlib.sha256("\n".join(self.ids).encode(errors="surrogateescape"))
         digest.update(f"{tuple(self.pixels.shape)}".encode())
         digest.update(self.pixels.numpy().tobytes())
         return digest.hexdigest()
@@ -89,7 +109,8 @@ class Files:
     @cached_property
     def digest(self) -> str:
         """SHA-256 over stamp, ids and fingerprints in their order, in hex; no file is read for it."""
-        return hashlib.sha256("\n".join([self.stamp, *self.ids, *self.fingerprints]).encode()).hexdigest()
+        text = "\n".join([self.stamp, *self.ids, *self.fingerprints])
+        return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
 
     def take(self, indices: Tensor) -> list[File]:
         """The encoded images `indices` [B], for `Preprocess.cut`: B files, not yet decoded."""
@@ -121,7 +142,7 @@ class Files:
     def content(self, rows: np.ndarray) -> bytes:
         """What a split's hash covers of images `rows` beside ids and labels: their fingerprints. To read every file of
         a long list would take an hour."""
-        return "\n".join(self.fingerprints[row] for row in rows.tolist()).encode()
+        return "\n".join(self.fingerprints[row] for row in rows.tolist()).encode(errors="surrogateescape")
 
 
 @dataclass(frozen=True)
@@ -137,7 +158,8 @@ class Task:
     """Images whose labels no method may train on. Where the truth is known they hold it, for the audit, else -1."""
     group_rule: str = "lt20"
     facts: Mapping[str, Any] = field(default_factory=dict)
-    """What else is known of the split, as `split.json` holds it: variant, profile, seed, and the keys of `WARNINGS`."""
+    """What else is known of the split, as `split.json` holds it: variant, profile, seed, where the parts came from, and
+    the keys of `REMARKS`."""
 
     def __post_init__(self) -> None:
         if len(self.classes) < 2:
@@ -172,7 +194,8 @@ class Task:
             sorted_ids = [images.ids[row] for row in order.tolist()]
             labels = images.labels.tolist()
             for row, image_id in zip(order.tolist(), sorted_ids, strict=True):
-                digest.update(f"{role}\t{image_id}\t{class_names[labels[row]]}\n".encode())
+                line = f"{role}\t{image_id}\t{class_names[labels[row]]}\n"
+                digest.update(line.encode(errors="surrogateescape"))  # names that are no UTF-8 as their bytes
             digest.update(images.content(order))
             parts[role] = {"images": len(images), "ids": sorted_ids}
         return {
@@ -186,34 +209,72 @@ class Task:
         }
 
     def summary_lines(self) -> list[str]:
-        """What a run says of its data before it trains: a line on sizes, and a warning for each thing amiss."""
+        """What a run says of its data before it trains: a line on sizes, and one for each thing amiss."""
         lines = [self._size_line()]
-        for fact, text in WARNINGS.items():
-            names = self.facts.get(fact)
-            if names:
-                lines.append(f"warning: {text.format(len(names))}, for example {names[0]}")
+        for remark, text in remarks(self.facts, most=1):
+            lines.append(f"{'warning' if remark.is_problem else 'note'}: {text}")
         for name in self.absent_classes():
-            lines.append(f"warning: class {name!r} has no training image; it is kept, and cannot be learned")
+            lines.append(
+                f"warning: class {quoted(repr(name))} has no training image; it is kept, and cannot be learned"
+            )
         return lines
 
     def _size_line(self) -> str:
         largest, smallest = int(self.counts.max()), int(self.counts.min())
         line = (
-            f"{self.name} ({self.facts.get('variant')}): {len(self.train)} training images of {len(self.classes)} "
-            f"classes, {largest} to {smallest} each"
+            f"{self.name} ({quoted(self.facts.get('variant'))}): {len(self.train)} training images of "
+            f"{len(self.classes)} classes, {largest} to {smallest} each{self.source_of('train')}"
         )
         if self.unlabeled:
-            line += f", {len(self.unlabeled)} unlabelled"
+            line += f", {len(self.unlabeled)} unlabelled{self.source_of('unlabeled')}"
         if self.val:
-            line += f", {len(self.val)} held out"
-        line += f", {len(self.test)} test images"
-        if "test_part" in self.facts:
-            line += f" ({self.facts['test_part']})"
-        return line
+            line += f", {len(self.val)} held out{self.source_of('val')}"
+        return f"{line}, {len(self.test)} test images{self.source_of('test')}"
+
+    def source_of(self, role: str) -> str:
+        """Where the images of a part came from, in brackets, where it is known."""
+        source = self.facts.get(f"{role}_part")
+        return f" ({quoted(source)})" if source else ""
 
     def absent_classes(self) -> list[str]:
         """Classes without a single training image; they stay in the label set and are reported."""
         return [name for name, count in zip(self.classes, self.counts.tolist(), strict=True) if count == 0]
+
+
+def remarks(facts: Mapping[str, Any], *, most: int) -> list[tuple[Remark, str]]:
+    """What `facts` hold of `REMARKS`, each as a sentence with the names of a few: `most`, or as many as fit in a line
+    where they are counted by folder."""
+    said: list[tuple[Remark, str]] = []
+    for key, remark in REMARKS.items():
+        names = facts.get(key)
+        if not names:
+            continue
+        text = remark.text.format(len(names))
+        if remark.by_folder:
+            text += f": {counted_by_folder(names)}"
+        else:
+            text += f", for example {quoted(names[0])}" if most == 1 else f": {first_few(names, most=most)}"
+        said.append((remark, text))
+    return said
+
+
+def counted_by_folder(paths: Sequence[str], most: int = 5) -> str:
+    """How many of `paths` each folder has, with the names of two: "cat 3 (a.txt, b.txt, ...), dog 1 (c.txt)"."""
+    names: dict[str, list[str]] = {}
+    for path in paths:
+        names.setdefault(str(PurePosixPath(path).parent), []).append(PurePosixPath(path).name)
+    counted: list[str] = []
+    for folder, inside in names.items():
+        shown = ", ".join(quoted(name, 30) for name in inside[:2]) + (", ..." if len(inside) > 2 else "")
+        counted.append(f"{quoted(folder, 50)} {len(inside)} ({shown})")
+    return first_few(counted, most=most)
+
+
+def first_few(items: Sequence[str], between: str = ", ", *, most: int = 5) -> str:
+    """The first few `items` in one line, fit for a terminal, and how many more there are."""
+    line = between.join(quoted(item) for item in items[:most])
+    rest = len(items) - most
+    return f"{line}{between}and {rest} more" if rest > 0 else line
 
 
 def hold_out(

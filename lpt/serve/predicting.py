@@ -5,14 +5,15 @@ Shapes: views [B 3 S S] uint8.
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lpt.data.folder import SUFFIXES
 from lpt.data.preprocess import File, Preprocess
-from lpt.errors import DataError
+from lpt.data.task import remarks
+from lpt.data.walk import as_text, joined, walk
+from lpt.errors import DataError, quoted
 from lpt.model.classifier import PromptedClassifier
 
 
@@ -27,7 +28,7 @@ def predict_files(
     topk = min(topk, len(model.classes))
     for start in range(0, len(paths), batch_size):
         batch_paths = paths[start : start + batch_size]
-        answers: list[dict[str, Any]] = [{"image": str(path)} for path in batch_paths]
+        answers: list[dict[str, Any]] = [{"image": as_text(str(path))} for path in batch_paths]
         views, errors = _test_views(preprocess, batch_paths)
         for i, error in errors.items():
             answers[i]["error"] = error
@@ -44,7 +45,7 @@ def predict_files(
 
 def _test_views(preprocess: Preprocess, paths: Sequence[Path]) -> tuple[Tensor | None, dict[int, str]]:
     """(views of the files that can be decoded, None where none can, the error of each other by its index)."""
-    files = [File(str(path), path) for path in paths]
+    files = [File(as_text(str(path)), path) for path in paths]
     try:
         return preprocess.cut(files), {}
     except DataError:  # at least one file is broken, which does not say whether others are: decode them one by one
@@ -59,17 +60,37 @@ def _test_views(preprocess: Preprocess, paths: Sequence[Path]) -> tuple[Tensor |
     return torch.cat(views) if views else None, errors
 
 
+class ImageFiles(NamedTuple):
+    """Images to predict, and a sentence on each kind of file beside them."""
+
+    paths: list[Path]
+    remarks: list[str]
+
+
 def image_files(paths: Sequence[Path]) -> list[Path]:
-    """Files as they are, folders as the images inside them, sorted. Raises DataError for a path that is not there."""
+    """The images of `find_images`."""
+    return find_images(paths).paths
+
+
+def find_images(paths: Sequence[Path]) -> ImageFiles:
+    """Files as they are, folders as the images that training would find in them. Links that lead to nothing count as
+    images, which cannot be read. Raises DataError for a path that is not there, and for a folder without images."""
     files: list[Path] = []
+    left_out: dict[str, list[str]] = {}
     for path in paths:
         if path.is_dir():
-            images = sorted(p for p in path.rglob("*") if p.name.lower().endswith(SUFFIXES) and p.is_file())
-            if not images:
-                raise DataError(f"folder {path} holds no image")
-            files += images
-        elif path.exists():
+            walked = walk(path)
+            lost_links = walked.left_out.get("lost_links", [])
+            names = {reason: [joined(name) for name in below] for reason, below in walked.left_out.items()}
+            if not walked.images and not lost_links:
+                reasons = [text for _, text in remarks(names, most=1)]
+                raise DataError("; ".join([f"folder {quoted(path)} holds no image", *reasons]))
+            files += [path.joinpath(*name) for name in sorted([*walked.images, *lost_links])]
+            for reason, below in names.items():
+                left_out.setdefault(reason, []).extend(as_text(str(path / name)) for name in below)
+        elif path.exists() or path.is_symlink():
             files.append(path)
         else:
-            raise DataError(f"image {path} does not exist")
-    return files
+            raise DataError(f"image {quoted(path)} does not exist")
+    said = [f"{'warning' if remark.is_problem else 'note'}: {text}" for remark, text in remarks(left_out, most=1)]
+    return ImageFiles(files, said)
