@@ -231,8 +231,9 @@ def _override(tree: dict[str, Any], text: str) -> str | None:
     *sections, key = path.split(".")
     if not equals or not sections or not all((*sections, key)):
         return f"{quoted(repr(text))} is not of the form section.key=value, for example train.seed=1"
+    is_path_in_bytes = any("\udc80" <= letter <= "\udcff" for letter in value)  # a name that is no UTF-8
     try:
-        parsed = _yaml(value) if value else None
+        parsed = value if is_path_in_bytes else _yaml(value) if value else None
     except ValueError:
         return f"{quoted(path)}: the value {quoted(repr(value))} is not YAML"
     part = tree
