@@ -447,7 +447,8 @@ def test_a_broken_unlabelled_image_is_named_or_skipped(flat, more):
     task = lpt.load_task("folder", root=str(flat), unlabeled=str(more), on_error="skip")
     assert len(task.unlabeled) == 7 and "cat/1.png" not in task.unlabeled.ids
     assert any(
-        "1 images cannot be decoded and are skipped, for example image cat/1.png" in x for x in task.summary_lines()
+        "1 images cannot be decoded and are skipped, for example image more/cat/1.png" in x
+        for x in task.summary_lines()
     )
     for file in more.rglob("*.png"):
         file.write_bytes(b"no image")

@@ -156,7 +156,7 @@ def _to_task(
         skipped = []
     images = {role: _to_files(root, role, part, classes, on_mistake) for role, part in parts.items()}
     if skips:
-        images, broken = _without_broken(images, root)
+        images, broken = _without_broken(images, parts, root)
         skipped += broken
 
     train, val, test, test_part = _with_test_part(images, parts, root, split)
@@ -219,8 +219,9 @@ def _unlabeled_folder(root: Path, unlabeled: str | None) -> Path | None:
 
 def _read_images(contents: Contents, root: Path, walked: Walk, label_column: str | None) -> None:
     """The parts of a folder of images: as its own table says, or as its folders are called."""
-    table = metadata(root)
+    table, tables_read = metadata(root), set[str]()
     if table:
+        tables_read.add(table.name)
         contents.parts, strays = _parts_of_table(root, table, walked.images, label_column)
         class_level: set[RelativePath] = set()
     else:
@@ -230,11 +231,16 @@ def _read_images(contents: Contents, root: Path, walked: Walk, label_column: str
         for role, part in layout.parts.items():
             contents.parts[role], others = _read_part(root, role, part, label_column)
             strays += others
-            if role != "unlabeled" and not (part.folder and metadata(root / part.folder)):
+            own_table = metadata(root / part.folder) if part.folder and role != "unlabeled" else None
+            if own_table:
+                tables_read.add(joined((part.folder or "", own_table.name)))
+            elif role != "unlabeled":
                 outer = (part.folder,) if part.folder else ()
                 class_level |= {path for path in walked.folders if len(path) == len(outer) + 1 and path[:-1] == outer}
         if list(layout.parts) == ["train"]:
             contents.facts["same_inside"] = same_inside(layout.parts["train"].images)
+    others = contents.facts.get("other_files", [])
+    contents.facts["other_files"] = [name for name in others if name not in tables_read]
     contents.facts["left_out"] = [joined(path) for path in strays]
     contents.facts["empty_folders"] = _without_images(walked, class_level)
 
@@ -252,6 +258,7 @@ def _read_part(
         return _unlabeled_part(root / part.folder, inside, part.origin), []
     if table:
         files, class_names = read_metadata(table, label_column)
+        part = part._replace(origin=part.origin + table.name)
         return _part_of_table(root, [_below(root, path) for path in files], class_names, part)
     with_class = [path for path in part.images if len(path) > part.class_at + 1]
     folders = [path[part.class_at] for path in with_class]
@@ -463,31 +470,38 @@ def _to_files(root: str, role: str, part: EncodedPart, classes: list[str], on_mi
     return Files(part.source, labels, tuple(part.ids), tuple(part.fingerprints), part.stamp)
 
 
-def _without_broken(images: Mapping[str, Files], root: str) -> tuple[dict[str, Files], list[str]]:
+def _without_broken(
+    images: Mapping[str, Files], parts: Mapping[str, EncodedPart], root: str
+) -> tuple[dict[str, Files], list[str]]:
     """(the parts without the images that cannot be decoded, an error for each of these).
 
-    Raises DataError where nothing is left to train on.
+    Raises DataError where a part has nothing left.
     """
-    needed = {"train": "training", "unlabeled": "unlabelled"}
+    names = {"train": "training", "unlabeled": "unlabelled", "val": "held-out", "test": "test"}
     decodable: dict[str, Files] = {}
     all_errors: list[str] = []
     for role, files in images.items():
-        errors = _decoding_errors(files)
+        # Ids of an unlabeled part start at its own folder: without it they could be taken for others.
+        folder = parts[role].origin if role == "unlabeled" and parts[role].origin.endswith("/") else ""
+        errors = _decoding_errors(files, "" if folder.startswith("CLASS/") else folder)
         all_errors += [error for error in errors if error]
         decodable[role] = files.subset([i for i, error in enumerate(errors) if not error])
-        if role in needed and len(decodable[role]) == 0:
+        if len(decodable[role]) == 0:
             raise DataError(
-                f"data.root {root} has no {needed[role]} image that can be decoded, for example: {all_errors[-1]}"
+                f"data.root {quoted(root)} has no {names[role]} image that can be decoded, for example: "
+                f"{all_errors[-1]}"
             )
     return decodable, all_errors
 
 
-def _decoding_errors(files: Files) -> list[str]:
-    """For each image what is wrong with it, or an empty text; all are decoded once, in threads."""
+def _decoding_errors(files: Files, folder: str) -> list[str]:
+    """For each image what is wrong with it, or an empty text; all are decoded once, in threads. `folder` is what the
+    names of images in a sentence begin with."""
 
     def error_of(i: int) -> str:
         try:
-            readable(*files.take(torch.tensor([i])))
+            (file,) = files.take(torch.tensor([i]))
+            readable(file._replace(name=folder + file.name))
         except DataError as error:
             return str(error)
         return ""
