@@ -23,7 +23,7 @@ DATA: dict[str, Callable[..., Task]] = {
     "lists": own_lists,
     "folder": folder,
 }
-LOCATION_SETTINGS = ("root", "download", "train", "val", "test", "unlabeled", "classes", "lists")
+LOCATION_SETTINGS = ("root", "download", "train", "val", "test", "unlabeled", "classes", "lists", "table")
 """Settings that say where images and lists lie. They are no part of a run's identity, and stand in no prompt file: it
 must not point anywhere on the disk of whoever opens it."""
 

@@ -6,7 +6,6 @@ Images are decoded when a batch needs them.
 import hashlib
 import inspect
 import os
-import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,10 +19,13 @@ from pydantic import Field
 
 from lpt.data.lists import read_unlabeled
 from lpt.data.longtail import usual_group_rule
+from lpt.data.packed import Packed, read_packed, read_packed_file
+from lpt.data.parquet import read_hub
 from lpt.data.parts import FORMS, FolderPart, find_parts, role_called, role_in_path, same_inside
 from lpt.data.preprocess import readable
-from lpt.data.tables import EncodedPart, metadata, read_metadata, read_tables
-from lpt.data.task import Files, Task, counted_by_folder, hold_out, remarks, rows_by_class
+from lpt.data.tables import TABLE_SUFFIXES, Columns, EncodedPart, metadata, read_metadata, settings_naming
+from lpt.data.task import REMARKS, Files, Task, counted_by_folder, hold_out, remarks, rows_by_class
+from lpt.data.texts import spelling
 from lpt.data.walk import SUFFIXES, RelativePath, Walk, as_text, joined, refuse, walk
 from lpt.errors import DataError, quoted
 from lpt.settings import Count, Seed
@@ -39,8 +41,11 @@ def folder(
     on_error: Literal["raise", "skip"] = "raise",
     image_column: str | None = None,
     label_column: str | None = None,
+    split_column: str | None = None,
+    table: str | None = None,
 ) -> Task:
-    """Your own images: ROOT/<class>/*.jpg, also inside train/, val/ and test/; metadata.csv; parquet; a Hub id.
+    """Your own images: ROOT/<class>/*.jpg, also inside train/, val/ and test/; metadata.csv; parquet; WebDataset
+    shards; a Hub id.
 
     Without a test part the val part is the test set; without both, a share `test_share` of each class is split off by
     `seed`, and a class with one image keeps it for training. `val_per_class` holds out training images where there is
@@ -50,13 +55,17 @@ def folder(
     `unlabeled` is a folder with images at any depth, by default ROOT/unlabeled/ where it lies beside train/. An image
     whose topmost folder there bears the name of a class has that class as its truth, for audits alone. It may also be a
     list with a path a line, below the list's own folder, and after a space perhaps the number of the class.
-    Raises DataError.
+
+    `table` is a file with a row for each image, of any name: CSV, JSON lines or parquet. `image_column`, `label_column`
+    and `split_column` say which of its columns hold the path (from ROOT or from the table's folder), the class and the
+    part, where their names do not. Raises DataError.
     """
     return _load(
         root,
         refuse,
         Split(test_share, seed, val_per_class),
-        Columns(image_column, label_column),
+        Columns(image_column, label_column, split_column),
+        table=table,
         unlabeled=unlabeled,
         on_error=on_error,
     )
@@ -72,18 +81,12 @@ def folder_with_mistakes(**settings: Any) -> Task:
         given["root"],
         mistakes.append,
         Split(given["test_share"], given["seed"], given["val_per_class"]),
-        Columns(given["image_column"], given["label_column"]),
+        Columns(given["image_column"], given["label_column"], given["split_column"]),
+        table=given["table"],
         unlabeled=given["unlabeled"],
         on_error=given["on_error"],
     )
     return replace(task, facts={**task.facts, "refused": mistakes}) if mistakes else task
-
-
-class Columns(NamedTuple):
-    """Which columns of a table hold images and classes, where the settings of `folder` say so."""
-
-    image: str | None
-    label: str | None
 
 
 class Split(NamedTuple):
@@ -123,18 +126,22 @@ def _load(
     split: Split,
     columns: Columns,
     *,
+    table: str | None,
     unlabeled: str | None,
     on_error: str,
 ) -> Task:
+    if root is None and table:
+        root = os.path.dirname(table) or "."
     if root is None:
         raise DataError("data.root is missing: give a folder with one folder of images for each class")
     contents = Contents()
     try:
-        _read_parts(contents, root, unlabeled, columns, on_mistake)
+        _read_parts(contents, root, unlabeled, columns, table, on_mistake)
         return _to_task(contents, root, unlabeled, split, on_mistake, skips=on_error == "skip")
     except DataError as error:
         # What was left out may be why the rest is not enough.
-        reasons = [text for remark, text in remarks(contents.facts, most=1) if remark.is_problem]
+        hints = [REMARKS["tables_beside"]]
+        reasons = [text for remark, text in remarks(contents.facts, most=1) if remark.is_problem or remark in hints]
         raise DataError(f"{error}; {'; '.join(reasons)}" if reasons else str(error)) from None
 
 
@@ -184,26 +191,42 @@ def _to_task(
 # Reading: which parts there are, and which images are in each.
 
 
-def _read_parts(contents: Contents, root: str, unlabeled: str | None, columns: Columns, on_mistake: OnMistake) -> None:
+def _read_parts(
+    contents: Contents,
+    root: str,
+    unlabeled: str | None,
+    columns: Columns,
+    table: str | None,
+    on_mistake: OnMistake,
+) -> None:
     """Fills `contents` with the parts that `root`, a folder or a Hub id, has."""
     root_folder = Path(root)
     if root_folder.is_dir():
         walked = walk(root_folder, without=_unlabeled_folder(root_folder, unlabeled), on_mistake=on_mistake)
-        if not walked.images and any(root_folder.rglob("*.parquet")):
-            contents.parts = read_tables(root, columns.image, columns.label)
-            return
         contents.note(walked)
+        given = _given_table(root_folder, table) if table else None
+        packed = read_packed_file(given, columns) if given else read_packed(root_folder, walked, columns)
+        if packed:
+            _take_packed(contents, packed, walked)
+            return
         if not walked.images:
-            raise DataError(f"data.root {quoted(root)} holds no image ({', '.join(SUFFIXES)}) and no parquet file")
-        _read_images(contents, root_folder, walked, columns.label)
+            raise DataError(f"data.root {quoted(root)} holds no image ({', '.join(SUFFIXES)}) and no parquet file or shard with any")
+        _read_images(contents, root_folder, walked, columns, given)
         return
     if root_folder.exists():
-        raise DataError(f"data.root {quoted(root)} is a file: give the folder that it lies in")
+        packed = read_packed_file(root_folder, columns)
+        if packed is None:
+            is_table = root_folder.suffix.lower() in TABLE_SUFFIXES
+            way_out = f"set data.table={quoted(root)} if it names images" if is_table else "give the folder it lies in"
+            raise DataError(f"data.root {quoted(root)} is a file: {way_out}")
+        _take_packed(contents, packed, Walk())
+        return
     owner, _, name = root.partition("/")
     is_hub_id = owner and name and "/" not in name and not root.startswith((".", "~"))
     if not is_hub_id:
         raise DataError(f"data.root {quoted(root)} does not exist")
-    contents.parts = read_tables(root, columns.image, columns.label)
+    contents.parts, not_read = read_hub(root, columns)
+    contents.facts["not_read"] = not_read
 
 
 def _unlabeled_folder(root: Path, unlabeled: str | None) -> Path | None:
@@ -217,19 +240,40 @@ def _unlabeled_folder(root: Path, unlabeled: str | None) -> Path | None:
     return folder if role_called(folder.name) in (None, "unlabeled") else None
 
 
-def _read_images(contents: Contents, root: Path, walked: Walk, label_column: str | None) -> None:
-    """The parts of a folder of images: as its own table says, or as its folders are called."""
-    table, tables_read = metadata(root), set[str]()
+def _given_table(root: Path, table: str) -> Path:
+    """The file that `data.table` means: as it stands, or below `root`. Raises DataError where there is none."""
+    path = next((path for path in (Path(table), root / table) if os.path.isfile(path)), None)
+    if path is None:
+        raise DataError(f"data.table {quoted(table)} is no file, and none in {quoted(root)}: give a table of images")
+    return path
+
+
+def _take_packed(contents: Contents, packed: Packed, walked: Walk) -> None:
+    """Takes over what was read of parquet files or shards; loose images beside them are in no class."""
+    read = {joined(path) for path in packed.files}
+    others = contents.facts.get("other_files", [])
+    contents.parts = packed.parts
+    contents.facts |= {
+        "other_files": [name for name in others if name not in read],
+        "left_out": [joined(path) for path in walked.images],
+        "not_read": packed.not_read,
+    }
+
+
+def _read_images(contents: Contents, root: Path, walked: Walk, columns: Columns, given: Path | None) -> None:
+    """The parts of a folder of images: as the table `given` or its own says, or as its folders are called."""
+    table, tables_read = given or metadata(root), set[str]()
     if table:
-        tables_read.add(table.name)
-        contents.parts, strays = _parts_of_table(root, table, walked.images, label_column)
+        tables_read.add(_path_from(root, _below(root, table)))
+        contents.parts, strays = _parts_of_table(root, table, walked.images, columns, is_given=given is not None)
         class_level: set[RelativePath] = set()
     else:
+        contents.facts["tables_beside"] = settings_naming(root, walked)
         layout = find_parts(root, walked.images, lambda name: metadata(root / name) is not None)
         strays = list(layout.strays)
         class_level = set()
         for role, part in layout.parts.items():
-            contents.parts[role], others = _read_part(root, role, part, label_column)
+            contents.parts[role], others = _read_part(root, role, part, columns)
             strays += others
             own_table = metadata(root / part.folder) if part.folder and role != "unlabeled" else None
             if own_table:
@@ -246,7 +290,7 @@ def _read_images(contents: Contents, root: Path, walked: Walk, label_column: str
 
 
 def _read_part(
-    root: Path, role: str, part: FolderPart, label_column: str | None
+    root: Path, role: str, part: FolderPart, columns: Columns
 ) -> tuple[EncodedPart, list[RelativePath]]:
     """(a part that is a folder of `root` or spread over its class folders, the images there that are in no class).
 
@@ -257,9 +301,10 @@ def _read_part(
         inside = [path[1:] for path in part.images]
         return _unlabeled_part(root / part.folder, inside, part.origin), []
     if table:
-        files, class_names = read_metadata(table, label_column)
+        rows = read_metadata(table, columns)
+        rows.check_part(table, role)
         part = part._replace(origin=part.origin + table.name)
-        return _part_of_table(root, [_below(root, path) for path in files], class_names, part)
+        return _part_of_table(root, [_below(root, path) for path in rows.files], rows.class_names, part)
     with_class = [path for path in part.images if len(path) > part.class_at + 1]
     folders = [path[part.class_at] for path in with_class]
     if role != "unlabeled":
@@ -281,21 +326,23 @@ def _part_of_table(
 
 
 def _parts_of_table(
-    root: Path, table: Path, images: Sequence[RelativePath], label_column: str | None
+    root: Path, table: Path, images: Sequence[RelativePath], columns: Columns, *, is_given: bool
 ) -> tuple[dict[str, EncodedPart], list[RelativePath]]:
-    """(the parts of a table above them, the images that it does not name): its rows are of the part that one of the
-    folders in their path is called as, or all of them for training. An unlabeled/ is a part without rows."""
-    listed, class_names = read_metadata(table, label_column)
+    """(the parts of a table above them, the images that it does not name): its rows are of the part that a column says
+    or one of the folders in their path is called as, or all of them for training. An unlabeled/ is a part without
+    rows."""
+    rows = read_metadata(table, columns, [root, table.parent] if is_given else [])
+    listed, class_names, split = rows.files, rows.class_names, rows.split
     files = [_below(root, path) for path in listed]
     rows_of: dict[str | None, list[int]] = defaultdict(list)
     for row, path in enumerate(files):
-        rows_of[role_in_path(_relative(root, path), class_names[row])].append(row)
-    if len(rows_of) > 1 and (None in rows_of or "train" not in rows_of):
+        rows_of[split.roles[row] if split else role_in_path(_relative(root, path), class_names[row])].append(row)
+    if not split and len(rows_of) > 1 and (None in rows_of or "train" not in rows_of):
         in_a_part = next(rows[0] for role, rows in rows_of.items() if role)
         other = f"{quoted(listed[rows_of[None][0]])} in none" if None in rows_of else "none in train/"
         raise DataError(f"{quoted(table)} names {quoted(listed[in_a_part])} in a part, and {other}: {FORMS}")
     for name in {path[0] for path in images if len(path) > 1}:
-        if role_called(name) and metadata(root / name):
+        if role_called(name) and metadata(root / name) and not is_given:
             raise DataError(
                 f"data.root {quoted(root)} has {table.name}, and {quoted(name)} in it has one too: keep one of them"
             )
@@ -304,6 +351,8 @@ def _parts_of_table(
     for role, rows in rows_of.items():
         folders = sorted({folder for row in rows for folder in _relative(root, files[row])[:-1] if role_called(folder)})
         origin = ", ".join([table.name, *(f"{as_text(folder)}/" for folder in folders if role)])
+        if split and role:
+            origin = f"{table.name}, {split.shown(role)}"
         part = FolderPart([], origin=origin)
         names = [class_names[row] for row in rows]
         parts[role or "train"], _ = _part_of_table(root, [files[row] for row in rows], names, part)
@@ -451,7 +500,7 @@ def _check_spellings(names: set[str], root: str, on_mistake: OnMistake) -> None:
     """Names two classes that differ in case, underscores or Unicode form alone."""
     known: dict[str, str] = {}
     for name in sorted(names):
-        key = unicodedata.normalize("NFKC", name).casefold().replace("_", " ").strip()
+        key = spelling(name)
         if key in known:
             on_mistake(
                 f"data.root {quoted(root)}: classes {quoted(repr(known[key]))} and {quoted(repr(name))} are one in two "

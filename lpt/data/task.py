@@ -36,6 +36,8 @@ REMARKS = {
     "skipped": Remark("{} images cannot be decoded and are skipped"),
     "same_file": Remark("{} images are one file under two names"),
     "leaked": Remark("{} unlabelled images are test images too"),
+    "tables_beside": Remark("{} tables name images here and are not read; settings read them", is_problem=False),
+    "not_read": Remark("{} parts or files of the dataset are not read", is_problem=False),
     "same_inside": Remark("{} class folders hold folders of the same names: if these are the classes, call the outer "
                           "ones train and test", is_problem=False),
     "other_files": Remark("{} files are no images and are left out", is_problem=False, by_folder=True),
