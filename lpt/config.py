@@ -24,6 +24,9 @@ MAX_LETTERS, MAX_VALUES, MAX_DEPTH = 2**16, 100_000, 50
 STORED_SPELLING = {("la_on", "labeled"): "labelled"}
 """Values of methods' settings as checkpoints and prompt files of format 2 spell them."""
 
+LATER_SETTINGS = ("split_column",)
+"""Settings of `data:` that came after run folders were written: where they are not set, the hash is that of before."""
+
 
 class BackboneSettings(BaseModel):
     model_config = ConfigDict(extra="forbid")
@@ -107,6 +110,9 @@ class Config(BaseModel):
             *(("data", place) for place in LOCATION_SETTINGS),
         ):
             parts[part].pop(key, None)
+        for key in LATER_SETTINGS:
+            if parts["data"].get(key, ...) is None:
+                del parts["data"][key]
         text = json.dumps([parts, split_sha256, backbone], sort_keys=True, default=list)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -206,3 +206,14 @@ def test_a_group_of_settings_is_flat_in_a_config():
     with pytest.raises(ConfigError, match=r"method\.micro_batches: there is no such setting"):
         resolve({**RAW, "method": {"name": "finessl", "micro_batches": 2}})
     assert resolve({**RAW, "method": {"name": "ulfine", "micro_batches": 2}}).method["micro_batches"] == 2
+
+
+def test_settings_that_came_later_leave_the_hash_of_a_run_as_it_was():
+    raw = {
+        "backbone": {"name": "nano"},
+        "data": {"name": "folder", "root": "x", "label_column": "kind"},
+        "method": {"name": "class_mean"},
+    }
+    assert resolve(raw).run_hash("s", "b") == "fb83d89a3ba1856d"  # as of the version before `table` and `split_column`
+    assert resolve(raw, ["data.table=a.csv"]).run_hash("s", "b") == "fb83d89a3ba1856d"  # a place
+    assert resolve(raw, ["data.split_column=part"]).run_hash("s", "b") != "fb83d89a3ba1856d"

@@ -6,6 +6,7 @@ What could be read in two ways is refused.
 import re
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from lpt.data.parts import role_called
@@ -79,7 +80,7 @@ def roles_in_words(name: str) -> list[str]:
     (['test'], ['test'], [])
     """
     words = re.findall("[A-Za-z]+", name)
-    named = [name, *words, *(a + b for a, b in zip(words, words[1:], strict=False))]
+    named = [name, *words, *(a + b for a, b in pairwise(words))]
     return list(dict.fromkeys(role for word in named if (role := role_called(word))))
 
 

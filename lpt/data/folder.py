@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from lpt.data.lists import read_unlabeled
+from lpt.data.lists import read_unlabeled, with_slashes
 from lpt.data.longtail import usual_group_rule
 from lpt.data.packed import Packed, read_packed, read_packed_file
 from lpt.data.parquet import read_hub
@@ -210,14 +210,18 @@ def _read_parts(
             _take_packed(contents, packed, walked)
             return
         if not walked.images:
-            raise DataError(f"data.root {quoted(root)} holds no image ({', '.join(SUFFIXES)}) and no parquet file or shard with any")
+            raise DataError(
+                f"data.root {quoted(root)} holds no image ({', '.join(SUFFIXES)}), no parquet, no shard (.tar)"
+            )
         _read_images(contents, root_folder, walked, columns, given)
         return
     if root_folder.exists():
         packed = read_packed_file(root_folder, columns)
         if packed is None:
             is_table = root_folder.suffix.lower() in TABLE_SUFFIXES
-            way_out = f"set data.table={quoted(root)} if it names images" if is_table else "give the folder it lies in"
+            is_archive = root_folder.suffix.lower() in (".gz", ".tgz", ".zip", ".bz2", ".xz", ".zst", ".7z")
+            way_out = "unpack it, and give the folder" if is_archive else "give the folder that it lies in"
+            way_out = f"set data.table={quoted(root)} if it names images" if is_table else way_out
             raise DataError(f"data.root {quoted(root)} is a file: {way_out}")
         _take_packed(contents, packed, Walk())
         return
@@ -289,9 +293,7 @@ def _read_images(contents: Contents, root: Path, walked: Walk, columns: Columns,
     contents.facts["empty_folders"] = _without_images(walked, class_level)
 
 
-def _read_part(
-    root: Path, role: str, part: FolderPart, columns: Columns
-) -> tuple[EncodedPart, list[RelativePath]]:
+def _read_part(root: Path, role: str, part: FolderPart, columns: Columns) -> tuple[EncodedPart, list[RelativePath]]:
     """(a part that is a folder of `root` or spread over its class folders, the images there that are in no class).
 
     Classes are from the metadata file of the folder, or else from its folders. Ids are paths from `root`.
@@ -438,7 +440,7 @@ def _read_unlabeled(contents: Contents, root: str, source: str, classes: Sequenc
             raise DataError(f"data.unlabeled {quoted(source)} holds no image ({', '.join(SUFFIXES)})")
         contents.parts["unlabeled"] = _unlabeled_part(folder, walked.images, f"{origin}/")
     elif folder.is_file():
-        ids, labels = read_unlabeled(folder, len(classes))
+        ids, labels = with_slashes(folder.parent, read_unlabeled(folder, len(classes)))
         names = [*classes, ""]  # label -1, an unknown class, indexes the last
         class_names = [names[label] for label in labels.tolist()]
         missing = [name for name in ids if not os.path.isfile(folder.parent / name)]

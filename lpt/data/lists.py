@@ -4,6 +4,7 @@ The published lists are not shipped: their license is unclear. What they hold is
 """
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from lpt.data.longtail import GroupRule, count_fingerprint
 from lpt.data.task import Files, Task, hold_out
+from lpt.data.texts import cleaned, read_text
 from lpt.errors import DataError, quoted
 from lpt.settings import Count, Seed
 
@@ -129,33 +131,57 @@ class ListedImages(NamedTuple):
     labels: Tensor
 
 
+SEPARATORS = (" ", "\t", ",", ";")
+"""What may stand between path and label: one and the same in all lines of a list."""
+
+
 def read_list(path: Path) -> ListedImages:
-    """Paths and labels of a list file: a line is split at its *last* space, since names may hold some.
+    """Paths and labels of a list file: a line is split at its *last* space, tab, comma or semicolon, since names may
+    hold some. With any but a space, the first line may be a heading.
 
     Raises DataError with the number of a line that is not `relative/path label`.
     """
     lines = _lines(path)
-    paths: list[str] = []
-    labels = np.empty(len(lines), dtype=np.int64)
-    for row, (number, line) in enumerate(lines):
-        name, space, label = line.rpartition(" ")
-        if not space or not _is_label(label):
-            raise DataError(f"list {path}, line {number}: {line[:80]!r} is not `relative/path label`")
-        labels[row] = int(label)
-        paths.append(name.rstrip())
-    return ListedImages(paths, torch.from_numpy(labels))
+    for separator in SEPARATORS:
+        pairs = [_path_and_label(line, separator) for _, line in lines]
+        if pairs[0] is None and separator != " " and len(pairs) > 1:
+            pairs = pairs[1:]
+        whole = [pair for pair in pairs if pair is not None]
+        if len(whole) == len(pairs):
+            labels = np.array([label for _, label in whole], dtype=np.int64)
+            return ListedImages([name for name, _ in whole], torch.from_numpy(labels))
+    number, line = next((number, line) for number, line in lines if _path_and_label(line, " ") is None)
+    raise DataError(
+        f"list {path}, line {number}: {line[:80]!r} is not `relative/path label`, with a space, tab or comma between "
+        "them and a label that is a number from 0 on"
+    )
+
+
+def _path_and_label(line: str, separator: str) -> tuple[str, int] | None:
+    name, between, label = line.rpartition(separator)
+    if not between or not name.strip() or not _is_label(label.strip()):
+        return None
+    if separator in " \t" and name.rstrip().endswith((",", ";")):  # that one is what separates
+        return None
+    name = name.rstrip(f" {separator}") if separator in " \t" else name.strip()
+    quotes = re.fullmatch(r'"(.*)"', name) if separator in ",;" else None
+    return quotes.group(1).replace('""', '"') if quotes else name, int(label)
 
 
 def read_unlabeled(path: Path, num_classes: int) -> ListedImages:
     """Paths and labels of a list that needs no labels: -1 where a line ends with none, or with -1.
 
-    A line whose last word is no number is a path as a whole. Raises DataError for a label of no class.
+    A line whose last word is no number is a path as a whole. A tab may stand for the space, and a comma or semicolon
+    where a number is behind the last of every line. Raises DataError for a label of no class.
     """
     lines = _lines(path)
     paths: list[str] = []
     labels = np.full(len(lines), -1, dtype=np.int64)
+    everywhere = (mark for mark in ",;" if all(re.search(rf"{mark}\s*(-1|\d{{1,9}})$", line) for _, line in lines))
+    between = next(everywhere, None)
     for row, (number, line) in enumerate(lines):
-        name, space, label = line.rpartition(" ")
+        name, space, label = line.rpartition(between or ("\t" if "\t" in line else " "))
+        label = label.strip()
         has_label = space and (label == "-1" or _is_label(label))
         if not has_label:
             paths.append(line)
@@ -173,7 +199,8 @@ def read_unlabeled(path: Path, num_classes: int) -> ListedImages:
 def _lines(path: Path) -> list[tuple[int, str]]:
     """(number, text) of the lines that are not blank. Raises DataError where there are none."""
     try:
-        lines = [line.rstrip() for line in path.read_text(encoding="utf-8").splitlines()]
+        # Not str.splitlines, which also splits at letters that a name may have.
+        lines = [line.rstrip() for line in re.split("\r\n|\r|\n", read_text(path))]
     except (OSError, ValueError) as error:
         raise DataError(f"list {path} cannot be read ({getattr(error, 'strerror', None) or error})") from None
     if not any(lines):
@@ -208,6 +235,7 @@ def _task(
         raise DataError(
             f"{name}: a list has label {largest} with {num_train} training images: labels start at 0 and have no gaps"
         )
+    lists = {role: with_slashes(root, listed) for role, listed in lists.items()}
     classes = _class_names(classes_file, lists["train"], largest + 1)
     for role, listed in lists.items():
         _check_root(root, role, listed.paths)
@@ -231,6 +259,14 @@ def _task(
         group_rule=group_rule,
         facts=facts,
     )
+
+
+def with_slashes(root: Path, listed: ListedImages) -> ListedImages:
+    """A list as another system writes it, with slashes; as it stands where its backslashes are letters of names."""
+    first = next((path for path in listed.paths if "\\" in path), None)
+    if first is None or os.path.isfile(root / first):
+        return listed
+    return listed._replace(paths=[path.replace("\\", "/") for path in listed.paths])
 
 
 def _check_root(root: Path, role: str, paths: list[str]) -> None:
@@ -272,10 +308,10 @@ def _class_names(file: str | None, train: ListedImages, num_classes: int) -> tup
 
 def _names_in_file(file: str, num_classes: int) -> tuple[str, ...]:
     try:
-        text = Path(file).read_text(encoding="utf-8")
+        text = read_text(Path(file))
     except (OSError, ValueError) as error:
         raise DataError(f"data.classes {file} cannot be read ({error})") from None
-    names = [line.strip() for line in text.splitlines() if line.strip()]
+    names = [name for line in re.split("\r\n|\r|\n", text) if (name := cleaned(line))]
     if len(names) != num_classes or len(set(names)) != num_classes:
         raise DataError(f"data.classes {file} has {len(set(names))} different names for {num_classes} classes")
     return tuple(names)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lpt.data.data_files import are_beside
 from lpt.data.parquet import holding_images, read_parquet
-from lpt.data.shards import is_shard, number_of_samples, read_shards
+from lpt.data.shards import file_of_names, is_shard, number_of_samples, read_shards
 from lpt.data.tables import Columns, EncodedPart
 from lpt.data.walk import RelativePath, Walk, joined
 from lpt.errors import DataError, quoted
@@ -33,6 +33,8 @@ def read_packed(root: Path, walked: Walk, columns: Columns) -> Packed | None:
     if not walked.images and parquet and not tars:
         with_images = parquet  # without a column of images, reading says which columns there are
     shards = [path for path in tars if is_shard(root.joinpath(*path))]
+    if shards:  # then others may be of images without classes
+        shards = [path for path in tars if path in shards or is_shard(root.joinpath(*path), with_classes=False)]
     if with_images and shards:
         raise DataError(
             f"data.root {quoted(root)} has images in {quoted(joined(with_images[0]))} and in "
@@ -70,4 +72,5 @@ def read_packed_file(path: Path, columns: Columns) -> Packed | None:
 def _read(root: Path, files: Sequence[RelativePath], columns: Columns) -> Packed:
     reads = read_shards if files[0][-1].lower().endswith(".tar") else read_parquet
     parts, not_read = reads(root, files, columns)
-    return Packed(parts, files, not_read)
+    names = file_of_names(root) if reads is read_shards else None
+    return Packed(parts, [*files, (names.name,)] if names else files, not_read)

@@ -69,18 +69,20 @@ class Shards:
         return read
 
 
-def is_shard(path: Path) -> bool:
-    """Whether a tar file begins with images beside their classes, as those that are no backup of something do."""
+def is_shard(path: Path, *, with_classes: bool = True) -> bool:
+    """Whether a tar file begins with images, and `with_classes` beside them: a backup of something has none."""
     try:
         with tarfile.open(path, "r:") as archive:
             endings = {_key_and_ending(member.name)[1] for member in islice(archive, PROBED) if member.isfile()}
     except (tarfile.TarError, OSError, ValueError):
         return False
     has_class = any(ending in CLASS_FIELDS or ending == "json" for ending in endings)
-    return has_class and any(_is_image(ending) for ending in endings)
+    return (has_class or not with_classes) and any(_is_image(ending) for ending in endings)
 
 
-def read_shards(root: Path, files: Sequence[RelativePath], columns: Columns) -> tuple[dict[str, EncodedPart], list[str]]:
+def read_shards(
+    root: Path, files: Sequence[RelativePath], columns: Columns
+) -> tuple[dict[str, EncodedPart], list[str]]:
     """(the parts of shards below `root`, by their names; files in them that belong to no image). Raises DataError."""
     names = _names_beside(root)
     parts: dict[str, EncodedPart] = {}
@@ -193,20 +195,23 @@ def _part(
     """The samples of a part; None where it is one to test on and no image has a class."""
     samples = [sample for sample in shards.samples if sample.place is not None]
     shards.left_out += [sample.key for sample in shards.samples if sample.place is None]
-    where = f"data.root {quoted(root)}: {quoted(joined(paths[0]))} and {len(paths) - 1} more shards"
+    origin = joined(paths[0]) + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
+    where = f"data.root {quoted(root)}: the {role} shards ({quoted(origin)})"
     if not samples:
         raise DataError(f"{where} hold no image (KEY.jpg beside KEY.cls or KEY.json)")
     try:
         class_names = class_names_of([sample.label for sample in samples])
     except TypeError as error:
-        raise DataError(f"{where} have {quoted(error)} as a class: name the key of the JSON in data.label_column") from None
+        raise DataError(
+            f"{where} have {quoted(error)} as a class: name the key of the JSON in data.label_column"
+        ) from None
     missing = [sample.key for sample, name in zip(samples, class_names, strict=True) if not name]
     if role in ("val", "test") and len(missing) == len(samples):
         return None
     if missing and role != "unlabeled":
         raise DataError(
-            f"{where} have {len(missing)} images without a class, the first is {quoted(missing[0])}: put KEY.cls beside "
-            "KEY.jpg, or KEY.json with a label, or set data.label_column to its key"
+            f"{where} have {len(missing)} images without a class, the first is {quoted(missing[0])}: put KEY.cls "
+            "beside KEY.jpg, or KEY.json with a label, or set data.label_column to its key"
         )
     class_names, class_order = _with_names(where, class_names, names)
     ids = [sample.key for sample in samples]
@@ -216,7 +221,6 @@ def _part(
     places = [sample.place for sample in samples if sample.place is not None]
     status = [os.stat(path) for path in shards.paths]
     written = " ".join(f"{one.st_size} {one.st_mtime_ns}" for one in status)
-    origin = joined(paths[0]) + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
     return EncodedPart(
         shards.source(places),
         ids,
@@ -228,16 +232,21 @@ def _part(
     )
 
 
+def file_of_names(root: Path) -> Path | None:
+    """The file beside the shards with the names of the classes, if there is one."""
+    return next((root / name for name in NAME_FILES if (root / name).is_file()), None)
+
+
 def _names_beside(root: Path) -> list[str]:
     """The names of the classes, a line each, of a file beside the shards; nothing where there is none."""
-    for name in NAME_FILES:
-        if (root / name).is_file():
-            try:
-                names = [cleaned(line) for line in read_text(root / name).splitlines()]
-            except (OSError, ValueError) as error:
-                raise DataError(f"{quoted(root / name)} cannot be read ({quoted(error)})") from None
-            return [line for line in names if line]
-    return []
+    path = file_of_names(root)
+    if path is None:
+        return []
+    try:
+        names = [cleaned(line) for line in read_text(path).split("\n")]
+    except (OSError, ValueError) as error:
+        raise DataError(f"{quoted(path)} cannot be read ({quoted(error)})") from None
+    return [line for line in names if line]
 
 
 def _with_names(where: str, class_names: list[str], names: Sequence[str]) -> tuple[list[str], Sequence[str]]:

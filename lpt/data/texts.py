@@ -1,4 +1,4 @@
-"""Text files and names as people and spreadsheets write them: read in any common encoding, compared by what is meant."""
+"""Text files and names as people and spreadsheets write them: any common encoding, compared by what is meant."""
 
 import codecs
 import math
