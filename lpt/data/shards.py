@@ -70,14 +70,20 @@ class Shards:
 
 
 def is_shard(path: Path, *, with_classes: bool = True) -> bool:
-    """Whether a tar file begins with images, and `with_classes` beside them: a backup of something has none."""
+    """Whether a tar file begins with images, and `with_classes` beside them: a backup of something has none. One that
+    cannot be looked into may be a shard without classes: reading it says what is wrong."""
+    endings: set[str] = set()
     try:
         with tarfile.open(path, "r:") as archive:
-            endings = {_key_and_ending(member.name)[1] for member in islice(archive, PROBED) if member.isfile()}
+            for member in islice(archive, PROBED):
+                if member.isfile():
+                    endings.add(_key_and_ending(member.name)[1])
     except (tarfile.TarError, OSError, ValueError):
-        return False
-    has_class = any(ending in CLASS_FIELDS or ending == "json" for ending in endings)
-    return (has_class or not with_classes) and any(_is_image(ending) for ending in endings)
+        pass  # cut off perhaps: what came before it shows what it is
+    has_images = any(_is_image(ending) for ending in endings)
+    if not with_classes:
+        return has_images or not endings
+    return has_images and any(ending in CLASS_FIELDS or ending == "json" for ending in endings)
 
 
 def read_shards(
@@ -252,7 +258,7 @@ def _names_beside(root: Path) -> list[str]:
 def _with_names(where: str, class_names: list[str], names: Sequence[str]) -> tuple[list[str], Sequence[str]]:
     """(class names, the order of the classes) where `names` are those of the numbers."""
     used = set(class_names) - {""}
-    if not names or not all(name.isdecimal() for name in used):
+    if not names or not used or not all(name.isdecimal() for name in used):
         return class_names, ()
     largest = max(int(name) for name in used)
     if largest >= len(names) or len(set(names)) < len(names):
