@@ -11,8 +11,9 @@ from lpt.config import resolve
 from lpt.data import load_task
 from lpt.errors import LptError, PromptFileError
 from lpt.prompt_file import read_prompt
-from lpt.serve.evaluating import evaluate_prompt
+from lpt.serve.evaluating import _label_of_each_class, evaluate_prompt
 from lpt.serve.opening import open_prompt
+from tests.support.command_line import lpt as command
 from tests.support.pictures import fill
 
 BACKBONE = {"name": "untrained:vit_tiny_patch16_224"}
@@ -80,6 +81,35 @@ def test_the_order_of_classes_does_not_matter(prompt, tmp_path):
     fill(tmp_path / "same", {"red owl": 5, "eel": 5, "dog": 5, "cat": 5})
     found = evaluate_prompt(prompt, {"data": {"name": "folder", "root": str(tmp_path / "same")}, "backbone": BACKBONE})
     assert found["absent_from_data"] == found["unknown_to_prompt"] == []
+
+
+def test_classes_in_another_spelling_are_matched_and_said(prompt, tmp_path, capsys):
+    fill(tmp_path / "same", {"Red_Owl": 4, "EEL": 4, "dog ": 4, "cat": 4, "Ant": 3})
+    given = {"data": {"name": "folder", "root": str(tmp_path / "same")}, "backbone": BACKBONE}
+    said = []
+    found = evaluate_prompt(prompt, given, say=said.append)
+    assert found["absent_from_data"] == [] and found["unknown_to_prompt"] == ["Ant"]
+    assert found["other_spelling"] == ["EEL = eel", "Red_Owl = red owl", "dog  = dog"]
+    text = "\n".join(said)
+    assert "3 classes are spelled otherwise in the prompt file and taken for the same: EEL = eel, Red_Owl" in text
+    assert "classes matched by name: 4 of 4, 16 of 19 images" in text
+    for old, new in (("Red_Owl", "red owl"), ("EEL", "eel"), ("dog ", "dog")):
+        (tmp_path / "same" / old).rename(tmp_path / "same" / new)
+    again = evaluate_prompt(prompt, given)
+    assert again["per_class"] == found["per_class"] and again["other_spelling"] == []
+    (tmp_path / "same" / "cat").rename(tmp_path / "same" / "Cat")
+    name = f"backbone.name={BACKBONE['name']}"
+    code, out, error = command(capsys, "evaluate", prompt, f"data.root={tmp_path / 'same'}", name)
+    assert (
+        code == 0 and "1 classes are spelled otherwise in the prompt file and taken for the same: Cat = cat" in out
+    ), error
+
+
+def test_two_names_that_could_be_one_class_are_matched_exactly_or_not_at_all():
+    assert _label_of_each_class(["Cat", "cat", "dog"], ["cat", "dog"]) == [-1, 0, 1]
+    assert _label_of_each_class(["Cat", "CAT", "dog"], ["cat", "dog"]) == [-1, -1, 1]
+    assert _label_of_each_class(["cat", "dog"], ["Cat", "CAT", "dog"]) == [-1, 2]
+    assert _label_of_each_class(["1.0", "2"], ["1", "2"]) == [0, 1]
 
 
 def test_other_classes_altogether_are_refused(prompt, tmp_path):

@@ -1,6 +1,7 @@
 """A prompt file evaluated on a task: the one it was trained on, or another, whose classes are matched by name."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from lpt.config import check_data
 from lpt.data import LOCATION_SETTINGS, load_task
 from lpt.data.image_hashes import can_be_hashed, image_hashes, unpacked
 from lpt.data.task import Files, Images, Task
+from lpt.data.texts import spelling
 from lpt.device import versions
 from lpt.engine.evaluate import measure, predict
 from lpt.errors import DataError, PromptFileError, quoted
@@ -119,15 +121,19 @@ def _without_training_images(task: Task, header: Header) -> tuple[Task, int]:
 def _match_classes(
     task: Task, prompt_classes: Sequence[str], path: str | Path
 ) -> tuple[Images | Files, dict[str, list[str]]]:
-    """(test images of the classes that the prompt file knows, labeled in its order, the names that only one side has).
+    """(test images of the classes that the prompt file knows, labeled in its order, the names that only one side has or
+    spells otherwise).
 
     Raises PromptFileError where less than two classes, or no image, can be matched.
     """
-    prompt_label = {name: k for k, name in enumerate(prompt_classes)}
-    label_of_class = [prompt_label.get(name, -1) for name in task.classes]
+    label_of_class = _label_of_each_class(task.classes, prompt_classes)
+    pairs = list(zip(task.classes, label_of_class, strict=True))
     unmatched = {
-        "absent_from_data": [name for name in prompt_classes if name not in task.classes],
-        "unknown_to_prompt": [name for name in task.classes if name not in prompt_label],
+        "absent_from_data": [name for k, name in enumerate(prompt_classes) if k not in label_of_class],
+        "unknown_to_prompt": [name for name, k in pairs if k < 0],
+        "other_spelling": [
+            f"{name} = {prompt_classes[k]}" for name, k in pairs if k >= 0 and name != prompt_classes[k]
+        ],
     }
     if len(task.classes) - len(unmatched["unknown_to_prompt"]) < 2:
         raise PromptFileError(
@@ -141,15 +147,37 @@ def _match_classes(
     return replace(task.test.subset(matched_rows.tolist()), labels=labels[matched_rows]), unmatched
 
 
+def _label_of_each_class(names: Sequence[str], prompt_classes: Sequence[str]) -> list[int]:
+    """For each of `names` the class of the prompt file that is called so, or that alone is called so but for case,
+    spaces around it and the like; -1 where there is none."""
+    label_of = {name: k for k, name in enumerate(prompt_classes)}
+    free = Counter(spelling(name) for name in names if name not in label_of)
+    free_of_prompt = [name for name in prompt_classes if name not in set(names)]
+    theirs = Counter(map(spelling, free_of_prompt))
+    alike = {spelling(name): label_of[name] for name in free_of_prompt if theirs[spelling(name)] == 1}
+    labels: list[int] = []
+    for name in names:
+        key = spelling(name)
+        by_spelling = alike.get(key, -1) if free[key] == 1 else -1
+        labels.append(label_of.get(name, by_spelling))
+    return labels
+
+
 def _matching_lines(
     task: Task, prompt_classes: Sequence[str], images: int, unmatched: Mapping[str, Sequence[str]]
 ) -> list[str]:
     """What to tell of the match, nothing where both sides have the same classes. `images` counts the matched ones."""
     absent, unknown = unmatched["absent_from_data"], unmatched["unknown_to_prompt"]
+    lines: list[str] = []
+    if respelled := unmatched["other_spelling"]:
+        shown = quoted(", ".join(respelled[:5])) + (", ..." if len(respelled) > 5 else "")
+        lines.append(
+            f"{len(respelled)} classes are spelled otherwise in the prompt file and taken for the same: {shown}"
+        )
     if not absent and not unknown:
-        return []
+        return lines
     matched = len(prompt_classes) - len(absent)
-    lines = [
+    lines += [
         f"classes matched by name: {matched} of {len(prompt_classes)}, {images} of {len(task.test)} images; "
         "predictions are among these classes"
     ]
