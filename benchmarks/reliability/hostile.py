@@ -307,11 +307,14 @@ class Worker:
         resource.setrlimit(resource.RLIMIT_AS, (space + 3 * GROWTH, resource.RLIM_INFINITY))
 
     def work(self, numbers: dict[str, int], seed: int) -> None:
-        for kind, number in numbers.items():
-            problems = 0
-            while number > 0:  # a run of hypothesis ends with its first problem
-                number -= self.run(kind, number, seed, shrink=problems < SHRUNK)
-                problems, seed = problems + 1, seed + 1
+        try:
+            for kind, number in numbers.items():
+                problems = 0
+                while number > 0:  # a run of hypothesis ends with its first problem
+                    number -= self.run(kind, number, seed, shrink=problems < SHRUNK)
+                    problems, seed = problems + 1, seed + 1
+        finally:
+            faulthandler.cancel_dump_traceback_later()  # who goes on after the last file must not be ended for it
 
     def run(self, kind: str, number: int, seed: int, *, shrink: bool) -> int:
         """Tries up to `number` files of a kind; returns how many it answered for."""
