@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,9 @@ def to_bytes(tensors: Mapping[str, Tensor], **header: Any) -> bytes:
 def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     """(metadata, tensors) of a safetensors file. Raises ValueError with a short reason for whatever is wrong."""
     try:
+        other = other_format(path)
+        if other:
+            raise ValueError(f"it is {other}")
         with path.open("rb") as file:
             header_size = int.from_bytes(file.read(8), "little")
         if header_size > MAX_HEADER:
@@ -73,6 +77,57 @@ def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         return metadata, tensors
     except (SafetensorError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(quoted(error) or type(error).__name__) from None
+
+
+BEGINNINGS = {
+    b"\x80\x02": "a pickle, such as a PyTorch checkpoint",  # of torch before 1.6; tried before an archive's
+    b"\x80\x03": "a pickle",
+    b"\x80\x04": "a pickle",
+    b"\x80\x05": "a pickle",
+    b"\x89HDF": "an HDF5 file, such as Keras weights",
+    b"\x93NUMPY": "a NumPy array",
+    b"GGUF": "a GGUF file",
+    b"\x1f\x8b": "a compressed file: unpack it",
+    b"version https://git-lfs": "a Git LFS pointer and not the file itself: fetch that with git lfs pull",
+    b"<!": "a web page, perhaps of a download that asks for a login",
+    b"<html": "a web page, perhaps of a download that asks for a login",
+}
+"""How files begin that people give in the place of safetensors. None of these is the length of a header that is read,
+but for a pickle's by chance, whose next bytes are no JSON."""
+
+
+def other_format(path: Path) -> str | None:
+    """What a file is that is no safetensors file, where its first bytes say it. Raises OSError."""
+    with path.open("rb") as file:
+        start = file.read(32)
+    if start[8:9] == b"{":  # a header of safetensors, whatever its length is
+        return None
+    if start.startswith(b"PK\x03\x04"):
+        try:
+            names = zipfile.ZipFile(path).namelist()
+        except (zipfile.BadZipFile, OSError, ValueError):
+            names = []
+        if any(name.endswith("data.pkl") for name in names):
+            return "a PyTorch checkpoint"
+        return "an archive of NumPy arrays" if any(name.endswith(".npy") for name in names) else "a zip archive"
+    return next((kind for beginning, kind in BEGINNINGS.items() if start.startswith(beginning)), None)
+
+
+def why_not_downloaded(error: BaseException) -> str:
+    """Why a file could not be had from the Hub, in few words, from the many exceptions of its client."""
+    causes: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and len(causes) < 20:
+        causes.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    kinds = " ".join(kind.__name__ for one in causes for kind in type(one).__mro__) + f" {error}"
+    if "OfflineModeIsEnabled" in kinds:
+        return "HF_HUB_OFFLINE is set, and it is in no cache on this machine"
+    if any(name in kinds for name in ("RepositoryNotFound", "DatasetNotFound", "GatedRepo")):
+        return "the Hub has none of this name, or only for those who have logged in (hf auth login)"
+    if any(name in kinds for name in ("LocalEntryNotFound", "ConnectionError", "ConnectError", "Timeout")):
+        return "the Hub cannot be reached, and it is in no cache on this machine"
+    return quoted(error) or type(error).__name__
 
 
 def is_intact(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bool:

@@ -1,5 +1,6 @@
 """The seam against timm itself and against whole blocks over concatenated prompts (`plain.py`)."""
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -9,6 +10,8 @@ from lpt.model.backbones import FAMILIES, load_backbone, timm_vit
 from lpt.model.backbones import nano as nano_module
 from lpt.model.backbones.base import KeyValue, fingerprint_of, read_prototypes
 from lpt.model.backbones.timm_vit import attend
+from tests.support.command_line import lpt as command
+from tests.support.pictures import fill
 from tests.support.plain import plain_block
 
 
@@ -274,6 +277,58 @@ def test_a_file_that_is_no_safetensors_is_refused(tmp_path):
         path.write_bytes(content)
         with pytest.raises(BackboneError, match=r"w\.safetensors is not a safetensors file"):
             load_backbone("timm:test_vit", weights=path)
+
+
+def test_weights_of_another_format_are_called_by_their_name(tmp_path, capsys):
+    torch.save({"a": torch.zeros(2)}, tmp_path / "new.pth")
+    torch.save({"a": torch.zeros(2)}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    np.savez(tmp_path / "vit.npz", a=np.zeros(2))
+    (tmp_path / "p.h5").write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(100))
+    (tmp_path / "lfs.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
+    (tmp_path / "login.safetensors").write_text("<!DOCTYPE html><html>log in</html>")
+    for name, said in (
+        ("new.pth", "it is a PyTorch checkpoint"),
+        ("old.pth", "it is a pickle, such as a PyTorch checkpoint"),
+        ("vit.npz", "it is an archive of NumPy arrays"),
+        ("p.h5", "it is an HDF5 file"),
+        ("lfs.safetensors", "it is a Git LFS pointer and not the file itself: fetch that with git lfs pull"),
+        ("login.safetensors", "it is a web page"),
+    ):
+        with pytest.raises(BackboneError, match=f"{said}.*convert it first, a checkpoint of PyTorch for example with"):
+            load_backbone("timm:test_vit", weights=tmp_path / name)
+    folder = fill(tmp_path / "photos", {"a": 3, "b": 3})
+    words = ("backbone.name=timm:vit_tiny_patch16_224", f"backbone.weights={tmp_path / 'new.pth'}")
+    code, _, error = command(capsys, "fit", folder, "--out", tmp_path / "run", *words, "train.device=cpu")
+    assert code == 2 and "it is a PyTorch checkpoint" in error and "torch.load(FILE, weights_only=True)" in error
+    assert "bytes" not in error and not (tmp_path / "run").exists()
+
+
+def test_a_download_that_fails_is_told_in_our_words(monkeypatch, capsys, tmp_path):
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
+
+    offline, unknown, missing = (
+        kind.__new__(kind) for kind in (OfflineModeIsEnabled, LocalEntryNotFoundError, RepositoryNotFoundError)
+    )
+    unknown_offline = LocalEntryNotFoundError.__new__(LocalEntryNotFoundError)
+    unknown_offline.__cause__ = offline
+    for error, said in (
+        (unknown_offline, r"\(HF_HUB_OFFLINE is set, and it is in no cache on this machine\)"),
+        (unknown, r"\(the Hub cannot be reached, and it is in no cache on this machine\)"),
+        (TimeoutError("read timed out"), r"\(the Hub cannot be reached"),
+        (missing, r"\(the Hub has none of this name, or only for those who have logged in"),
+        (OSError(28, "No space left on device"), r"\(.*No space left on device\)"),
+    ):
+
+        def fail(*words, error=error, **settings):
+            raise error
+
+        monkeypatch.setattr("timm.create_model", fail)
+        with pytest.raises(BackboneError, match=rf"could not be downloaded {said}: download it once where .*or use"):
+            load_backbone("timm:vit_tiny_patch16_224.augreg_in21k")
+    folder = fill(tmp_path / "photos", {"a": 3, "b": 3})
+    words = ("backbone.name=timm:vit_tiny_patch16_224.augreg_in21k", "train.device=cpu")
+    code, _, error = command(capsys, "fit", folder, "--out", tmp_path / "run", *words)
+    assert code == 2 and "No space left on device" in error and "backbone.name=nano" in error
 
 
 def test_a_missing_weights_file_is_refused(tmp_path):

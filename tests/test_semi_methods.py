@@ -10,12 +10,14 @@ import torch
 import torch.nn.functional as F
 
 from lpt.engine.step_memory import StepMemory
+from lpt.errors import BackboneError
 from lpt.losses import loss_by_name
 from lpt.methods import daso
 from lpt.methods.semi_supervised import PseudoLabels
 from lpt.model.heads import FusedHead
+from lpt.run import tune
 from tests.support.semi import COUNTS, FAST, Killed, cross_entropy, normal, semi, semi_task, unit
-from tests.support.toy import toy_task
+from tests.support.toy import small_backbone, toy_task
 
 PRIOR = [math.log(n / sum(COUNTS)) for n in COUNTS]
 
@@ -305,3 +307,15 @@ def test_an_opinion_in_parts():
         assert torch.equal(part.probability, probability[rows]) and torch.equal(part.mask, kept[rows])
         assert torch.equal(part.weight, kept[rows].float()) and torch.equal(part.heads["second"], -probability[rows])
         assert torch.equal(part.heads["linear"], probability[rows])
+
+
+@pytest.mark.parametrize(
+    ("method", "helps"), [("fixmatch", True), ("finessl", True), ("fine_tune", True), ("daso", False)]
+)
+def test_a_backbone_without_texts_gets_another_start_named_where_that_helps(method, helps):
+    settings = {"epochs": 1} if method == "fine_tune" else FAST
+    with pytest.raises(BackboneError, match=r"has no class prototypes: set prototypes\.weights") as error:
+        tune(semi_task(), small_backbone(), method=method, head_init="prototypes", batch_size=6, **settings)
+    assert ("; or set method.head_init=class_mean, which needs none" in str(error.value)) == helps
+    if helps:
+        tune(semi_task(), small_backbone(), method=method, head_init="class_mean", batch_size=6, **settings)

@@ -19,6 +19,7 @@ from lpt.data.tables import (
 from lpt.data.texts import class_names_of
 from lpt.data.walk import RelativePath, joined
 from lpt.errors import DataError, LptError, quoted
+from lpt.files import why_not_downloaded
 
 IMAGE_COLUMNS = ("image", "img")
 """Columns that hold images where no type and no setting says which do."""
@@ -249,6 +250,11 @@ def _quietly(root: str, load: Any) -> Any:
     except LptError:
         raise
     except Exception as error:  # readers raise whatever their libraries do
+        if not Path(root).exists():
+            raise DataError(
+                f"data.root {quoted(root)} is no folder here, and cannot be read as a dataset of the Hub "
+                f"({why_not_downloaded(error)})"
+            ) from None
         raise DataError(f"data.root {quoted(root)} cannot be read as a dataset of images ({_reason(error)})") from None
     finally:
         if had_progress_bars:

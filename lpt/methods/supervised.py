@@ -19,7 +19,7 @@ from lpt.engine.phase import Phase
 from lpt.engine.processes import all_reduce_mean
 from lpt.engine.session import Session
 from lpt.engine.step_memory import StepMemory
-from lpt.errors import LptError
+from lpt.errors import BackboneError, LptError
 from lpt.losses import LossName, loss_by_name
 from lpt.model.adapters import Kind, auto_bottleneck, with_adapter
 from lpt.model.backbones.base import Backbone
@@ -57,7 +57,12 @@ def build_model(
         classifier = LinearHead(num_classes=num_classes, width=width)
     else:
         classifier = CosineHead(num_classes=num_classes, width=width, scale=scale)
-        classifier.weight.data.copy_(starting_rows(task, backbone, session, head_init, generator))
+        try:
+            classifier.weight.data.copy_(starting_rows(task, backbone, session, head_init, generator))
+        except BackboneError as error:
+            if head_init != "prototypes":
+                raise
+            raise BackboneError(f"{error}; or set method.head_init=class_mean, which needs none") from None
     return with_tuning(
         classifier,
         task,

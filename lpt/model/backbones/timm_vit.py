@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lpt.data.preprocess import Preprocess
 from lpt.errors import BackboneError, did_you_mean, quoted
-from lpt.files import read_tensors
+from lpt.files import read_tensors, why_not_downloaded
 from lpt.model.backbones.base import Backbone, KeyValue, Prompt, fingerprint_of
 
 SUPPORTED = (
@@ -145,10 +145,10 @@ def load(name: str, *, weights: Path | None = None, image_size: int | None = Non
     refuse_unserved(f"timm:{name}", architecture)
     if weights is None:
         _refuse_unpublished(name)
-        with _quiet(), download_errors(f"timm:{name}", "timm"):
+        with quiet("timm"), download_errors(f"timm:{name}", "timm"):
             vit = timm.create_model(name, pretrained=True, num_classes=0)
     else:
-        with _quiet():
+        with quiet("timm"):
             vit = timm.create_model(architecture, pretrained=False, num_classes=0)
     refuse_unserved_module(f"timm:{name}", vit)
     if weights is not None:
@@ -289,7 +289,10 @@ def read_weights(path: Path) -> Mapping[str, Tensor]:
     try:
         _, tensors = read_tensors(path)
     except ValueError as error:
-        raise BackboneError(f"backbone.weights {path} is not a safetensors file ({error}): convert it first") from None
+        raise BackboneError(
+            f"backbone.weights {path} is not a safetensors file ({error}): convert it first, a checkpoint of PyTorch "
+            "for example with torch.load(FILE, weights_only=True) and safetensors.torch.save_file"
+        ) from None
     for name, value in tensors.items():
         if not bool(torch.isfinite(value.float()).all()):
             raise BackboneError(f"backbone.weights {path}: {quoted(name)} holds numbers that are not finite")
@@ -300,20 +303,19 @@ def read_weights(path: Path) -> Mapping[str, Tensor]:
 def download_errors(name: str, library: str) -> Iterator[None]:
     """What goes wrong while `library`'s weights are downloaded becomes a BackboneError."""
     try:
-        yield
+        with quiet("huggingface_hub"):
+            yield
     except (OSError, RuntimeError) as error:
-        message = str(error).strip() or type(error).__name__
-        reason = message.splitlines()[0][:200]
         raise BackboneError(
-            f"backbone {name} could not be downloaded ({reason}): "
-            f"give backbone.weights a local safetensors file with {library}'s key names, or use backbone.name=nano"
+            f"backbone {name} could not be downloaded ({why_not_downloaded(error)}): download it once where there is a "
+            f"connection, give backbone.weights a local safetensors file with {library}'s key names, or use backbone.name=nano"
         ) from error
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """timm logs at info level while it loads; the first lines of a run are to be ours."""
-    logger = logging.getLogger("timm")
+def quiet(library: str) -> Iterator[None]:
+    """Without what a library logs while it loads: the first lines of a run are to be ours."""
+    logger = logging.getLogger(library)
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
