@@ -70,10 +70,11 @@ def ill_folder(photos):
 
 
 def test_every_other_file_is_counted_and_named_by_folder(photos):
-    task = task_of(ill_folder(photos))
+    os.mkfifo(ill_folder(photos) / "dog" / "pipe")
+    task = task_of(photos)
     assert task.classes == ("cat", "dog") and len(ids(task)) == 9
     counted = {key: len(task.facts[key]) for key in ("heic", "unread_pictures", "other_files", "hidden")}
-    assert counted == {"heic": 6, "unread_pictures": 3, "other_files": 4, "hidden": 4}
+    assert counted == {"heic": 6, "unread_pictures": 3, "other_files": 5, "hidden": 4}
     said = task.summary_lines()[1:]
     for line in (
         "warning: 1 folders hold no image and are no classes, for example heron",
@@ -81,8 +82,8 @@ def test_every_other_file_is_counted_and_named_by_folder(photos):
         "IMG_1.HEIC, ...)",
         "warning: 3 pictures of other formats are left out: save them as JPEG or PNG: cat 1 (logo.svg), dog 2 (1.CR2, "
         "2.nef)",
-        "note: 4 files are no images and are left out: . 1 (README.md), cat 2 (list.json, notes.txt), dog 1 "
-        "(Thumbs.db)",
+        "note: 5 files are no images and are left out: . 1 (README.md), cat 2 (list.json, notes.txt), dog 2 "
+        "(Thumbs.db, pipe)",
         "note: 4 hidden files and folders are left out: . 1 (__MACOSX), cat 2 (.DS_Store, ._1.png), dog 1 "
         "(.ipynb_checkpoints)",
     ):
