@@ -262,6 +262,8 @@ def test_a_photo_of_48_megapixels_is_readable(photos, capsys):
     assert len(ids(task_of(photos, on_error="skip"))) == 10
     findings = examine(task_of(photos))
     assert findings.problems == [] and "shorter sides from 40 to " in findings.facts[-1]
+    code, out, _ = command(capsys, "doctor", photos)
+    assert code == 0 and "nothing stands in the way" in out
 
 
 # Kind 7: names that are no UTF-8.
