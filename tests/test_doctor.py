@@ -1,6 +1,8 @@
 """What the doctor finds in a folder that was made ill on purpose."""
 
+import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import lpt
 from lpt.cli import main
 from lpt.data.doctor import examine
 from lpt.model.backbones.labels_seen import label_sets, overlap_notes
+from tests.support.command_line import lpt as command
 from tests.support.pictures import fill, picture
 from tests.support.toy import toy_task
 
@@ -135,3 +138,35 @@ def test_the_command_says_it_and_exits_with_1_on_problems(folder, monkeypatch, c
     assert code == 2 and "backbone.nmae" in said.err
     code, said = doctor(folder, "train.seed=3")
     assert code == 2 and "there is no such section here" in said.err
+
+
+def one_of_each_fault(root):
+    fill(root / "train", {"cat": 6, "dog": 4, "eel": 1, "Red Owl": 3}), fill(root / "val", {"cat": 2, "dog": 2}, seed=3)
+    (
+        fill(root / "test", {"cat": 4, "dog": 2, "red owl": 2, "yak": 1}, seed=7),
+        fill(root / "train", {"emu": 0, "heron": 0}),
+    )
+    heic = b"\0\0\0\x18ftypheic" + bytes(200)
+    for path in ("train/heron/IMG_1.HEIC", "train/heron/IMG_2.HEIC", "train/dog/renamed.jpg"):
+        (root / path).write_bytes(heic)
+    (root / "train/dog/raw.CR2").write_bytes(b"II*\0" + bytes(99))
+    (root / "train/cat/half.png").write_bytes((root / "train/cat/5.png").read_bytes()[:99])
+    (root / "train/dog" / os.fsdecode(b"ni\xf1a.png")).write_bytes(b"no image")
+    for path in ("train/cat/notes.txt", "train/dog/Thumbs.db", "LICENSE", "train/cat/.DS_Store", "train/dog/._1.png"):
+        (root / path).write_bytes(b"words")
+    picture(70).save(root / "train" / "stray.png")
+    picture(71).save(root / "train/cat/twice.png"), picture(71).save(root / "train/cat/twice again.png")
+    Image.open(root / "train/cat/2.png").save(root / "test/cat/leak.bmp")
+    Image.open(root / "train/cat/3.png").save(root / "train/dog/a cat.png")
+    (root / "train/dog/gone.png").symlink_to("nowhere.png")
+    (root / "train/eel/back").symlink_to("..")
+    (root / "test/dog/linked.png").symlink_to("../../val/dog/1.png")
+    return root
+
+
+def test_one_of_each_fault_is_named_in_one_screen_as_the_docs_show(tmp_path, monkeypatch, capsys):
+    one_of_each_fault(tmp_path / "photos")
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = command(capsys, "doctor", "photos")
+    assert code == 1 and len(out.splitlines()) <= 24 and max(map(len, out.splitlines())) < 400
+    assert out in (Path(__file__).parents[1] / "docs" / "data.md").read_text()

@@ -291,12 +291,14 @@ def is_image(path: str) -> bool:
 
 def is_heic(content: str | Path | bytes) -> bool:
     """Whether a file, or its bytes, are HEIC by its first bytes; AVIF is none."""
-    try:
-        if not isinstance(content, bytes):
+    if not isinstance(content, bytes):
+        if not os.path.isfile(content):  # a pipe would be waited for
+            return False
+        try:
             with open(content, "rb") as file:
                 content = file.read(12)
-    except OSError:
-        return False
+        except OSError:
+            return False
     return content[4:8] == b"ftyp" and content[8:12] in HEIC_BRANDS
 
 

@@ -153,8 +153,8 @@ _UNDECODED = re.compile("[\ud800-\udfff]")
 def as_text(name: str) -> str:
     """A name as the file system gives it, with bytes that are no UTF-8 shown as numbers: it can be written anywhere.
 
-    >>> print(as_text("caf\\udce9"), as_text("café"))
-    caf\\xe9 café
+    >>> print(as_text("jos\\udce9"), as_text("josé"))
+    jos\\xe9 josé
     """
 
     def shown(letter: re.Match[str]) -> str:
