@@ -9,6 +9,7 @@ says. A shallow prompt has L = 1. The header stands under `lpt` in the file's me
 """
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
@@ -31,6 +32,8 @@ from lpt.model.prompts import DeepPrompt, PromptPool, ShallowPrompt
 FORMAT = 2
 LARGEST_NUMBER = 1e6
 """Nothing that was learned is larger; what is, is no model, and makes answers that are not finite."""
+LARGEST_MEAN, STD_RANGE = 10.0, (1e-3, 1e3)
+"""Of pixels in 0..1. Every published mean and deviation is within 0..1; what is far outside makes views of no image."""
 MOST_ENTRIES = 100
 """Of `metrics` and `versions`: every entry that is wrong would become an error of a kilobyte."""
 
@@ -68,7 +71,7 @@ class Header(BaseModel):
     Names, order and defaults of the fields are the file format.
     """
 
-    model_config = ConfigDict(extra="allow", serialize_by_alias=True)
+    model_config = ConfigDict(extra="allow", serialize_by_alias=True, allow_inf_nan=False)
 
     format: int
     method: str
@@ -77,7 +80,7 @@ class Header(BaseModel):
     preprocess: Preprocess
     classes: Annotated[list[str], FailFast()] = Field(min_length=2)
     counts: Annotated[list[Annotated[int, Field(ge=0, le=10**12)]], FailFast()]
-    scale: float = Field(gt=0, le=LARGEST_NUMBER)
+    scale: float = Field(ge=1 / LARGEST_NUMBER, le=LARGEST_NUMBER)
     """Of the head: what logits are multiplied with before the softmax."""
     topk: int = Field(default=0, ge=0)
     prefix_blocks: int = Field(default=0, ge=0, alias="first")  # the first block with group prompts
@@ -101,11 +104,15 @@ class Header(BaseModel):
 
     @model_validator(mode="after")
     def _pixels_make_sense(self) -> Self:
-        pixels = self.preprocess
+        pixels, (smallest, largest) = self.preprocess, STD_RANGE
+        if not (len(pixels.mean) == 3 and all(abs(mean) <= LARGEST_MEAN for mean in pixels.mean)):
+            raise ValueError(f"preprocess.mean is {list(pixels.mean)}, three numbers up to {LARGEST_MEAN:g} are read")
+        if not (len(pixels.std) == 3 and all(smallest <= deviation <= largest for deviation in pixels.std)):
+            raise ValueError(
+                f"preprocess.std is {list(pixels.std)}, three numbers from {smallest:g} to {largest:g} are read"
+            )
         sensible = (
             pixels.size == self.backbone.image_size
-            and len(pixels.mean) == len(pixels.std) == 3
-            and all(0 < deviation < 1e3 for deviation in pixels.std)
             and pixels.interpolation in ("bilinear", "bicubic")
             and 0.1 <= pixels.crop_ratio <= 1
             and 0 < pixels.min_area <= 1
@@ -237,8 +244,12 @@ def load_prompt(path: str | Path, backbone: Backbone) -> PromptedClassifier:
 def _header_fields(path: Path, text: str) -> dict[str, Any]:
     """The JSON of a header whose format this version reads."""
     try:
-        fields = json.loads(text)
+        fields = json.loads(text, parse_constant=_finite, parse_float=_finite)
         number = fields["format"]
+    except _NotFinite as error:
+        raise PromptFileError(
+            f"prompt file {path} has a damaged header: it holds {error}, which is no number"
+        ) from None
     except (ValueError, KeyError, TypeError, RecursionError):
         raise PromptFileError(f"prompt file {path} has a damaged header: it is not JSON with a format number") from None
     if not isinstance(number, int) or not 1 <= number <= FORMAT:
@@ -246,6 +257,18 @@ def _header_fields(path: Path, text: str) -> dict[str, Any]:
             f"prompt file {path} has format {quoted(number, 40)}, this lpt reads up to {FORMAT}: install a newer lpt"
         )
     return fields
+
+
+class _NotFinite(ValueError):
+    pass
+
+
+def _finite(text: str) -> float:
+    """A number of a header: NaN and Infinity are no JSON, though Python reads and writes them; 1e999 is infinite."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise _NotFinite(quoted(text, 40))
+    return number
 
 
 def _header(path: Path, fields: Mapping[str, Any]) -> Header:

@@ -231,7 +231,7 @@ def measure_run(setup: Setup, folder: RunFolder, session: Session, model: Prompt
         storage = "fp32"
     model.round_to(DTYPES[storage])
     model.only_train().eval()
-    predictions = predict(model, task.test, folder=session.feature_cache)
+    predictions = predict(model, task.test, folder=session.feature_cache, say=session.log)
     metrics = measure(model, predictions, task.counts, group_rule=task.group_rule)
     report = {
         **metrics,

@@ -279,6 +279,9 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     """Grays of 16 or 32 bits, or floats, in 8 bits. White is 65535 in a 16-bit file; else the smallest of 1 (floats
     alone), 255, 65535 and the image's own maximum that is no less than this maximum."""
     gray = np.asarray(image).astype(np.float64)
+    if image.mode == "F" and not np.isfinite(gray).all():
+        bad = int(np.count_nonzero(~np.isfinite(gray)))
+        raise ValueError(f"{bad} of its {gray.size} pixels are NaN or infinite: replace them by numbers")
     gray.clip(min=0, out=gray)
     whites = [255.0, 65535.0]
     if image.mode.startswith("I;16"):

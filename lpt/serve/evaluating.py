@@ -13,7 +13,7 @@ from lpt.data import LOCATION_SETTINGS, load_task
 from lpt.data.task import Files, Images, Task
 from lpt.device import versions
 from lpt.engine.evaluate import measure, predict
-from lpt.errors import DataError, PromptFileError, quoted
+from lpt.errors import DataError, PromptFileError, quoted, short
 from lpt.prompt_file import Header, read_prompt
 from lpt.serve.opening import check_loading, open_prompt
 
@@ -44,7 +44,7 @@ def evaluate_prompt(
     metrics = measure(model, predictions, torch.tensor(header.counts), group_rule=group_rule)
     return {
         **metrics,
-        **unmatched,
+        **{side: [short(name) for name in names] for side, names in unmatched.items()},
         "method": quoted(header.method),
         "backbone": {"name": model.backbone.name, "fingerprint": model.backbone.fingerprint},
         "data": {

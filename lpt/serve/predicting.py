@@ -3,6 +3,7 @@
 Shapes: views [B 3 S S] uint8.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from lpt.data.folder import SUFFIXES
 from lpt.data.preprocess import File, Preprocess
-from lpt.errors import DataError
+from lpt.engine.evaluate import no_answer
+from lpt.errors import DataError, short
 from lpt.model.classifier import PromptedClassifier
 
 
@@ -37,7 +39,10 @@ def predict_files(
                 batch = preprocess.normalized(views.to(device), dtype=model.backbone.dtype)
                 best = model.probabilities(model(batch).logits).topk(topk)
             for answer, values, ids in zip(readable, best.values.tolist(), best.indices.tolist(), strict=True):
-                answer["classes"] = [model.classes[i] for i in ids]
+                if not all(map(math.isfinite, values)):
+                    answer["error"] = no_answer(answer["image"])
+                    continue
+                answer["classes"] = [short(model.classes[i]) for i in ids]
                 answer["probabilities"] = values
         yield from answers
 
