@@ -144,6 +144,7 @@ def predict(
         name=backbone.get("name"),
         precision=train.get("precision"),
         device=train.get("device", "auto"),
+        at_once=min(32, len(files)),
     )
     answers: list[dict[str, Any]] = []
     for answer in predict_files(model, files, topk=topk):

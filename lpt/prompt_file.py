@@ -229,10 +229,7 @@ def load_prompt(path: str | Path, backbone: Backbone) -> PromptedClassifier:
     _check_identity(path, header, backbone)
     _check_widths(path, tensors, head, backbone)
     _check_inside(path, header, tensors)
-    if "pool.tokens" in tensors and header.prefix_blocks >= backbone.depth:
-        raise PromptFileError(
-            f"prompt file {path}: group prompts from block {header.prefix_blocks} on, the backbone has {backbone.depth}"
-        )
+    _check_blocks(path, header, tensors, backbone)
     if header.inside:
         backbone = with_adapter(backbone, **header.inside.model_dump())
     model = _build(header, tensors, head, backbone)
@@ -392,6 +389,21 @@ def _check_widths(path: Path, tensors: Mapping[str, Tensor], head: HeadSpec, bac
             raise PromptFileError(
                 f"prompt file {path}: {name} is {list(tensors[name].shape)}, the backbone needs a width of {width}"
             )
+
+
+def _check_blocks(path: Path, header: Header, tensors: Mapping[str, Tensor], backbone: Backbone) -> None:
+    """Do prompts have as many blocks as the backbone has for them? Else they would be made for more than there are."""
+    if "pool.tokens" in tensors:
+        wanted, there = backbone.depth - header.prefix_blocks, tensors["pool.tokens"].shape[1]
+        if wanted < 1 or there != wanted:
+            raise PromptFileError(
+                f"prompt file {path}: group prompts for {there} blocks from block {header.prefix_blocks} on, the "
+                f"backbone has {backbone.depth}"
+            )
+    if "shared.tokens" in tensors and (there := len(tensors["shared.tokens"])) not in (1, backbone.depth):
+        raise PromptFileError(
+            f"prompt file {path}: a shared prompt for {there} blocks, the backbone has {backbone.depth}"
+        )
 
 
 def _check_inside(path: Path, header: Header, tensors: Mapping[str, Tensor]) -> None:

@@ -3,6 +3,7 @@
 Shapes: logits [N C], labels [N], ids [N k], features [N D'].
 """
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Mapping
@@ -18,6 +19,7 @@ from lpt.data.task import Files, Images, Task
 from lpt.engine.processes import all_agree, all_gather_rows, rank_and_world
 from lpt.errors import DataError, TrainingError, quoted
 from lpt.files import is_intact, read_tensors, to_bytes, write_atomic
+from lpt.memory import naming_lack_of_memory
 from lpt.metrics import summarize
 from lpt.model.classifier import PromptedClassifier
 from lpt.model.heads import FusedHead
@@ -115,17 +117,22 @@ def predict(
         return _checked(Predictions(logits, images.labels, None, each_head), model, images)
     cache = cache or PrefixCache(limit=0)
     parts: dict[str, list[Tensor]] = {}
-    for rows in _local_rows(images).split(batch_size):
-        tokens, query = cache.get(model, images, rows)
-        output = model.tail(tokens, query=query)
-        parts.setdefault("logits", []).append(output.logits.float())
-        if output.ids is not None:
-            parts.setdefault("ids", []).append(output.ids)
-        for name, logits in _head_logits(model, output.feature).items():
-            parts.setdefault(f"head/{name}", []).append(logits)
+    with _naming_memory(batch_size):
+        for rows in _local_rows(images).split(batch_size):
+            tokens, query = cache.get(model, images, rows)
+            output = model.tail(tokens, query=query)
+            parts.setdefault("logits", []).append(output.logits.float())
+            if output.ids is not None:
+                parts.setdefault("ids", []).append(output.ids)
+            for name, logits in _head_logits(model, output.feature).items():
+                parts.setdefault(f"head/{name}", []).append(logits)
     whole = {name: all_gather_rows(torch.cat(values), len(images)).cpu() for name, values in parts.items()}
     heads = {name.removeprefix("head/"): logits for name, logits in whole.items() if name.startswith("head/")}
     return _checked(Predictions(whole["logits"], images.labels, whole.get("ids"), heads), model, images)
+
+
+def _naming_memory(batch_size: int) -> contextlib.AbstractContextManager[None]:
+    return naming_lack_of_memory(lambda: f"in a prediction of {batch_size} images")
 
 
 def no_answer(image: str) -> str:
@@ -177,7 +184,9 @@ def features(
     if file and all_agree(cached is not None):
         assert cached is not None
         return cached
-    parts = [model.query(model.prefix(_views(model, images, rows))) for rows in _local_rows(images).split(batch_size)]
+    batches = _local_rows(images).split(batch_size)
+    with _naming_memory(batch_size):
+        parts = [model.query(model.prefix(_views(model, images, rows))) for rows in batches]
     computed = all_gather_rows(torch.cat(parts), len(images)).cpu()
     if file and rank_and_world()[0] == 0:
         write_atomic(file, to_bytes({"features": computed}, lpt_features={"shape": list(computed.shape)}))

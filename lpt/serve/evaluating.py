@@ -14,6 +14,7 @@ from lpt.data.task import Files, Images, Task
 from lpt.device import versions
 from lpt.engine.evaluate import measure, predict
 from lpt.errors import DataError, PromptFileError, quoted, short
+from lpt.memory import PREDICTED_AT_ONCE
 from lpt.prompt_file import Header, read_prompt
 from lpt.serve.opening import check_loading, open_prompt
 
@@ -31,7 +32,7 @@ def evaluate_prompt(
     loading = check_loading(settings, sections=("data", "backbone", "train"))
     task = _load_task(header, settings.get("data", {}))
     images, unmatched = _match_classes(task, header.classes, path)
-    model, _ = open_prompt(path, **loading)
+    model, _ = open_prompt(path, **loading, at_once=min(PREDICTED_AT_ONCE, len(images)))
     for line in [*task.summary_lines(), *_matching_lines(task, header.classes, len(images), unmatched)]:
         say(line)
     began = time.perf_counter()

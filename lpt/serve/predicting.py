@@ -15,6 +15,7 @@ from lpt.data.folder import SUFFIXES
 from lpt.data.preprocess import File, Preprocess
 from lpt.engine.evaluate import no_answer
 from lpt.errors import DataError, short
+from lpt.memory import naming_lack_of_memory
 from lpt.model.classifier import PromptedClassifier
 
 
@@ -35,7 +36,8 @@ def predict_files(
             answers[i]["error"] = error
         readable = [answer for answer in answers if "error" not in answer]
         if views is not None:
-            with torch.no_grad():
+            where = f"in a prediction of {len(views)} images"
+            with torch.no_grad(), naming_lack_of_memory(lambda where=where: where):
                 batch = preprocess.normalized(views.to(device), dtype=model.backbone.dtype)
                 best = model.probabilities(model(batch).logits).topk(topk)
             for answer, values, ids in zip(readable, best.values.tolist(), best.indices.tolist(), strict=True):
