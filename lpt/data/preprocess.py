@@ -276,16 +276,14 @@ def max_pixels() -> int:
     if not text:
         return MAX_PIXELS
     if not (text.isascii() and text.isdigit() and 0 < int(text[:20]) <= MAX_SIDE**2):
-        raise ValueError(
-            f"{PIXELS_VARIABLE} is {quoted(repr(text), 40)}: give a number of pixels, for example 100000000"
-        )
+        raise ValueError(f"{PIXELS_VARIABLE} is {quoted(repr(text), 40)}: give a number, for example 100000000")
     return int(text)
 
 
 def _open(content: str | Path | io.BytesIO) -> Image.Image:
     """The image before it is decoded. Pillow warns of large ones, and refuses larger ones, by a limit of its own."""
-    if os.environ.get(PIXELS_VARIABLE) and (Image.MAX_IMAGE_PIXELS or MAX_SIDE**2) < max_pixels():
-        Image.MAX_IMAGE_PIXELS = max_pixels()
+    if os.environ.get(PIXELS_VARIABLE) and (Image.MAX_IMAGE_PIXELS or MAX_SIDE**2) < 2 * max_pixels():
+        Image.MAX_IMAGE_PIXELS = 2 * max_pixels()
     try:
         return Image.open(content, formats=_formats())
     except Image.DecompressionBombError as error:
