@@ -3,9 +3,11 @@
 A wrong setting or file is answered in one sentence, with exit code 2."""
 
 import json
+import re
 import shlex
 import sys
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -142,6 +144,7 @@ def predict(
         name=backbone.get("name"),
         precision=train.get("precision"),
         device=train.get("device", "auto"),
+        at_once=min(32, len(files)),
     )
     for line in left_out:
         print(line, file=sys.stderr)
@@ -161,25 +164,53 @@ def predict(
 
 @app.command()
 def inspect(prompt: Annotated[Path, typer.Argument(help="a prompt file")]) -> None:
-    """What is in a prompt file: method, backbone, classes, sizes, numbers."""
+    """What is in a prompt file: method, backbone, classes, sizes, numbers; at most a screenful of it."""
     from lpt.prompt_file import read_prompt
-    from lpt.report.markdown import percent
 
     header, tensors = read_prompt(prompt)
     print(f"{prompt}  format {header.format}, {prompt.stat().st_size:,} bytes")
-    print(f"method    {quoted(header.method)}  {json.dumps(header.settings)}")
+    print(f"method    {quoted(header.method)}  {quoted(json.dumps(header.settings), 1000)}")
     made_with = quoted(f"{header.backbone.name}, weights {header.backbone.fingerprint}")
     print(f"backbone  {made_with}, {header.backbone.image_size} px")
     shown = quoted(", ".join(header.classes[:6])) + (", ..." if len(header.classes) > 6 else "")
     print(f"classes   {len(header.classes)}: {shown}; {max(header.counts)} to {min(header.counts)} training images")
-    print("data      " + quoted(f"{header.data.get('name')}, split {header.data.get('split_sha256')}"))
-    for name, tensor in tensors.items():
-        print(f"tensor    {quoted(name)} {list(tensor.shape)}")
-    for name, value in header.metrics.items():
-        print(
-            f"measured  {quoted(name)} " + (f"{value:.4f}" if name == "nll" and value is not None else percent(value))
-        )
+    facts = [quoted(header.data.get(key), 100) for key in ("name", "split_sha256")]
+    print(f"data      {facts[0]}, split {facts[1]}")
+    _print_few("tensor", [f"{quoted(name, 100)} {sizes}" for name, sizes in _same_in_blocks(tensors).items()])
+    _print_few("measured", [f"{quoted(name, 60)} {_measured(name, value)}" for name, value in header.metrics.items()])
     print("versions  " + quoted(", ".join(f"{k} {v}" for k, v in header.versions.items())))
+
+
+MOST_LINES = 12
+"""Of one kind that `inspect` prints: a stranger's file has as many as it likes."""
+
+
+def _print_few(what: str, lines: Sequence[str]) -> None:
+    for line in lines[:MOST_LINES]:
+        print(f"{what:8}  {line}")
+    if len(lines) > MOST_LINES:
+        print(f"{what:8}  ... and {len(lines) - MOST_LINES} more")
+
+
+def _measured(name: str, value: float | None) -> str:
+    from lpt.report.markdown import percent
+
+    if value is not None and abs(value) > 1e6:  # no metric of ours, and hundreds of digits
+        return f"{value:.3g}"
+    return f"{value:.4f}" if name == "nll" and value is not None else percent(value)
+
+
+def _same_in_blocks(tensors: Mapping[str, Any]) -> dict[str, str]:
+    """Shapes by name; tensors of one shape that differ in the number of their block are one line under `*`."""
+    shapes: dict[tuple[str, str], int] = {}
+    for name, tensor in tensors.items():
+        key = re.sub(r"\.\d+\.", ".*.", name), str(list(tensor.shape))
+        shapes[key] = shapes.get(key, 0) + 1
+    lines: dict[str, str] = {}
+    for (name, shape), number in shapes.items():
+        sizes = shape if number == 1 else f"{number} of {shape}"
+        lines[name] = f"{lines[name]}, {sizes}" if name in lines else sizes
+    return lines
 
 
 @app.command()

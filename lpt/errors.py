@@ -53,6 +53,15 @@ def quoted(words: object, limit: int = 200) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
+def short(name: str, limit: int = 1000) -> str:
+    """A name as it is, or its beginning where it is longer than any name: of a file from anyone it may be megabytes.
+
+    >>> short("red owl"), short("red owl", 6)
+    ('red owl', 'red...')
+    """
+    return name if len(name) <= limit else name[: limit - 3] + "..."
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """A suggestion to append to a message, or nothing.
 

@@ -9,6 +9,7 @@ says. A shallow prompt has L = 1. The header stands under `lpt` in the file's me
 """
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
@@ -32,6 +33,8 @@ from lpt.model.prompts import DeepPrompt, PromptPool, ShallowPrompt
 FORMAT = 2
 LARGEST_NUMBER = 1e6
 """Nothing that was learned is larger; what is, is no model, and makes answers that are not finite."""
+LARGEST_MEAN, STD_RANGE = 10.0, (1e-3, 1e3)
+"""Of pixels in 0..1. Every published mean and deviation is within 0..1; what is far outside makes views of no image."""
 MOST_ENTRIES = 100
 """Of `metrics` and `versions`: every entry that is wrong would become an error of a kilobyte."""
 
@@ -69,7 +72,7 @@ class Header(BaseModel):
     Names, order and defaults of the fields are the file format.
     """
 
-    model_config = ConfigDict(extra="allow", serialize_by_alias=True)
+    model_config = ConfigDict(extra="allow", serialize_by_alias=True, allow_inf_nan=False)
 
     format: int
     method: str
@@ -78,7 +81,7 @@ class Header(BaseModel):
     preprocess: Preprocess
     classes: Annotated[list[str], FailFast()] = Field(min_length=2)
     counts: Annotated[list[Annotated[int, Field(ge=0, le=10**12)]], FailFast()]
-    scale: float = Field(gt=0, le=LARGEST_NUMBER)
+    scale: float = Field(ge=1 / LARGEST_NUMBER, le=LARGEST_NUMBER)
     """Of the head: what logits are multiplied with before the softmax."""
     topk: int = Field(default=0, ge=0)
     prefix_blocks: int = Field(default=0, ge=0, alias="first")  # the first block with group prompts
@@ -112,11 +115,15 @@ class Header(BaseModel):
 
     @model_validator(mode="after")
     def _pixels_make_sense(self) -> Self:
-        pixels = self.preprocess
+        pixels, (smallest, largest) = self.preprocess, STD_RANGE
+        if not (len(pixels.mean) == 3 and all(abs(mean) <= LARGEST_MEAN for mean in pixels.mean)):
+            raise ValueError(f"preprocess.mean is {list(pixels.mean)}, three numbers up to {LARGEST_MEAN:g} are read")
+        if not (len(pixels.std) == 3 and all(smallest <= deviation <= largest for deviation in pixels.std)):
+            raise ValueError(
+                f"preprocess.std is {list(pixels.std)}, three numbers from {smallest:g} to {largest:g} are read"
+            )
         sensible = (
             pixels.size == self.backbone.image_size
-            and len(pixels.mean) == len(pixels.std) == 3
-            and all(0 < deviation < 1e3 for deviation in pixels.std)
             and pixels.interpolation in ("bilinear", "bicubic")
             and 0.1 <= pixels.crop_ratio <= 1
             and 0 < pixels.min_area <= 1
@@ -236,10 +243,7 @@ def load_prompt(path: str | Path, backbone: Backbone) -> PromptedClassifier:
     _check_identity(path, header, backbone)
     _check_widths(path, tensors, head, backbone)
     _check_inside(path, header, tensors)
-    if "pool.tokens" in tensors and header.prefix_blocks >= backbone.depth:
-        raise PromptFileError(
-            f"prompt file {path}: group prompts from block {header.prefix_blocks} on, the backbone has {backbone.depth}"
-        )
+    _check_blocks(path, header, tensors, backbone)
     if header.inside:
         backbone = with_adapter(backbone, **header.inside.model_dump())
     model = _build(header, tensors, head, backbone)
@@ -251,8 +255,12 @@ def load_prompt(path: str | Path, backbone: Backbone) -> PromptedClassifier:
 def _header_fields(path: Path, text: str) -> dict[str, Any]:
     """The JSON of a header whose format this version reads."""
     try:
-        fields = json.loads(text)
+        fields = json.loads(text, parse_constant=_finite, parse_float=_finite)
         number = fields["format"]
+    except _NotFinite as error:
+        raise PromptFileError(
+            f"prompt file {path} has a damaged header: it holds {error}, which is no number"
+        ) from None
     except (ValueError, KeyError, TypeError, RecursionError):
         raise PromptFileError(f"prompt file {path} has a damaged header: it is not JSON with a format number") from None
     if not isinstance(number, int) or not 1 <= number <= FORMAT:
@@ -260,6 +268,18 @@ def _header_fields(path: Path, text: str) -> dict[str, Any]:
             f"prompt file {path} has format {quoted(number, 40)}, this lpt reads up to {FORMAT}: install a newer lpt"
         )
     return fields
+
+
+class _NotFinite(ValueError):
+    pass
+
+
+def _finite(text: str) -> float:
+    """A number of a header: NaN and Infinity are no JSON, though Python reads and writes them; 1e999 is infinite."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise _NotFinite(quoted(text, 40))
+    return number
 
 
 def _header(path: Path, fields: Mapping[str, Any]) -> Header:
@@ -383,6 +403,21 @@ def _check_widths(path: Path, tensors: Mapping[str, Tensor], head: HeadSpec, bac
             raise PromptFileError(
                 f"prompt file {path}: {name} is {list(tensors[name].shape)}, the backbone needs a width of {width}"
             )
+
+
+def _check_blocks(path: Path, header: Header, tensors: Mapping[str, Tensor], backbone: Backbone) -> None:
+    """Do prompts have as many blocks as the backbone has for them? Else they would be made for more than there are."""
+    if "pool.tokens" in tensors:
+        wanted, there = backbone.depth - header.prefix_blocks, tensors["pool.tokens"].shape[1]
+        if wanted < 1 or there != wanted:
+            raise PromptFileError(
+                f"prompt file {path}: group prompts for {there} blocks from block {header.prefix_blocks} on, the "
+                f"backbone has {backbone.depth}"
+            )
+    if "shared.tokens" in tensors and (there := len(tensors["shared.tokens"])) not in (1, backbone.depth):
+        raise PromptFileError(
+            f"prompt file {path}: a shared prompt for {there} blocks, the backbone has {backbone.depth}"
+        )
 
 
 def _check_inside(path: Path, header: Header, tensors: Mapping[str, Tensor]) -> None:

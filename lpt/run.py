@@ -30,6 +30,7 @@ from lpt.engine.session import Log, OnStep, Session, total_cost
 from lpt.engine.stopping import Stop
 from lpt.errors import LptError
 from lpt.files import to_bytes, write_atomic
+from lpt.memory import naming_lack_of_memory
 from lpt.methods import build_recipe
 from lpt.model.backbones.base import Backbone
 from lpt.model.classifier import PromptedClassifier
@@ -37,7 +38,7 @@ from lpt.prompt_file import DTYPES, beyond_fp16, save_prompt
 from lpt.report.finished import Rows, command_of, split_of, write_page
 from lpt.report.markdown import markdown
 from lpt.report.pseudo_labels import diagnose, read_last_round
-from lpt.setup import Setup
+from lpt.setup import Setup, check_memory
 
 RUN_FILES = ("config.yaml", "checkpoints", "history.jsonl", "prompt.safetensors", "report.json")
 """By what a folder is known to hold a run."""
@@ -59,7 +60,7 @@ def train(
     Raises LptError, and Stopped when Ctrl-C or SIGTERM has ended it: in a phase with a checkpoint.
     """
     began, stop, out = time.perf_counter(), Stop(), Path(out)
-    with stop.listening(), naming_lost_peers():
+    with stop.listening(), naming_lost_peers(), naming_lack_of_memory(lambda: "between the steps"):
         check_out(out, resume=resume)  # at once, and again when the folder is locked
         setup = Setup(config)
         with open_run(setup, out, resume=resume) as folder:
@@ -90,6 +91,9 @@ def tune(
 
     Raises LptError for an unknown method, ConfigError for settings that it does not have or take, all at once.
     """
+    device = next(backbone.parameters()).device
+    named = {"name": method, **settings}
+    check_memory(named, task, backbone, batch_size, dtype=backbone.dtype, device=device)
     session = Session(
         images=task.train,
         preprocess=backbone.preprocess,
@@ -98,7 +102,7 @@ def tune(
         dtype=backbone.dtype,
         log=say,
     )
-    recipe = build_recipe({"name": method, **settings}, task, backbone, session)
+    recipe = build_recipe(named, task, backbone, session)
     model = follow(recipe, session)
     model.group_rule = task.group_rule
     return model.only_train().eval()
@@ -232,7 +236,7 @@ def measure_run(setup: Setup, folder: RunFolder, session: Session, model: Prompt
         storage = "fp32"
     model.round_to(DTYPES[storage])
     model.only_train().eval()
-    predictions = predict(model, task.test, folder=session.feature_cache)
+    predictions = predict(model, task.test, folder=session.feature_cache, say=session.log)
     metrics = measure(model, predictions, task.counts, group_rule=task.group_rule)
     report = {
         **metrics,

@@ -18,7 +18,8 @@ Factor = Annotated[float, Field(ge=1)]
 FractionBelowOne = Annotated[float, Field(ge=0, lt=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0)]
-Scale = Annotated[float, Field(gt=0)]
+Scale = Annotated[float, Field(ge=1e-6, le=1e6)]
+"""As far as a prompt file stores one: beyond, numbers of 32 bits are 0 or infinite."""
 Threshold = Annotated[float, Field(gt=0, le=1)]
 
 

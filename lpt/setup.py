@@ -1,7 +1,8 @@
 """What a run stands on, before anything is written: device, data and backbone of a config, found and checked."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,8 @@ from lpt.data.task import Task
 from lpt.device import PRECISIONS, pick_device, pick_precision
 from lpt.engine.processes import rank_and_world
 from lpt.errors import LptError
-from lpt.methods import nested_methods
+from lpt.memory import check_run
+from lpt.methods import nested_methods, nested_settings
 from lpt.model.backbones import load_backbone, random_backbone
 from lpt.model.backbones.base import Backbone, fingerprint_of, read_prototypes
 from lpt.model.backbones.clip_text import read_templates
@@ -40,7 +42,9 @@ class Setup:
         self.task: Task = load_task(**config.data)
         _check_selection(config, self.task)
         self.precision = pick_precision(config.train.precision, self.device)
-        self.backbone = open_backbone(config, read_weights=read_weights).to(self.device, PRECISIONS[self.precision])
+        backbone, dtype = open_backbone(config, read_weights=read_weights), PRECISIONS[self.precision]
+        check_memory(config.method, self.task, backbone, config.train.batch_size, dtype=dtype, device=self.device)
+        self.backbone = backbone.to(self.device, dtype)
         if not read_weights:
             self.backbone.prototypes = random_prototypes(self.task.classes, self.backbone)
         if config.train.compile:
@@ -68,6 +72,27 @@ class Setup:
                 f"warning: {self.backbone.name} has seen {len(shared)} of these {len(self.task.classes)} classes as "
                 f"labels of {name}"
             )
+
+
+def check_memory(
+    method: Mapping[str, Any],
+    task: Task,
+    backbone: Backbone,
+    batch_size: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Raises LptError where a step of `method`, or of one inside it, needs more memory than there is."""
+    check_run(
+        backbone,
+        list(nested_settings(method)),
+        batch_size=batch_size,
+        classes=len(task.classes),
+        dtype=dtype,
+        device=device,
+        world=rank_and_world()[1],
+    )
 
 
 def _check_shares(batch_size: int, world: int) -> None:

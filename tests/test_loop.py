@@ -2,6 +2,7 @@
 
 import json
 import time
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -383,6 +384,8 @@ def test_a_resumed_and_a_finished_phase_cost_what_an_undisturbed_one_does(tmp_pa
 
 def test_features_of_views_are_counted_and_their_cost_is_kept(tmp_path):
     class Model(Linear):
+        backbone = SimpleNamespace(feature_width=3)
+
         def feature(self, views):
             return views.flatten(1) @ self.weight.T + views.mean((1, 2, 3))[:, None]
 
@@ -404,6 +407,8 @@ def test_features_of_views_are_counted_and_their_cost_is_kept(tmp_path):
 
 def test_features_of_views_do_not_depend_on_the_number_of_processes():
     class Model(Linear):
+        backbone = SimpleNamespace(feature_width=192)
+
         def feature(self, views):
             return views.flatten(1)
 

@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torchvision.transforms import InterpolationMode, v2
 
+from benchmarks.reliability.subjects import prompt_on_nano
 from lpt.data.preprocess import CLIP_MEAN, File, Preprocess, decoded
 from lpt.errors import DataError
+from tests.support.command_line import lpt
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -237,6 +239,47 @@ def test_a_huge_image_of_few_bytes_is_refused():
     assert len(buffer.getvalue()) < 50_000
     with pytest.raises(DataError, match=r"image x cannot be decoded .9000 x 9000 pixels, 33554432 are the most"):
         decoded(File("x", buffer.getvalue()))
+
+
+def encoded(kind, mode, width, height):
+    buffer = io.BytesIO()
+    Image.new(mode, (width, height)).save(buffer, kind)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode", "side", "needed"), [("PNG", "1", 6000, 36_000_000), ("BMP", "1", 5800, 33_640_000),
+                                         ("TIFF", "F", 3000, 36_000_000), ("PNG", "1", 13_500, 182_250_000)],
+)  # fmt: skip
+def test_an_image_above_the_limit_has_a_way_out_that_its_sentence_names(monkeypatch, kind, mode, side, needed):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+    file = File("x", encoded(kind, mode, side, side))
+    with pytest.raises(DataError, match=rf"are the most: make it smaller, or set .* LPT_MAX_PIXELS={needed} if you"):
+        decoded(file)
+    monkeypatch.setenv("LPT_MAX_PIXELS", str(needed - 1))
+    with pytest.raises(DataError, match=rf"LPT_MAX_PIXELS={needed}"):
+        decoded(file)
+    monkeypatch.setenv("LPT_MAX_PIXELS", str(needed))
+    assert decoded(file).size == (side, side)
+
+
+@pytest.mark.parametrize("text", ["many", "-5", "0", "1e9", "9" * 40])
+def test_a_limit_that_is_no_number_of_pixels_is_said(monkeypatch, text):
+    monkeypatch.setenv("LPT_MAX_PIXELS", text)
+    with pytest.raises(DataError, match=r"LPT_MAX_PIXELS is .*: give a number"):
+        decoded(File("x", encoded("PNG", "RGB", 4, 4)))
+
+
+def test_by_command_line_too_and_the_limit_may_be_lower(tmp_path, monkeypatch, capsys):
+    for name, side in (("small.png", 8), ("large.png", 40)):
+        (tmp_path / name).write_bytes(encoded("PNG", "RGB", side, side))
+    prompt = tmp_path / "p.safetensors"
+    prompt_on_nano(prompt)
+    code, said, err = lpt(capsys, "predict", prompt, tmp_path / "small.png", tmp_path / "large.png")
+    assert code == 0 and len(said.splitlines()) == 2, err
+    monkeypatch.setenv("LPT_MAX_PIXELS", "1000")
+    code, said, err = lpt(capsys, "predict", prompt, tmp_path / "small.png", tmp_path / "large.png")
+    assert code == 1 and len(said.splitlines()) == 1 and "LPT_MAX_PIXELS=1600" in err
 
 
 def test_a_large_jpeg_is_made_smaller_before_it_is_judged(monkeypatch):

@@ -130,7 +130,7 @@ def test_fields_of_a_later_minor_version_are_kept(saved):
         (None, {"first": 40}, None),
         (None, {"counts": [1]}, "1 counts for 4 classes"),
         (None, {"classes": "abc"}, "damaged header: classes"),
-        (None, {"scale": float("inf")}, "damaged header: scale"),
+        (None, {"scale": float("inf")}, "damaged header: it holds Infinity"),
         (None, {"scale": 1e308}, "damaged header: scale"),
         (None, {"temperature": 5e-324}, "damaged header: temperature"),
         (None, {"counts": [-1, 1, 1, 1]}, r"damaged header: counts\.0"),

@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks.reliability import hostile
 from benchmarks.reliability.__main__ import THEMES, line
+from benchmarks.reliability.outputs import problem_with
 
 PYTHON = sys.executable
 
@@ -65,3 +66,29 @@ def test_a_problem_is_made_simple_and_the_files_after_it_are_tried_too(tmp_path,
     assert len(answers) == 20 and 0 < len(problems) < 20
     assert all("AssertionError: too large" in problem for problem in problems)
     assert problems[0].endswith("by 100000")  # the smallest
+
+
+@pytest.mark.parametrize(
+    ("code", "said", "complained", "written", "problem"),
+    [
+        (0, "i.png  cat 0.500  dog 0.250\n", "", '[{"a": 0.5}]', ""),
+        (2, "", "error: prompt file p has a damaged header: it holds NaN, which is no number\n", "", ""),
+        (1, "", "error: the model's answer to image i.png is not finite\n", '[{"error": "x"}]', ""),
+        (0, 'nano nancy "NaN" banana.nan\n', "warning: small\n", "", ""),
+        (0, "i.png  cat nan  dog nan\n", "", "", "an output with nan"),
+        (0, "ok\n", "", '[{"a": NaN}]', "written JSON that is none: NaN"),
+        (0, "ece inf\n", "", "", "an output with inf"),
+        (0, "x" * 100_001, "", "", "an output of 100,001 letters"),
+        (0, "\x1b[2J", "", "", "a terminal would obey"),
+        (1, "", "Traceback (most recent call last):\n  File\n", "", "a traceback"),
+        (3, "", "", "", "code 3"),
+        (0, "", "error: no\n", "", "code 0 with"),
+        (2, "", "error: a\nerror: b\n", "", "a refusal of 2 lines"),
+        (2, "", "error: " + "a" * 600, "", "a refusal of 1 lines"),
+        (2, "", "error: a\n", "[]", "2 of them written"),
+    ],
+)
+def test_what_a_command_says_of_a_strangers_file_is_judged(code, said, complained, written, problem):
+    answer = problem_with(code, said, complained, written)
+    assert answer.startswith(problem) or (problem and problem in answer)
+    assert bool(answer) == bool(problem)

@@ -305,7 +305,76 @@ def harmless(content: bytes, choose: Choose) -> bytes:
     return joined(tree, body)
 
 
+def odd_pixels(content: bytes, choose: Choose) -> bytes:
+    """Other means, deviations and sizes of pixels, whole or one number of them."""
+
+    def change(tree: Tree) -> Tree:
+        pixels = tree["preprocess"]
+        key = choose.one(["mean", "std", "mean", "std", "crop_ratio", "min_area", "size"])
+        value = choose.one([float("nan"), float("inf"), 1e30, 1e-45, 1e3, 1e-3, 10.0, -10.0, 0, True, None, 1e999, -1])
+        if key == "size":
+            tree["backbone"]["image_size"] = pixels["size"] = choose.one([16, 48, 256, 1024, 33])
+        elif key in ("mean", "std"):
+            pixels[key][choose.number(0, 2)] = value
+            pixels[key] = choose.one([pixels[key], pixels[key], [value] * 3, [value]])
+        else:
+            pixels[key] = value
+        return tree
+
+    return with_json(content, change)
+
+
+def extreme_tensors(content: bytes, choose: Choose) -> bytes:
+    """Every tensor, or some, at the largest numbers that are read, and the header's numbers with them."""
+    from safetensors.numpy import load, save
+
+    tensors = load(content)
+    size = choose.one([1e6, 999_424, 65_504, 1e-6, 1e-38, 0])  # 999,424 is below 1e6 in fp16's steps, if it had them
+    for name, value in tensors.items():
+        if not choose.rarely(4):
+            signs = np.where(np.arange(value.size) % choose.one([2, 3, 10**9]) == 0, 1, -1).reshape(value.shape)
+            tensors[name] = (size * signs).astype(np.float32)
+    header, _ = parsed(content)
+    fresh = save(tensors, metadata=header["__metadata__"])
+
+    def change(tree: Tree) -> Tree:
+        for key in ("scale", "temperature"):
+            if key in tree and choose.rarely(2):
+                tree[key] = choose.one([1e6, 1e-6, 1.0])
+        return tree
+
+    return with_json(fresh, change)
+
+
+def long_words(content: bytes, choose: Choose) -> bytes:
+    """Words of a header that are printed, long or many."""
+
+    def change(tree: Tree) -> Tree:
+        word = choose.one(["x", "\x1b[2J", "é", "\n", "a b "]) * choose.one([1, 300, 50_000])
+        key = choose.one(["method", "classes", "settings", "data", "versions", "metrics", "backbone"])
+        many = {f"{word}{i}"[:60_000]: choose.one([1e300, 0.5, None]) for i in range(choose.one([1, 90, 2000]))}
+        if key == "method":
+            tree[key] = word
+        elif key == "classes":
+            tree[key][choose.number(0, len(tree[key]) - 1)] = word
+        elif key == "backbone":
+            tree[key]["name"] = word
+        elif key == "versions":
+            tree[key] = {name[:20_000]: word[:20_000] for name in list(many)[:40]}
+        elif key == "metrics":
+            tree[key] = many
+        else:
+            tree[key] = choose.one([{"name": word}, many, {"a": [many]}])
+        return tree
+
+    return with_json(content, change)
+
+
 PROMPTS = SAFETENSORS | {"huge_number": huge_number, "harmless": harmless}
+STRUCTURED = {way: SAFETENSORS[way] for way in ("metadata", "tensor_entry", "another_tensor")}
+STRUCTURED |= {"huge_number": huge_number, "harmless": harmless, "odd_pixels": odd_pixels}
+STRUCTURED |= {"extreme_tensors": extreme_tensors, "long_words": long_words}
+"""Ways that know what a prompt file is made of: sealed anew, many of them get far."""
 
 # Text.
 

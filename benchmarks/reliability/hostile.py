@@ -32,6 +32,7 @@ from PIL import Image
 
 from benchmarks.reliability import damage
 from benchmarks.reliability.damage import Choose
+from benchmarks.reliability.outputs import Commands
 from benchmarks.reliability.row import Row
 from benchmarks.reliability.subjects import CLASSES, backbone, make_subjects, prompt_on_nano, resumed
 from lpt.config import load_config
@@ -45,11 +46,12 @@ from lpt.prompt_file import load_prompt, read_prompt
 
 ROOT = Path(__file__).parents[2]
 FULL = {"prompt": 20_400, "config": 800, "list": 800, "prototypes": 300, "checkpoint": 300, "image": 500}
-FULL |= {"weights": 300, "table": 200, "bomb": 28}  # every bomb in each of two workers
+FULL |= {"served": 20_000, "weights": 300, "table": 200, "bomb": 28}  # every bomb in each of two workers
 QUICK = {"prompt": 330, "config": 80, "list": 80, "prototypes": 40, "checkpoint": 40, "image": 80}
-QUICK |= {"weights": 30, "table": 6}
+QUICK |= {"served": 60, "weights": 30, "table": 6}
 KINDS = {
     "prompt": "prompt files",
+    "served": "prompt files sealed anew, through inspect, predict and evaluate",
     "config": "configs",
     "list": "list, class and unlabelled files",
     "prototypes": "prototype files",
@@ -62,6 +64,8 @@ KINDS = {
 GROWTH = 2**30
 SECONDS, WAITS = 2.0, 10.0
 """Of processor time that a file may take, and by the clock, since two workers share the machine with others."""
+COMMANDS = 4
+"""Times as much where three commands are run on it, two of which answer images of up to 1,024 pixels."""
 HANGS = 60.0
 """Seconds without an answer after which a worker ends itself."""
 LONGEST = 500
@@ -137,6 +141,8 @@ class Trials:
         self.configs = [path.read_bytes() for path in sorted((ROOT / "configs").rglob("*.yaml"))]
         resumed(room, self.bare)
         self.images, self.bombs = damage.image_files(), dict[str, bytes]()
+        self.commands = Commands(room)
+        list(self.commands.answers(min((folder / "prompts").iterdir())))  # what they import is imported now
         Preprocess(size=32).cut([File("warm", self.images["JPEG RGB"])])  # Pillow imports its formats when needed
         for name in ("a", "b", "c"):  # empty files: lists are read before images are
             (room / "root" / name).mkdir(parents=True)
@@ -167,6 +173,22 @@ class Trials:
                 return "read to the same numbers"
             assert seal != "kept" and way != "harmless", "other numbers, though it is sealed"
             return "read to other numbers, of those whose seal was taken off or made anew"
+
+        return read
+
+    def served(self, choose: Choose) -> Reading:
+        name, way = choose.one(self.prompts), choose.one(damage.STRUCTURED)
+        path = self.room / "p.safetensors"
+        path.write_bytes(damage.sealed_anew(damage.STRUCTURED[way](self.prompts[name], choose)))
+
+        def read() -> str:
+            codes = []
+            for command, code, problem in self.commands.answers(path):
+                assert not problem, f"{command}: {problem}"
+                codes.append(code)
+            if codes == [2, 2, 2]:
+                return "refused"
+            return "read" if codes == [0, 0, 0] else f"some refused ({way})"
 
         return read
 
@@ -334,7 +356,8 @@ class Worker:
         def behaves(data: st.DataObject) -> None:
             nonlocal tried, problem
             choose = Choose(data.draw)
-            seconds, outcome, wrong = self.measured(getattr(self.trials, kind)(choose))
+            times = COMMANDS if kind == "served" else 1
+            seconds, outcome, wrong = self.measured(getattr(self.trials, kind)(choose), times)
             if wrong:
                 problem = (seconds, outcome, f"seed {seed}: {wrong}, by {', '.join(choose.words)}")
                 raise AssertionError(wrong)
@@ -355,8 +378,8 @@ class Worker:
         self.answers.write(json.dumps([seconds, outcome, problem]) + "\n")
         self.answers.flush()
 
-    def measured(self, reading: Reading) -> tuple[float, str, str]:
-        """(seconds, outcome, problem), of which some are that it took too much."""
+    def measured(self, reading: Reading, times: int = 1) -> tuple[float, str, str]:
+        """(seconds, outcome, problem), of which some are that it took too much: `times` what a file may."""
         faulthandler.dump_traceback_later(HANGS, exit=True)
         raised = sys.getrecursionlimit()  # by hypothesis, which would let a reader nest deeper, and so longer
         began, clock, before = time.process_time(), time.monotonic(), _peak()
@@ -367,7 +390,7 @@ class Worker:
         seconds, waited = time.process_time() - began, time.monotonic() - clock
         if _peak() > max(before, self.start + GROWTH):
             problem = problem or f"memory grew by {(_peak() - self.start) / 2**20:.0f} MB"
-        if seconds > SECONDS or waited > WAITS:
+        if seconds > times * SECONDS or waited > times * WAITS:
             problem = problem or f"{seconds:.1f} s of the processor, {waited:.1f} by the clock"
         if self.breaches:
             outcome, problem = "lost", self.breaches[-1]

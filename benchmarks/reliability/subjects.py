@@ -32,9 +32,9 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def backbone() -> Any:
+def backbone(image_size: int = 32) -> Any:
     """A tiny ViT with a projection to a joint space, always the same."""
-    small = timm_vit.untrained("vit_tiny_patch16_224", image_size=32, depth=2, embed_dim=32, num_heads=2)
+    small = timm_vit.untrained("vit_tiny_patch16_224", image_size=image_size, depth=2, embed_dim=32, num_heads=2)
     small.projection = torch.randn(32, 16, generator=seeded(5))
     return small
 

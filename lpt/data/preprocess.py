@@ -10,6 +10,7 @@ import contextlib
 import io
 import math
 import os
+import re
 import threading
 import warnings
 from collections.abc import Sequence
@@ -33,6 +34,9 @@ HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"
 # In a few bytes of a file there is room for an image that would fill the memory, or take hours.
 MAX_PIXELS = 2**25
 """Pixels of an image, of a JPEG once it is decoded smaller; a fourth of them with 32 bits each."""
+PIXELS_VARIABLE = "LPT_MAX_PIXELS"
+"""An environment variable in place of MAX_PIXELS. How much may be decoded is a matter of the machine and of trust in
+the files, as the device is: in a config it would change the hash of every run, and a prompt file could bring it."""
 MAX_SIDE = 2**16
 """Pixels of its longer side."""
 MAX_SCANS = 100
@@ -245,7 +249,7 @@ def decoded(file: File, *, min_side: int = 0) -> Image.Image:
         if not isinstance(content, bytes) and not os.path.isfile(content):
             raise FileNotFoundError(f"there is no such file as {content}")  # a pipe would be waited for
         opened = io.BytesIO(content) if isinstance(content, bytes) else content
-        with Image.open(opened, formats=_formats()) as image:
+        with _open(opened) as image:
             is_progressive = bool(image.info.get("progressive"))
             scans = _scans(file) if is_progressive else 1
             # A draft is Pillow's word for a JPEG decoded at a half, fourth or eighth. It saves a progressive one no
@@ -308,11 +312,42 @@ def _scans(file: File) -> int:
     return content.count(b"\xff\xda")
 
 
+def max_pixels() -> int:
+    """Pixels that an image may have. Raises ValueError where the environment says what is no number of them."""
+    text = os.environ.get(PIXELS_VARIABLE, "")
+    if not text:
+        return MAX_PIXELS
+    if not (text.isascii() and text.isdigit() and 0 < int(text[:20]) <= MAX_SIDE**2):
+        raise ValueError(f"{PIXELS_VARIABLE} is {quoted(repr(text), 40)}: give a number, for example 100000000")
+    return int(text)
+
+
+def _open(content: str | Path | io.BytesIO) -> Image.Image:
+    """The image before it is decoded. Pillow warns of large ones, and refuses larger ones, by a limit of its own."""
+    if os.environ.get(PIXELS_VARIABLE) and (Image.MAX_IMAGE_PIXELS or MAX_SIDE**2) < 2 * max_pixels():
+        Image.MAX_IMAGE_PIXELS = 2 * max_pixels()
+    try:
+        return Image.open(content, formats=_formats())
+    except Image.DecompressionBombError as error:
+        pixels = re.search(r"\((\d{1,20}) pixels", str(error))
+        if pixels is None or int(pixels[1]) > MAX_SIDE**2:
+            raise
+        raise ValueError(f"{pixels[1]} pixels, {max_pixels()} are the most: {_way_out(int(pixels[1]))}") from None
+
+
+def _way_out(pixels: int) -> str:
+    return f"make it smaller, or set the environment variable {PIXELS_VARIABLE}={pixels} if you trust it"
+
+
 def _check_limits(image: Image.Image, scans: int) -> None:
     """Raises ValueError for an image that would take too much memory or time to decode."""
-    max_pixels = MAX_PIXELS // 4 if image.mode in ("I", "F") else MAX_PIXELS
-    if image.width * image.height > max_pixels:
-        raise ValueError(f"{image.width} x {image.height} pixels, {max_pixels} are the most: make it smaller")
+    share = 4 if image.mode in ("I", "F") else 1
+    limit, pixels = max_pixels() // share, image.width * image.height
+    if pixels > limit:
+        size = f"{image.width} x {image.height} pixels"
+        if max(image.size) > MAX_SIDE:
+            raise ValueError(f"{size}, {limit} are the most, and {MAX_SIDE} a side: make it smaller")
+        raise ValueError(f"{size}, {limit} are the most: {_way_out(share * pixels)}")
     if max(image.size) > MAX_SIDE or scans > MAX_SCANS:
         raise ValueError(f"{image.width} x {image.height} pixels in {scans} scans: save it in another way")
 
@@ -321,6 +356,9 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     """Grays of 16 or 32 bits, or floats, in 8 bits. White is 65535 in a 16-bit file; else the smallest of 1 (floats
     alone), 255, 65535 and the image's own maximum that is no less than this maximum."""
     gray = np.asarray(image).astype(np.float64)
+    if image.mode == "F" and not np.isfinite(gray).all():
+        bad = int(np.count_nonzero(~np.isfinite(gray)))
+        raise ValueError(f"{bad} of its {gray.size} pixels are NaN or infinite: replace them by numbers")
     gray.clip(min=0, out=gray)
     whites = [255.0, 65535.0]
     if image.mode.startswith("I;16"):

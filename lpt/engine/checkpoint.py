@@ -42,8 +42,8 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint, *, run_hash: str) -> Non
 
 
 def load_checkpoint(path: Path, *, run_hash: str) -> Checkpoint | None:
-    """The checkpoint at `path`, or None where there is none. Raises TrainingError for one of another run, and for one
-    that is damaged."""
+    """The checkpoint at `path`, or None where there is none. Raises TrainingError for one of another run, and
+    DamagedCheckpoint for one that is damaged."""
     if not path.exists():
         return None
     try:
@@ -85,8 +85,12 @@ def _check_content(header: Any, tensors: Mapping[str, Tensor]) -> None:
         raise ValueError("it does not hold what was written")
 
 
-def unreadable(path: Path, error: object) -> TrainingError:
-    return TrainingError(f"checkpoint {path} cannot be read ({quoted(error)}): delete it to start its phase again")
+class DamagedCheckpoint(TrainingError):
+    """A checkpoint that is not what was written, and not one of another run."""
+
+
+def unreadable(path: Path, error: object) -> DamagedCheckpoint:
+    return DamagedCheckpoint(f"checkpoint {path} cannot be read ({quoted(error)}): delete it to start its phase again")
 
 
 def optimizer_moments(optimizer: torch.optim.Optimizer, names: Mapping[Any, str]) -> dict[str, Tensor]:

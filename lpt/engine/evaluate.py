@@ -3,8 +3,10 @@
 Shapes: logits [N C], labels [N], ids [N k], features [N D'].
 """
 
+import contextlib
 import hashlib
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -15,8 +17,9 @@ from torch import Tensor
 from lpt.data.longtail import usual_group_rule
 from lpt.data.task import Files, Images, Task
 from lpt.engine.processes import all_agree, all_gather_rows, rank_and_world
-from lpt.errors import DataError
-from lpt.files import read_tensors, to_bytes, write_atomic
+from lpt.errors import DataError, TrainingError, quoted
+from lpt.files import is_intact, read_tensors, to_bytes, write_atomic
+from lpt.memory import naming_lack_of_memory
 from lpt.metrics import summarize
 from lpt.model.classifier import PromptedClassifier
 from lpt.model.heads import FusedHead
@@ -95,32 +98,61 @@ def predict(
     batch_size: int = 128,
     cache: PrefixCache | None = None,
     folder: Path | None = None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Predictions:
     """Clean predictions, in order: the test view, no noise, no margin, no dropout. On several processes each
     predicts its share and all get the whole. Leaves the model in eval mode. Raises DataError for an image file that
-    cannot be decoded.
+    cannot be decoded, TrainingError for an image that the model has no finite answer to.
 
     `cache` and `folder` save what earlier calls have computed: prefixes of a model with a pool in memory, `features`
-    of one without in files.
+    of one without in files, and `say` is told of those that are damaged.
     """
     model.eval()
     if folder and model.pool is None:
-        cached = features(model, images, folder=folder, batch_size=batch_size).to(next(model.parameters()).device)
+        cached = features(model, images, folder=folder, batch_size=batch_size, say=say).to(
+            next(model.parameters()).device
+        )
         each_head = {name: logits.cpu() for name, logits in _head_logits(model, cached).items()}
-        return Predictions(model.classify(cached).float().cpu(), images.labels, None, each_head)
+        logits = model.classify(cached).float().cpu()
+        return _checked(Predictions(logits, images.labels, None, each_head), model, images)
     cache = cache or PrefixCache(limit=0)
     parts: dict[str, list[Tensor]] = {}
-    for rows in _local_rows(images).split(batch_size):
-        tokens, query = cache.get(model, images, rows)
-        output = model.tail(tokens, query=query)
-        parts.setdefault("logits", []).append(output.logits.float())
-        if output.ids is not None:
-            parts.setdefault("ids", []).append(output.ids)
-        for name, logits in _head_logits(model, output.feature).items():
-            parts.setdefault(f"head/{name}", []).append(logits)
+    with _naming_memory(batch_size):
+        for rows in _local_rows(images).split(batch_size):
+            tokens, query = cache.get(model, images, rows)
+            output = model.tail(tokens, query=query)
+            parts.setdefault("logits", []).append(output.logits.float())
+            if output.ids is not None:
+                parts.setdefault("ids", []).append(output.ids)
+            for name, logits in _head_logits(model, output.feature).items():
+                parts.setdefault(f"head/{name}", []).append(logits)
     whole = {name: all_gather_rows(torch.cat(values), len(images)).cpu() for name, values in parts.items()}
     heads = {name.removeprefix("head/"): logits for name, logits in whole.items() if name.startswith("head/")}
-    return Predictions(whole["logits"], images.labels, whole.get("ids"), heads)
+    return _checked(Predictions(whole["logits"], images.labels, whole.get("ids"), heads), model, images)
+
+
+def _naming_memory(batch_size: int) -> contextlib.AbstractContextManager[None]:
+    return naming_lack_of_memory(lambda: f"in a prediction of {batch_size} images")
+
+
+def no_answer(image: str) -> str:
+    """What is said where the model's numbers leave their range: a mean of them would be a NaN beside plausible ones."""
+    return (
+        f"the model's answer to image {quoted(image)} is not finite: what it has learned is no model of images; with "
+        "train.precision=fp32 it may be, else train it again with a lower method.lr"
+    )
+
+
+def _checked(predictions: Predictions, model: PromptedClassifier, images: Images | Files) -> Predictions:
+    """The same. Raises TrainingError with the first image whose probabilities are not finite, and the number of them,
+    those of each head by itself too."""
+    probabilities = [model.probabilities(predictions.logits)]
+    probabilities += [logits.softmax(1) for logits in predictions.head_logits.values()]
+    finite = torch.stack([torch.isfinite(each.sum(1)) for each in probabilities]).all(0)
+    if bad := (~finite).nonzero().flatten().tolist():
+        others = f" (one of {len(bad)} of {len(images)})" if len(bad) > 1 else ""
+        raise TrainingError(no_answer(f"{images.ids[bad[0]]}{others}"))
+    return predictions
 
 
 def _head_logits(model: PromptedClassifier, feature: Tensor) -> dict[str, Tensor]:
@@ -132,33 +164,59 @@ def _head_logits(model: PromptedClassifier, feature: Tensor) -> dict[str, Tensor
 
 @torch.no_grad()
 def features(
-    model: PromptedClassifier, images: Images | Files, *, folder: Path | None = None, batch_size: int = 128
+    model: PromptedClassifier,
+    images: Images | Files,
+    *,
+    folder: Path | None = None,
+    batch_size: int = 128,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Tensor:
     """The features [N D'] of the test views under the shared prompt, if there is one (LPT's queries).
 
     What trains a head alone, its class means, and the start of the keys need them once. With a `folder` they are
     kept there, in a file named by a hash over all they depend on: the backbone's weights, precision and device,
     torch's version, the view, the prompt and the images (pixels; of files sizes and times of writing; of those in lists
-    nothing but their paths). Others have another name: a stale file is never read.
+    nothing but their paths). Others have another name: a stale file is never read. One of another shape, or without the
+    checksum that it was written with, is computed and written anew, and `say` is told.
     """
     file = folder / f"features-{_identity(model, images)}.safetensors" if folder else None
-    cached = _read_features(file) if file else None
+    cached = _read_features(file, (len(images), model.backbone.feature_width), say) if file else None
     if file and all_agree(cached is not None):
         assert cached is not None
         return cached
-    parts = [model.query(model.prefix(_views(model, images, rows))) for rows in _local_rows(images).split(batch_size)]
+    batches = _local_rows(images).split(batch_size)
+    with _naming_memory(batch_size):
+        parts = [model.query(model.prefix(_views(model, images, rows))) for rows in batches]
     computed = all_gather_rows(torch.cat(parts), len(images)).cpu()
     if file and rank_and_world()[0] == 0:
-        write_atomic(file, to_bytes({"features": computed}))
+        write_atomic(file, to_bytes({"features": computed}, lpt_features={"shape": list(computed.shape)}))
     return computed
 
 
-def _read_features(file: Path) -> Tensor | None:
-    """The features in a file, None where there is none, or one that is cut off or damaged: it is written again."""
-    try:
-        return read_tensors(file)[1]["features"] if file.exists() else None
-    except (KeyError, ValueError):
+def _read_features(file: Path, shape: tuple[int, int], say: Callable[[str], None]) -> Tensor | None:
+    """The features in a file, None where there is none, or one that is not what was written."""
+    if not file.exists():
         return None
+    try:
+        metadata, tensors = read_tensors(file)
+        cached = tensors["features"]
+        problem = feature_problem(cached, *shape)
+        if problem is None and is_intact(json.loads(metadata["lpt_features"]), tensors):
+            return cached
+        problem = problem or "it does not hold what was written (SHA-256)"
+    except KeyError as error:
+        problem = f"it has no {error}"
+    except (ValueError, RecursionError, AttributeError) as error:
+        problem = quoted(error)
+    say(f"feature cache {file} is not used, {problem}: its features are computed and written anew")
+    return None
+
+
+def feature_problem(value: Tensor, rows: int, width: int) -> str | None:
+    """What is wrong with the type or shape of stored features [N D'] of `rows` images, if anything."""
+    if value.dtype == torch.float32 and value.shape == (rows, width):
+        return None
+    return f"it holds {list(value.shape)} of {value.dtype}, not {rows} rows of {width} fp32 numbers"
 
 
 def evaluate(

@@ -24,6 +24,7 @@ from lpt.engine.processes import all_agree, all_reduce_mean, all_reduce_sum, ran
 from lpt.engine.session import Cost, Session, counting_flops
 from lpt.engine.stopping import Stopped
 from lpt.errors import TrainingError
+from lpt.memory import naming_lack_of_memory
 from lpt.model.classifier import PromptedClassifier
 
 
@@ -63,7 +64,8 @@ def run_phase(phase: Phase, model: TunableModel, session: Session) -> None:
 
     clock, first = Clock(), state.step
     model.train()
-    with session.stop.while_steps_run(), contextlib.closing(drawn_ahead(phase, session, first)) as batches:
+    here = naming_lack_of_memory(lambda: f"in step {state.step} of {phase.name} ({images_per_step(phase)} images)")
+    with session.stop.while_steps_run(), here, contextlib.closing(drawn_ahead(phase, session, first)) as batches:
         for _ in range(first, phase.steps):
             with clock.charge("wait"):
                 progress, drawn = next(batches)

@@ -13,8 +13,8 @@ from torch import Tensor
 from lpt.data.preprocess import Preprocess
 from lpt.data.task import Files, Images
 from lpt.engine.batches import ImageSource, InOrder, Progress, Stream, draw, to_views
-from lpt.engine.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, unreadable
-from lpt.engine.evaluate import features
+from lpt.engine.checkpoint import Checkpoint, DamagedCheckpoint, load_checkpoint, save_checkpoint, unreadable
+from lpt.engine.evaluate import feature_problem, features
 from lpt.engine.history import History
 from lpt.engine.phase import EpochEnd
 from lpt.engine.processes import all_agree, all_gather_rows, rank_and_world
@@ -85,23 +85,40 @@ class Session:
 
     def features(self, name: str, model: PromptedClassifier, images: Images | Files) -> Tensor:
         """The features [N D'] of the test views of `images` under `model` as it is now, computed once in a run."""
-        return self.once(name, images, lambda: features(model, images, folder=self.feature_cache))
+
+        def compute() -> Tensor:
+            return features(model, images, folder=self.feature_cache, say=self.log)
+
+        return self.once(name, images, compute, problem=_problem_with(len(images), model.backbone.feature_width))
 
     def view_features(
         self, name: str, model: PromptedClassifier, images: ImageSource, *, strong: bool = False
     ) -> Tensor:
         """The features [N D'] of one random view of each of `images`, in order, computed once in a run: a stream's
         `features`, for stages in which the backbone learns nothing. `name` draws the views."""
-        return self.once(name, images, lambda: self._view_features(name, model, images, strong))
 
-    def once(self, name: str, images: ImageSource, compute: Callable[[], Tensor]) -> Tensor:
+        def compute() -> Tensor:
+            return self._view_features(name, model, images, strong)
+
+        return self.once(name, images, compute, problem=_problem_with(len(images.labels), model.backbone.feature_width))
+
+    def once(
+        self,
+        name: str,
+        images: ImageSource,
+        compute: Callable[[], Tensor],
+        *,
+        problem: Callable[[Tensor], str | None] = lambda value: None,
+    ) -> Tensor:
         """What `compute` returns of `images`, kept beside the checkpoints: a resumed run need not compute it again,
-        unless the images have another digest. What it cost under `name` is kept with it."""
+        unless the images have another digest, the file is damaged, or `problem` says what is wrong with the value. What
+        it cost under `name` is kept with it."""
         self.on_start()
         file = self.checkpoints / f"{name}-{images.digest[:12]}.safetensors" if self.checkpoints else None
-        if all_agree(file is not None and file.exists()):
-            assert file is not None
-            return self._computed_before(name, file)
+        before = self._computed_before(file, problem) if file else None
+        if all_agree(before is not None):
+            assert before is not None
+            return self._taken_over(name, before)
         began = time.perf_counter()
         value = compute()
         self.seconds_before[name] = 0.0  # this process has spent them
@@ -117,11 +134,22 @@ class Session:
             save_checkpoint(file, checkpoint, run_hash=self.run_hash)
         return value
 
-    def _computed_before(self, name: str, file: Path) -> Tensor:
-        checkpoint = load_checkpoint(file, run_hash=self.run_hash)
-        assert checkpoint is not None
-        if "value" not in checkpoint.tensors:
-            raise unreadable(file, "it holds no value")
+    def _computed_before(self, file: Path, problem: Callable[[Tensor], str | None]) -> Checkpoint | None:
+        """What is kept in `file`, None where there is none, or one that is damaged: it is written anew."""
+        try:
+            checkpoint = load_checkpoint(file, run_hash=self.run_hash)
+            if checkpoint is None:
+                return None
+            if "value" not in checkpoint.tensors:
+                raise unreadable(file, "it holds no value")
+            if wrong := problem(checkpoint.tensors["value"]):
+                raise unreadable(file, wrong)
+            return checkpoint
+        except DamagedCheckpoint as error:
+            self.log(f"{str(error).rpartition(': ')[0]}: what was in it is computed and written anew")
+            return None
+
+    def _taken_over(self, name: str, checkpoint: Checkpoint) -> Tensor:
         if checkpoint.memory:
             self.costs[name] = Cost(**{key: int(number) for key, number in checkpoint.memory.items()})
         self.seconds_before.setdefault(name, checkpoint.seconds)
@@ -146,6 +174,10 @@ class Session:
             self.on_step(name, step + 1, steps, "")
         self.costs[name] = Cost(images=total, flops=flops)
         return all_gather_rows(torch.cat(parts), steps * size)[:total].cpu()
+
+
+def _problem_with(rows: int, width: int) -> Callable[[Tensor], str | None]:
+    return lambda value: feature_problem(value, rows, width)
 
 
 @contextlib.contextmanager

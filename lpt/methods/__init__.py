@@ -41,3 +41,9 @@ def nested_methods(config: Mapping[str, Any]) -> Iterator[tuple[str, Method]]:
     where one is unknown or has no name, ConfigError for settings that it does not take."""
     for step in resolver(METHODS)(config).chain:
         yield step.name, step.method
+
+
+def nested_settings(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(name, settings with their defaults) of the same methods. Raises what `nested_methods` does."""
+    for step in resolver(METHODS)(config).chain:
+        yield step.name, step.settings

@@ -17,7 +17,8 @@ from lpt.data.task import Files, Images, Task
 from lpt.data.texts import spelling
 from lpt.device import versions
 from lpt.engine.evaluate import measure, predict
-from lpt.errors import DataError, PromptFileError, quoted
+from lpt.errors import DataError, PromptFileError, quoted, short
+from lpt.memory import PREDICTED_AT_ONCE
 from lpt.prompt_file import Header, read_prompt
 from lpt.serve.opening import check_loading, open_prompt
 
@@ -36,7 +37,7 @@ def evaluate_prompt(
     task = _load_task(header, settings.get("data", {}))
     task, trained_on = _without_training_images(task, header)
     images, unmatched = _match_classes(task, header.classes, path)
-    model, _ = open_prompt(path, **loading)
+    model, _ = open_prompt(path, **loading, at_once=min(PREDICTED_AT_ONCE, len(images)))
     for line in [*task.summary_lines(), *_matching_lines(task, header.classes, len(images), unmatched)]:
         say(line)
     if trained_on:
@@ -51,7 +52,7 @@ def evaluate_prompt(
     metrics = measure(model, predictions, torch.tensor(header.counts), group_rule=group_rule)
     return {
         **metrics,
-        **unmatched,
+        **{side: [short(name) for name in names] for side, names in unmatched.items()},
         "trained_on_left_out": trained_on,
         "method": quoted(header.method),
         "backbone": {"name": model.backbone.name, "fingerprint": model.backbone.fingerprint},

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 from lpt.device import PRECISIONS, pick_device, pick_precision
 from lpt.errors import ConfigError, PromptFileError, quoted
+from lpt.memory import check_serving
 from lpt.model.backbones import load_backbone
 from lpt.model.classifier import PromptedClassifier
 from lpt.prompt_file import Header, load_prompt, read_prompt
@@ -21,11 +22,13 @@ def open_prompt(
     name: str | None = None,
     precision: str | None = None,
     device: str = "auto",
+    at_once: int = 1,
 ) -> tuple[PromptedClassifier, Header]:
     """(the model of a prompt file, the file's header).
 
     `name`, `weights` and `precision` are by default what the file says. Raises PromptFileError where the file is
-    damaged or for another backbone, BackboneError where the backbone cannot be had, LptError where the device cannot.
+    damaged or for another backbone, BackboneError where the backbone cannot be had, LptError where the device cannot,
+    or has no memory for answers to `at_once` images.
     """
     header, _ = read_prompt(path)
     torch_device = pick_device(device)
@@ -36,8 +39,10 @@ def open_prompt(
         )
     backbone = load_backbone(backbone_name, weights=weights, image_size=header.backbone.image_size)
     backbone.preprocess = header.preprocess
-    dtype = PRECISIONS[pick_precision(precision or header.precision, torch_device)]
-    return load_prompt(path, backbone.to(dtype)).to(torch_device), header
+    backbone = backbone.to(PRECISIONS[pick_precision(precision or header.precision, torch_device)])
+    what = f"prompt file {path} on {backbone.name}"
+    check_serving(backbone, classes=len(header.classes), batch_size=at_once, device=torch_device, what=what)
+    return load_prompt(path, backbone).to(torch_device), header
 
 
 class BackboneSource(BaseModel):

@@ -3,6 +3,7 @@
 Shapes: views [B 3 S S] uint8.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +14,9 @@ from torch import Tensor
 from lpt.data.preprocess import File, Preprocess
 from lpt.data.task import remarks
 from lpt.data.walk import as_text, joined, walk
-from lpt.errors import DataError, quoted
+from lpt.engine.evaluate import no_answer
+from lpt.errors import DataError, quoted, short
+from lpt.memory import naming_lack_of_memory
 from lpt.model.classifier import PromptedClassifier
 
 
@@ -34,11 +37,15 @@ def predict_files(
             answers[i]["error"] = error
         readable = [answer for answer in answers if "error" not in answer]
         if views is not None:
-            with torch.no_grad():
+            where = f"in a prediction of {len(views)} images"
+            with torch.no_grad(), naming_lack_of_memory(lambda where=where: where):
                 batch = preprocess.normalized(views.to(device), dtype=model.backbone.dtype)
                 best = model.probabilities(model(batch).logits).topk(topk)
             for answer, values, ids in zip(readable, best.values.tolist(), best.indices.tolist(), strict=True):
-                answer["classes"] = [model.classes[i] for i in ids]
+                if not all(map(math.isfinite, values)):
+                    answer["error"] = no_answer(answer["image"])
+                    continue
+                answer["classes"] = [short(model.classes[i]) for i in ids]
                 answer["probabilities"] = values
         yield from answers
 
