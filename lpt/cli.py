@@ -5,7 +5,6 @@ A wrong setting or file is answered in one sentence, with exit code 2."""
 import builtins
 import json
 import os
-import shlex
 import sys
 import warnings
 from pathlib import Path
@@ -90,12 +89,18 @@ def fit(
 def _train(resolved: Any, out: Path, resume: bool) -> None:
     from lpt import run
     from lpt.engine.stopping import Stopped
+    from lpt.report.quoting import shell_command
 
     try:
         with _Progress() as progress:
             report = run.train(resolved, out, resume=resume, say=progress.say, show=progress.show)
     except Stopped as stopped:
-        again = f"the same command with --resume --out {shlex.quote(str(out))} goes on from what is saved"
+        if any((out / "checkpoints").glob("*.safetensors")):
+            again = f"the same command with --resume --out {shell_command(str(out))} goes on from what is saved"
+        elif any((out / name).exists() for name in run.RUN_FILES):
+            again = f"nothing is saved yet: the same command with --resume --out {shell_command(str(out))} begins again"
+        else:
+            again = "nothing is saved yet: the same command begins again"
         print(f"stopped by {stopped}; {again}", file=sys.stderr)
         raise typer.Exit(stopped.code) from None
     _print_results({report["method"]: report}, out)

@@ -31,6 +31,7 @@ from safetensors.numpy import load_file
 
 from lpt.config import load_config
 from lpt.engine.checkpoint import load_checkpoint, save_checkpoint, write_atomic
+from lpt.report.quoting import for_spreadsheet
 
 HERE = Path(__file__).parent
 RUNS = Path("runs/accuracy")
@@ -118,7 +119,9 @@ def write(place: Path, suite: str, rows: list[dict[str, Any]], results: list[dic
     out = io.StringIO()
     lines = csv.writer(out, lineterminator="\n")
     lines.writerow(["method", "seed", *COLUMNS, *FACTS])
-    lines.writerows([[r["method"], r["seed"], *(r.get(c) for c in (*COLUMNS, *FACTS))] for r in results])
+    for r in results:
+        cells = [r["method"], r["seed"], *(r.get(column) for column in (*COLUMNS, *FACTS))]
+        lines.writerow([for_spreadsheet(cell) if isinstance(cell, str) else cell for cell in cells])
     write_atomic(place.with_suffix(".csv"), out.getvalue().encode())
 
 

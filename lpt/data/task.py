@@ -217,16 +217,18 @@ class Task:
         for fact, text in WARNINGS.items():
             names = self.facts.get(fact)
             if names:
-                lines.append(f"warning: {text.format(len(names))}, for example {names[0]}")
+                lines.append(f"warning: {text.format(len(names))}, for example {quoted(names[0])}")
         for name in self.absent_classes():
-            lines.append(f"warning: class {name!r} has no training image; it is kept, and cannot be learned")
+            lines.append(
+                f"warning: class {quoted(repr(name))} has no training image; it is kept, and cannot be learned"
+            )
         return lines
 
     def _size_line(self) -> str:
         largest, smallest = int(self.counts.max()), int(self.counts.min())
         line = (
-            f"{self.name} ({self.facts.get('variant')}): {len(self.train)} training images of {len(self.classes)} "
-            f"classes, {largest} to {smallest} each"
+            f"{quoted(self.name)} ({quoted(self.facts.get('variant'))}): {len(self.train)} training images of "
+            f"{len(self.classes)} classes, {largest} to {smallest} each"
         )
         if self.unlabeled:
             line += f", {len(self.unlabeled)} unlabelled"
