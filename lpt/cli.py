@@ -103,7 +103,7 @@ def _train(resolved: Any, out: Path, resume: bool) -> None:
             again = "nothing is saved yet: the same command begins again"
         print(f"stopped by {stopped}; {again}", file=sys.stderr)
         raise typer.Exit(stopped.code) from None
-    _print_results({report["method"]: report}, out)
+    _print_results({report["described"]: report}, out)
 
 
 def _print_results(rows: dict[str, dict[str, Any]], out: Path) -> None:
@@ -132,7 +132,7 @@ def evaluate(
     from lpt.serve.evaluating import evaluate_prompt
 
     metrics = evaluate_prompt(prompt, nested(settings or []), say=print)
-    print_lines(table([(metrics["method"], metrics)]))
+    print_lines(table([(metrics["described"], metrics)]))
     if json_file:
         write_atomic(json_file, json.dumps(metrics, indent=1).encode())
 

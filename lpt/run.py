@@ -29,7 +29,7 @@ from lpt.engine.session import Log, OnStep, Session, total_cost
 from lpt.engine.stopping import Stop
 from lpt.errors import LptError, check_kind
 from lpt.files import to_bytes, write_atomic
-from lpt.methods import build_recipe
+from lpt.methods import build_recipe, described
 from lpt.model.backbones.base import Backbone
 from lpt.model.classifier import PromptedClassifier
 from lpt.prompt_file import DTYPES, beyond_fp16, save_prompt
@@ -240,6 +240,7 @@ def measure_run(setup: Setup, folder: RunFolder, session: Session, model: Prompt
     report = {
         **metrics,
         "method": setup.config.method["name"],
+        "described": described(setup.config.method["name"], setup.config.method),
         "selection": selection,
         "scale": model.head.scale,
         "backbone": {"name": setup.backbone.name, "fingerprint": setup.backbone.fingerprint},

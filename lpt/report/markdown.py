@@ -46,6 +46,12 @@ def table(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
     return "\n".join([aligned(header), "|" + "|".join(rules) + "|", *map(aligned, lines[1:])])
 
 
+def row_name(report: Mapping[str, Any]) -> str:
+    """What a run is called in tables: its method, and what sets it apart from others of that name. Reports of lpt 0.1
+    have the first alone."""
+    return report.get("described", report["method"])
+
+
 def cost_line(report: Mapping[str, Any]) -> str:
     """Steps, images, FLOPs, time and memory, each by itself: a few steps of a large model are much work, too."""
     cost, memory = report["cost"], report["peak_memory_bytes"] / 2**20
@@ -86,12 +92,12 @@ def markdown(report: Mapping[str, Any], *, classes: Sequence[str], command: str)
     sizes = report["group_sizes"]
     groups = ", ".join(f"{name} {sizes[name]}" for name in ("many", "medium", "few"))
     lines = [
-        f"# {for_markdown(report['method'])} on {for_markdown(report['data']['name'])}",
+        f"# {for_markdown(row_name(report))} on {for_markdown(report['data']['name'])}",
         "",
         f"Per cent on the test set; weights: {report['selection']}. ECE, NLL and Brier from "
         f"softmax({report['scale']:g} · logits).",
         "",
-        table([(report["method"], report)]),
+        table([(row_name(report), report)]),
         "",
         f"Groups by training count, rule `{report['group_rule']}`: {groups} classes.",
         "",

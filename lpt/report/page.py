@@ -18,7 +18,7 @@ from lpt.data.preprocess import decoded
 from lpt.data.task import Files, Images
 from lpt.errors import DataError
 from lpt.report import plots
-from lpt.report.markdown import cost_line, percent, pseudo_label_line, single_head_line, watched_line
+from lpt.report.markdown import cost_line, percent, pseudo_label_line, row_name, single_head_line, watched_line
 from lpt.report.quoting import for_html
 
 WORST_CLASSES = 10
@@ -96,7 +96,7 @@ def html(
 
 
 def _title(report: Mapping[str, Any]) -> str:
-    return f"{report['method']} on {report['data']['name']}"
+    return f"{row_name(report)} on {report['data']['name']}"
 
 
 def _heading(report: Mapping[str, Any], classes: Sequence[str], test_images: int) -> list[str]:

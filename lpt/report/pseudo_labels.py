@@ -38,8 +38,10 @@ def write_round(
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    names = np.array([*map(for_spreadsheet, classes), None], dtype=object)  # label -1 is the last entry: unknown
-    images = [for_spreadsheet(ids[row]) for row in noted["rows"].tolist()]
+    names = np.array(
+        [*(for_spreadsheet(name) for name in classes), None], dtype=object
+    )  # label -1 is the last entry: unknown
+    images = [for_spreadsheet(ids[int(row)]) for row in noted["rows"]]
     columns = {
         "image": pa.array(images, pa.string()),
         "truth": pa.array(names[truth[noted["rows"]].numpy()], pa.string()),

@@ -14,6 +14,7 @@ from lpt.data.task import Files, Images, Task
 from lpt.device import versions
 from lpt.engine.evaluate import measure, predict
 from lpt.errors import DataError, PromptFileError, quoted
+from lpt.methods import described
 from lpt.prompt_file import Header, read_prompt
 from lpt.serve.opening import check_loading, open_prompt
 
@@ -46,6 +47,7 @@ def evaluate_prompt(
         **metrics,
         **unmatched,
         "method": quoted(header.method),
+        "described": described(header.method, header.settings),
         "backbone": {"name": model.backbone.name, "fingerprint": model.backbone.fingerprint},
         "data": {
             "name": task.name,
