@@ -162,8 +162,10 @@ class Task:
         for role, images in parts.items():
             if images is None and role in ("val", "unlabeled"):
                 continue
-            if not isinstance(images, Images | Files):
+            if not (hasattr(images, "take") and isinstance(getattr(images, "labels", None), Tensor)):
                 raise DataError(f"{name}: {role} is {quoted(repr(images), 80)}: give lpt.Images or lpt.data.Files")
+            if role == "unlabeled" and not len(images.labels):
+                continue  # methods that need unlabeled images say so themselves
             check_labels(f"{name}: {role}", images, len(self.classes), lowest=-1 if role == "unlabeled" else 0)
         if self.group_rule not in get_args(GroupRule):
             rules = ", ".join(get_args(GroupRule))
@@ -246,7 +248,7 @@ class Task:
 
 def check_labels(what: str, images: Images | Files, num_classes: int, *, lowest: int = 0) -> None:
     """Raises DataError where `images` are none at all, or have labels that are no class of `num_classes`."""
-    if not len(images):
+    if not len(images.labels):
         raise DataError(f"{what} has no image: give at least one, or None where a part may be absent")
     least, most = int(images.labels.min()), int(images.labels.max())
     if least < lowest or most >= num_classes:
