@@ -2,22 +2,35 @@
 
 A wrong setting or file is answered in one sentence, with exit code 2."""
 
+import builtins
 import json
+import os
 import re
-import shlex
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
 
-from lpt.errors import ConfigError, LptError, quoted
+from lpt.errors import ConfigError, LptError, printable, quoted, shortened
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", help="for example train.seed=1")]
+
+
+def print(line: str, *, file: TextIO | None = None, flush: bool = False) -> None:
+    """Every line of every command, in place of Python's own `print`: classes and files may be called anything, and what
+    they are called neither moves the cursor nor begins a line."""
+    builtins.print(printable(line), file=file, flush=flush)
+
+
+def print_lines(text: str) -> None:
+    """A table or a config, whose line breaks are its own."""
+    for line in text.split("\n"):
+        print(line)
 
 
 @app.command()
@@ -51,7 +64,7 @@ def plan(
     from lpt.plan import plan_run, table
 
     planned = plan_run(load_config(config, settings or []), timed_steps=steps)
-    print(table(planned))
+    print_lines(table(planned))
     if json_file:
         write_atomic(json_file, json.dumps(planned.as_json(), indent=1).encode())
 
@@ -69,7 +82,7 @@ def fit(
     from lpt.suggest import config_for_folder
 
     resolved, text = config_for_folder(root, settings or [])
-    print(text)
+    print_lines(text)
     if save:
         write_atomic(save, text.encode())
     _train(resolved, out or Path("runs") / (Path(root).name or "folder"), resume)
@@ -78,22 +91,28 @@ def fit(
 def _train(resolved: Any, out: Path, resume: bool) -> None:
     from lpt import run
     from lpt.engine.stopping import Stopped
+    from lpt.report.quoting import shell_command
 
     try:
         with _Progress() as progress:
             report = run.train(resolved, out, resume=resume, say=progress.say, show=progress.show)
     except Stopped as stopped:
-        again = f"the same command with --resume --out {shlex.quote(str(out))} goes on from what is saved"
+        if any((out / "checkpoints").glob("*.safetensors")):
+            again = f"the same command with --resume --out {shell_command(str(out))} goes on from what is saved"
+        elif any((out / name).exists() for name in run.RUN_FILES):
+            again = f"nothing is saved yet: the same command with --resume --out {shell_command(str(out))} begins again"
+        else:
+            again = "nothing is saved yet: the same command begins again"
         print(f"stopped by {stopped}; {again}", file=sys.stderr)
         raise typer.Exit(stopped.code) from None
-    _print_results({report["method"]: report}, out)
+    _print_results({report["described"]: report}, out)
 
 
 def _print_results(rows: dict[str, dict[str, Any]], out: Path) -> None:
     """The table of `rows`, of which the last is the run in `out`, and where that run's files are."""
     from lpt.report.markdown import table
 
-    print(table(list(rows.items())))
+    print_lines(table(list(rows.items())))
     report = list(rows.values())[-1]
     sizes = ", ".join(f"{group} {number}" for group, number in report["group_sizes"].items())
     print(f"groups by training count ({report['group_rule']}): {sizes} classes; per cent on the test set")
@@ -115,7 +134,7 @@ def evaluate(
     from lpt.serve.evaluating import evaluate_prompt
 
     metrics = evaluate_prompt(prompt, nested(settings or []), say=print)
-    print(table([(metrics["method"], metrics)]))
+    print_lines(table([(metrics["described"], metrics)]))
     if json_file:
         write_atomic(json_file, json.dumps(metrics, indent=1).encode())
 
@@ -294,7 +313,7 @@ def _configs() -> list[Path]:
 
 
 def _is_setting(text: str) -> bool:
-    return text.partition(".")[0] in ("backbone", "train", "data") and "=" in text and not Path(text).exists()
+    return text.partition(".")[0] in ("backbone", "train", "data") and "=" in text and not os.path.exists(text)
 
 
 class _Progress:
@@ -324,7 +343,7 @@ class _Progress:
 
     def say(self, text: str) -> None:
         if self.bar:
-            self.bar.console.print(text, markup=False, highlight=False)
+            self.bar.console.print(printable(text), markup=False, highlight=False)
         else:
             print(text, flush=True)
 
@@ -344,13 +363,12 @@ def main() -> None:
     try:
         app()
     except ConfigError as error:
-        if len(error.mistakes) == 1:
-            _fail(str(error))
-        _fail(f"{len(error.mistakes)} mistakes:\n  " + "\n  ".join(error.mistakes))
+        _fail(*error.mistakes)
     except LptError as error:
         _fail(str(error))
     except OSError as error:
-        _fail(f"{error.filename or 'a file'}: {error.strerror or error}; nothing more was written")
+        name = quoted(error.filename or "a file")
+        _fail(f"{name}: {error.strerror or quoted(error)}; nothing more was written")
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *where: Any) -> None:
@@ -358,7 +376,12 @@ def _show_warning(message: Warning | str, category: type[Warning], *where: Any) 
     print(f"warning: {quoted(message, 1000)}", file=sys.stderr)
 
 
-def _fail(text: str) -> NoReturn:
-    printable = "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)
-    print(f"error: {printable}", file=sys.stderr)
+def _fail(*mistakes: str) -> NoReturn:
+    lines = [shortened(" ".join(mistake.split("\n"))) for mistake in mistakes]
+    if len(lines) == 1:
+        print(f"error: {lines[0]}", file=sys.stderr)
+    else:
+        print(f"error: {len(lines)} mistakes:", file=sys.stderr)
+        for line in lines:
+            print(f"  {line}", file=sys.stderr)
     sys.exit(2)

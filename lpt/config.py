@@ -5,6 +5,8 @@ All mistakes are found at once, each with its path and a suggestion.
 
 import hashlib
 import json
+import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -14,13 +16,17 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from lpt.data import DATA, LOCATION_SETTINGS
 from lpt.data.preprocess import MAX_VIEW, Transform
-from lpt.errors import ConfigError, did_you_mean, quoted
+from lpt.errors import ConfigError, check_kind, did_you_mean, quoted
 from lpt.methods import METHODS
 from lpt.model.backbones.clip_text import TEMPLATE
 from lpt.settings import Seed, settings_of, validated
 
 MAX_LETTERS, MAX_VALUES, MAX_DEPTH = 2**16, 100_000, 50
 """Letters and values in a config, and how deep they may be nested."""
+MAX_OVERRIDE = 4096
+"""Letters of an override. What is longer is for a file."""
+MAX_BITS = 256
+"""Of a whole number that is read at all; whether a setting takes it is its schema's matter."""
 STORED_SPELLING = {("la_on", "labeled"): "labelled"}
 """Values of methods' settings as checkpoints and prompt files of format 2 spell them."""
 
@@ -119,8 +125,9 @@ class Config(BaseModel):
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The config at `path` with `key=value` overrides. Raises ConfigError with every mistake at once."""
+    check_kind("config", path, (str, Path), "give the path of a YAML file")
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ConfigError([f"config {path} does not exist; `lpt list configs` shows those that come with lpt"])
     try:
         raw = _yaml(path.read_text(encoding="utf-8"))
@@ -158,17 +165,41 @@ def resolve(raw: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
 def merged(raw: Mapping[str, Any], overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     """(`raw` with its overrides, the overrides that make no sense).
 
-    Where `data.name` or `method.name` is overridden by another one, what `raw` says of the first does not apply and is
-    left out.
+    Where `data.name`, `method.name` or the name of a method inside it is overridden by another one, what `raw` says of
+    the first does not apply and is left out.
     """
+    if isinstance(overrides, str):
+        overrides = [overrides]
     tree = {key: dict(value) if isinstance(value, Mapping) else value for key, value in raw.items()}
-    first = [text for text in overrides if text.startswith(("data.name=", "method.name="))]
-    for text in first:
-        section, name = text.partition(".")[0], text.partition("=")[2]
-        if isinstance(part := tree.get(section), dict) and part.get("name") != name:
-            part.clear()
-    rest = [text for text in overrides if text not in first]
+    names = {path: text for text in overrides if NAME_OF_A_FUNCTION.fullmatch(path := text.partition("=")[0])}
+    for path, text in sorted(names.items(), key=lambda item: item[0].count(".")):  # from the outside in
+        _leave_out_settings_of_another(tree, path.split(".")[:-1], text)
+    first = list(names.values())
+    rest = [text for text in overrides if text.partition("=")[0] not in names]
     return tree, [m for text in [*first, *rest] if (m := _override(tree, text))]
+
+
+NAME_OF_A_FUNCTION = re.compile(r"(data|method(\.\w+)*)\.name")
+"""Paths of settings that say which function a section is for."""
+
+
+def _leave_out_settings_of_another(tree: dict[str, Any], sections: Sequence[str], text: str) -> None:
+    """Empties the part of `tree` at `sections` where the override `text` of its name gives it another one than it has.
+
+    Names are compared as they are read: quotes and spaces around one make no other of it.
+    """
+    try:
+        name = _yaml(text.partition("=")[2])
+    except ValueError:
+        return  # `_override` says what is wrong
+    part: dict[str, Any] = tree
+    for section in sections:
+        inside = part.get(section)
+        if not isinstance(inside, dict):
+            return
+        part[section] = part = dict(inside)
+    if part.get("name") != name:
+        part.clear()
 
 
 def check_data(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -233,13 +264,19 @@ def _as_stored(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _override(tree: dict[str, Any], text: str) -> str | None:
     """Puts `section.key=value` into `tree`; a mistake comes back as its sentence."""
+    if not isinstance(text, str):
+        return f"{quoted(repr(text))} is not of the form section.key=value, for example train.seed=1"
     path, equals, value = text.partition("=")
     *sections, key = path.split(".")
     if not equals or not sections or not all((*sections, key)):
         return f"{quoted(repr(text))} is not of the form section.key=value, for example train.seed=1"
+    if len(text) > MAX_OVERRIDE:
+        return f"{quoted(path)}: {len(text)} letters, {MAX_OVERRIDE} are the most: write it into the config file"
     is_path_in_bytes = any("\udc80" <= letter <= "\udcff" for letter in value)  # a name that is no UTF-8
     try:
         parsed = value if is_path_in_bytes else _yaml(value) if value else None
+    except TooMuch as error:
+        return f"{quoted(path)}: got {quoted(repr(value))}; no setting takes so much: {error}"
     except ValueError:
         return f"{quoted(path)}: the value {quoted(repr(value))} is not YAML"
     part = tree
@@ -273,8 +310,12 @@ def _yaml(text: str) -> Any:
     return content
 
 
+class TooMuch(ValueError):
+    """YAML that says more than a config can hold."""
+
+
 def _check_size(content: Any) -> None:
-    """Raises ValueError for more values, a deeper nesting or a longer number than a config can have."""
+    """Raises TooMuch for more values, a deeper nesting or a longer number than a config can have."""
     values_left, waiting = MAX_VALUES, [(content, 0)]
     while waiting:
         part, depth = waiting.pop()
@@ -284,9 +325,9 @@ def _check_size(content: Any) -> None:
         elif isinstance(part, list | tuple):
             inside = list(part)
         values_left -= 1 + len(inside)
-        if values_left < 0 or depth > MAX_DEPTH or (isinstance(part, int) and part.bit_length() > 64):
-            raise ValueError(
-                f"more than {MAX_VALUES} values, deeper than {MAX_DEPTH}, or a number of more than 64 bits"
+        if values_left < 0 or depth > MAX_DEPTH or (isinstance(part, int) and part.bit_length() > MAX_BITS):
+            raise TooMuch(
+                f"more than {MAX_VALUES} values, deeper than {MAX_DEPTH}, or a number of more than {MAX_BITS} bits"
             )
         waiting += [(item, depth + 1) for item in inside]
 

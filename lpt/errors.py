@@ -3,16 +3,22 @@
 import difflib
 from collections.abc import Iterable, Sequence
 
+LONGEST_WORD, LONGEST_LINE = 300, 1500
+"""Letters of a word (a path for example), and of a line, that an error repeats."""
+
 
 class LptError(ValueError):
     """Anything a user can put right; the command line prints it on one line and exits with code 2."""
+
+    def __init__(self, message: object = ""):
+        super().__init__(shortened(str(message)))
 
 
 class ConfigError(LptError):
     """Every mistake of a config at once, one per line, each with its path and a suggestion."""
 
     def __init__(self, mistakes: Sequence[str]):
-        self.mistakes = list(mistakes)
+        self.mistakes = [shortened(mistake) for mistake in mistakes]
         super().__init__("\n".join(self.mistakes))
 
 
@@ -43,13 +49,13 @@ class DiskError(LptError):
 
 
 def quoted(words: object, limit: int = 200) -> str:
-    """What a file or a library says, made fit for an error message: printable, on one line, at most `limit` letters.
+    """What a stranger, a file or a library says, made fit for the terminal: printable, on one line, at most `limit`
+    letters.
 
     >>> quoted("two\\nlines\\x1b[2J", 12)
     'two lines...'
     """
-    one_line = " ".join(str(words)[: 10 * limit].split())  # cut first: words may be megabytes
-    text = "".join(letter if letter.isprintable() else "?" for letter in one_line)
+    text = printable(" ".join(str(words)[: 10 * limit].split()))  # cut first: words may be megabytes
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
@@ -60,6 +66,42 @@ def short(name: str, limit: int = 1000) -> str:
     ('red owl', 'red...')
     """
     return name if len(name) <= limit else name[: limit - 3] + "..."
+
+
+def printable(text: str) -> str:
+    """`text` on one line that no terminal takes for a command: a letter that is not printable, a line break too, is
+    shown as a question mark, and a byte of a name that is no UTF-8 by its number.
+
+    >>> print(printable("a  b\\n\\x1b[2J\\u202e\\udcff"))
+    a  b??[2J?\\xff
+    """
+    return text if text.isprintable() else "".join(c if c.isprintable() else _shown(c) for c in text)
+
+
+def _shown(letter: str) -> str:
+    number = ord(letter)
+    return f"\\x{number - 0xDC00:02x}" if 0xDC80 <= number <= 0xDCFF else "?"  # how Python keeps such a byte
+
+
+def shortened(message: str) -> str:
+    """`message` without anything very long that somebody has given and that would be repeated in it."""
+    lines = message.split("\n")
+    for i, line in enumerate(lines):
+        words = [word if len(word) <= LONGEST_WORD else word[: LONGEST_WORD - 3] + "..." for word in line.split(" ")]
+        short = " ".join(words)
+        lines[i] = short if len(short) <= LONGEST_LINE else short[: LONGEST_LINE - 3] + "..."
+    return "\n".join(lines)
+
+
+def check_kind(what: str, given: object, kind: type | tuple[type, ...], way_out: str) -> None:
+    """Raises LptError, with the `way_out`, where `given` is nothing of that kind.
+
+    >>> check_kind("tune: task", 3, str, "give a text")
+    Traceback (most recent call last):
+    lpt.errors.LptError: tune: task is 3: give a text
+    """
+    if not isinstance(given, kind):
+        raise LptError(f"{what} is {quoted(repr(given), 80)}: {way_out}")
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -19,9 +19,9 @@ from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, fi
 from torch import Tensor
 
 from lpt.data.image_hashes import unpacked
-from lpt.data.longtail import GroupRule
+from lpt.data.longtail import GroupRule, training_counts
 from lpt.data.preprocess import MAX_VIEW, Preprocess
-from lpt.errors import PromptFileError, quoted
+from lpt.errors import PromptFileError, check_kind, quoted
 from lpt.files import is_intact, read_tensors, to_bytes, write_atomic
 from lpt.model.adapters import Kind, with_adapter
 from lpt.model.backbones.base import Backbone
@@ -164,25 +164,33 @@ def save_prompt(
 
     In fp16 the file reloads to the same bits only after `model.round_to(torch.float16)`.
     """
+    check_kind("save_prompt: model", model, PromptedClassifier, "give what lpt.tune returns")
+    if storage not in tuple(DTYPES):
+        raise PromptFileError(f"storage {quoted(repr(storage), 80)} is none of {', '.join(DTYPES)}")
+    counts = training_counts(counts, len(model.classes))
     backbone, pool = model.backbone, model.pool
     facts.setdefault("precision", "bf16" if backbone.dtype == torch.bfloat16 else "fp32")
     if model.group_rule and "group_rule" not in facts.get("data", {}):
         facts["data"] = {**facts.get("data", {}), "group_rule": model.group_rule}
-    header = Header(
-        format=FORMAT,
-        method=method,
-        backbone=BackboneFacts(
-            name=backbone.name, fingerprint=backbone.fingerprint, image_size=backbone.preprocess.size
-        ),
-        preprocess=backbone.preprocess,
-        classes=list(model.classes),
-        counts=counts.tolist(),
-        scale=model.head.scale,
-        topk=pool.topk if pool else 0,
-        first=pool.prefix_blocks if pool else 0,
-        inside=Inside.model_validate(backbone.recipe) if backbone.recipe else None,
-        **(facts | head_fields(model.head)),
-    )
+    try:
+        header = Header(
+            format=FORMAT,
+            method=method,
+            backbone=BackboneFacts(
+                name=backbone.name, fingerprint=backbone.fingerprint, image_size=backbone.preprocess.size
+            ),
+            preprocess=backbone.preprocess,
+            classes=list(model.classes),
+            counts=counts.tolist(),
+            scale=model.head.scale,
+            topk=pool.topk if pool else 0,
+            first=pool.prefix_blocks if pool else 0,
+            inside=Inside.model_validate(backbone.recipe) if backbone.recipe else None,
+            **(facts | head_fields(model.head)),
+        )
+    except ValidationError as error:
+        where, reason = ".".join(str(part) for part in error.errors()[0]["loc"]), error.errors()[0]["msg"]
+        raise PromptFileError(f"prompt file {path} is not written: {quoted(where)}: {quoted(reason)}") from None
     tensors = {}
     for name, value in model.learned_state().items():
         tensors[name] = value.detach().to("cpu", DTYPES[storage]).contiguous()
@@ -191,7 +199,10 @@ def save_prompt(
                 f"prompt file {path} is not written: in {storage} {name} holds numbers that are not finite or above "
                 f"{LARGEST_NUMBER:g}: lower method.lr, or use train.storage=fp32"
             )
-    content = json.loads(header.model_dump_json())
+    try:
+        content = json.loads(header.model_dump_json())
+    except ValueError as error:
+        raise PromptFileError(f"prompt file {path} is not written: its facts are no JSON: {quoted(error)}") from None
     if header.trained_on is None:
         del content["trained_on"]
     write_atomic(Path(path), to_bytes(tensors, lpt=content))
@@ -212,6 +223,7 @@ def beyond_fp16(model: PromptedClassifier) -> str | None:
 
 def read_prompt(path: str | Path) -> PromptFile:
     """Header and tensors, checked against each other; no backbone is needed. Raises PromptFileError."""
+    check_kind("prompt file", path, (str, Path), "give the path of a file")
     path = Path(path)
     if not path.is_file():
         raise PromptFileError(f"prompt file {path} does not exist")
@@ -236,6 +248,8 @@ def read_prompt(path: str | Path) -> PromptFile:
 
 def load_prompt(path: str | Path, backbone: Backbone) -> PromptedClassifier:
     """The model of a prompt file on `backbone`, which must be the one it was made with. Raises PromptFileError."""
+    check_kind("load_prompt: backbone", backbone, Backbone, "give what lpt.load_backbone returns")
+    check_kind("prompt file", path, (str, Path), "give the path of a file")
     path = Path(path)
     header, tensors = read_prompt(path)
     head = header.head_spec(tensors)

@@ -28,16 +28,17 @@ from lpt.engine.processes import naming_lost_peers
 from lpt.engine.selection import Best, watched
 from lpt.engine.session import Log, OnStep, Session, total_cost
 from lpt.engine.stopping import Stop
-from lpt.errors import LptError
+from lpt.errors import LptError, check_kind
 from lpt.files import to_bytes, write_atomic
 from lpt.memory import naming_lack_of_memory
-from lpt.methods import build_recipe
+from lpt.methods import build_recipe, described
 from lpt.model.backbones.base import Backbone
 from lpt.model.classifier import PromptedClassifier
 from lpt.prompt_file import DTYPES, beyond_fp16, save_prompt
 from lpt.report.finished import Rows, command_of, split_of, write_page
 from lpt.report.markdown import markdown
 from lpt.report.pseudo_labels import diagnose, read_last_round
+from lpt.settings import Positive, Seed, checked_arguments
 from lpt.setup import Setup, check_memory
 
 RUN_FILES = ("config.yaml", "checkpoints", "history.jsonl", "prompt.safetensors", "report.json")
@@ -81,8 +82,8 @@ def tune(
     backbone: Backbone,
     *,
     method: str = "lpt",
-    batch_size: int = 256,
-    seed: int = 0,
+    batch_size: Positive = 256,
+    seed: Seed = 0,
     say: Log = lambda text: None,
     **settings: Any,
 ) -> PromptedClassifier:
@@ -91,6 +92,9 @@ def tune(
 
     Raises LptError for an unknown method, ConfigError for settings that it does not have or take, all at once.
     """
+    checked_arguments(tune, batch_size=batch_size, seed=seed)
+    check_kind("tune: task", task, Task, "give what lpt.load_task returns")
+    check_kind("tune: backbone", backbone, Backbone, "give what lpt.load_backbone returns")
     device = next(backbone.parameters()).device
     named = {"name": method, **settings}
     check_memory(named, task, backbone, batch_size, dtype=backbone.dtype, device=device)
@@ -241,6 +245,7 @@ def measure_run(setup: Setup, folder: RunFolder, session: Session, model: Prompt
     report = {
         **metrics,
         "method": setup.config.method["name"],
+        "described": described(setup.config.method["name"], setup.config.method),
         "selection": selection,
         "scale": model.head.scale,
         "backbone": {"name": setup.backbone.name, "fingerprint": setup.backbone.fingerprint},

@@ -1,14 +1,16 @@
 """Settings: the schema of a function's keyword arguments is its signature, and every mistake gets a sentence."""
 
 import inspect
+import numbers
+import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Annotated, Any, get_type_hints
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, create_model
 
-from lpt.errors import did_you_mean, quoted
+from lpt.errors import ConfigError, did_you_mean, quoted
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -21,6 +23,8 @@ Weight = Annotated[float, Field(ge=0)]
 Scale = Annotated[float, Field(ge=1e-6, le=1e6)]
 """As far as a prompt file stores one: beyond, numbers of 32 bits are 0 or infinite."""
 Threshold = Annotated[float, Field(gt=0, le=1)]
+LARGEST_BITS = 63
+"""Of a whole number: what tensors can hold."""
 
 
 def renamed(old: str, new: str) -> BeforeValidator:
@@ -85,10 +89,45 @@ def validated(section: str, model: type[BaseModel], given: Any) -> tuple[dict[st
     empty, unless the schema has no setting. `section` begins the path of each setting in a sentence."""
     if not isinstance(given, dict):
         return {}, [f"{section}: expected settings, got {quoted(repr(given))}"]
+    given = {key: os.fspath(value) if isinstance(value, os.PathLike) else value for key, value in given.items()}
     try:
-        return model.model_validate(given).model_dump(mode="json"), []
+        values = model.model_validate(given).model_dump(mode="json")
     except ValidationError as error:
         return {}, [_sentence(section, model, mistake) for mistake in error.errors()]
+    mistakes = [m for key, value in given.items() for m in _of_another_kind(f"{section}.{key}", value, values[key])]
+    return ({}, mistakes) if mistakes else (values, [])
+
+
+def checked_arguments(function: Callable[..., Any], **given: Any) -> None:
+    """Arguments of a public function, checked as settings of a config are. Raises ConfigError with all mistakes.
+
+    Parameters of `function` that are not given are not looked at.
+    """
+    hints = get_type_hints(function, include_extras=True)
+    schema: dict[str, Any] = {name: (hints[name], ...) for name in given}
+    model = create_model(function.__name__, __base__=NamedSettings, **schema)
+    mistakes = validated(function.__name__, model, given)[1]
+    if mistakes:
+        raise ConfigError(mistakes)
+
+
+def _of_another_kind(path: str, given: Any, value: Any) -> list[str]:
+    """What is wrong where a setting was `given` as a truth or a fraction and has become the number or truth `value`:
+    pydantic takes one for the other, but whoever writes `batch_size: true` means something else."""
+    if isinstance(value, list) and isinstance(given, Sequence) and len(given) == len(value):
+        parts = [(f"{path}.{i}", one, value[i]) for i, one in enumerate(given)]
+        return [mistake for part in parts for mistake in _of_another_kind(*part)]
+    needed = ""
+    if isinstance(value, bool):
+        needed = "" if isinstance(given, bool) else "true or false is needed"
+    elif isinstance(value, int):
+        if isinstance(given, bool) or (isinstance(given, numbers.Real) and not isinstance(given, numbers.Integral)):
+            needed = "a whole number is needed" if isinstance(given, bool) else f"a whole number is needed: {value}"
+        elif value.bit_length() > LARGEST_BITS:
+            needed = f"numbers have at most {LARGEST_BITS} bits"
+    elif isinstance(value, float) and isinstance(given, bool):
+        needed = "a number is needed"
+    return [f"{quoted(path, 100)}: got {quoted(repr(given))}; {needed}"] if needed else []
 
 
 def _sentence(section: str, model: type[BaseModel], mistake: Any) -> str:

@@ -23,13 +23,6 @@ BACKBONES = {
 SIZES = {"cpu": 112, "cuda": 224}
 """Image side in pixels, by kind of device."""
 
-REASON_DEPENDS_ON = {
-    "backbone.image_size": {"backbone.name"},
-    "method.epochs": {"method.name", "train.batch_size"},
-    "method.pool_size": {"method.name"},
-}
-"""Other settings on which the reason for a setting rests: where one of them is overridden, it no longer holds."""
-
 
 def config_for_folder(root: str, overrides: Sequence[str] = ()) -> tuple[Config, str]:
     """(the resolved config for the images in `root`, its YAML text with the reasons as comments).
@@ -39,22 +32,35 @@ def config_for_folder(root: str, overrides: Sequence[str] = ()) -> tuple[Config,
     """
     given = nested(overrides)
     data = check_data({"name": "folder", "root": root, **given.get("data", {})})
-    device = _chosen_device(given.get("train", {}))
-    suggested, reasons = suggest(load_task(**data), device, backbone=_chosen_backbone(given.get("backbone", {})))
+    train = given.get("train", {})
+    suggested, reasons = suggest(
+        load_task(**data),
+        _chosen_device(train),
+        backbone=_chosen_backbone(given.get("backbone", {})),
+        batch_size=_chosen_batch_size(train),
+    )
     config = {"data": {key: value for key, value in data.items() if value is not None}, **suggested}
     resolved = resolve(config, overrides)
-    return resolved, _text(merged(config, overrides)[0], reasons_that_hold(reasons, overrides))
+    final = merged(config, overrides)[0]
+    return resolved, _text(final, reasons_that_hold(reasons, config, final))
 
 
-def suggest(task: Task, device: torch.device, *, backbone: str | None = None) -> tuple[dict[str, Any], dict[str, str]]:
+def suggest(
+    task: Task, device: torch.device, *, backbone: str | None = None, batch_size: int | None = None
+) -> tuple[dict[str, Any], dict[str, str]]:
     """(the sections backbone, method and train of a config, the reasons by setting), from the training part alone.
 
-    `backbone` is the name of another one than the default.
+    `backbone` is the name of another one than the default, `batch_size` another size of batches: there are as many
+    epochs then that the steps stay about the same.
     """
     images, classes = len(task.train), len(task.classes)
     batch = min(128 if device.type == "cuda" else 32, max(4, images // 4))
     steps_per_epoch = max(1, images // batch)
     epochs = min(max(round(STEPS[device.type] / steps_per_epoch), 3), 60)
+    if batch_size:
+        steps = epochs * steps_per_epoch
+        batch, steps_per_epoch = batch_size, max(1, images // batch_size)
+        epochs = max(3, round(steps / steps_per_epoch))
     phase2_epochs = max(1, epochs // 3)
     pool_size = max(2, min(20, classes, images // 10))
     config = {
@@ -76,26 +82,33 @@ def suggest(task: Task, device: torch.device, *, backbone: str | None = None) ->
         },
         "train": {"batch_size": batch},
     }
-    if device.type == "cuda":
+    is_default = backbone in (None, BACKBONES[device.type])  # of another one nothing is known
+    reasons: dict[str, str] = {}
+    if device.type == "cuda" and is_default:
         reasons = {"backbone.name": "LPT's own, for a GPU", "backbone.image_size": "what it was made for"}
-    else:
-        reasons = {
-            "backbone.name": "the smallest good one, for a processor without a GPU",
-            "backbone.image_size": "a quarter of the time of 224, less accurate",
-        }
+    elif device.type == "cpu":
+        if is_default:
+            reasons["backbone.name"] = "the smallest good one, for a processor without a GPU"
+        reasons["backbone.image_size"] = "a quarter of the time of 224, less accurate"
     reasons["method.epochs"] = f"{epochs * steps_per_epoch} steps of 2 x {batch} images"  # LPT has two streams
     reasons["method.pool_size"] = f"for {classes} classes and {images} images"
     return config, reasons
 
 
-def reasons_that_hold(reasons: Mapping[str, str], overrides: Sequence[str]) -> dict[str, str]:
-    """`reasons` without those of settings that are overridden, or that rest on a setting that is."""
-    overridden = {text.partition("=")[0] for text in overrides}
-    return {
-        setting: reason
-        for setting, reason in reasons.items()
-        if not overridden & {setting, *REASON_DEPENDS_ON.get(setting, ())}
-    }
+def reasons_that_hold(
+    reasons: Mapping[str, str], suggested: Mapping[str, Any], final: Mapping[str, Any]
+) -> dict[str, str]:
+    """`reasons` of the settings that have in `final` the value that was `suggested`."""
+
+    def value(config: Mapping[str, Any], setting: str) -> Any:
+        section, key = setting.split(".")
+        return config.get(section, {}).get(key)
+
+    holding = {}
+    for setting, reason in reasons.items():
+        if value(final, setting) is not None and value(final, setting) == value(suggested, setting):
+            holding[setting] = reason
+    return holding
 
 
 def _chosen_device(train: Mapping[str, Any]) -> torch.device:
@@ -110,6 +123,12 @@ def _chosen_backbone(backbone: Mapping[str, Any]) -> str | None:
     """The backbone of the overrides. What is no name is left to `resolve`, which reports all mistakes at once."""
     name = backbone.get("name")
     return name if isinstance(name, str) else None
+
+
+def _chosen_batch_size(train: Mapping[str, Any]) -> int | None:
+    """The batch size of the overrides. What is none is left to `resolve`, too."""
+    _, mistakes = validated("train", TrainSettings, {k: v for k, v in train.items() if k == "batch_size"})
+    return None if mistakes else train.get("batch_size")
 
 
 def _text(config: dict[str, Any], reasons: Mapping[str, str]) -> str:

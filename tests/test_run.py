@@ -9,6 +9,7 @@ from lpt.config import resolve
 from lpt.engine import phase_state, session
 from lpt.engine.history import History
 from lpt.errors import LptError
+from lpt.serve.evaluating import evaluate_prompt
 
 CONFIG = {
     "backbone": {"name": "untrained:vit_tiny_patch16_224", "image_size": 32},
@@ -49,6 +50,51 @@ def test_a_run_resumed_between_its_phases_cost_what_an_undisturbed_one_does(tmp_
         (tmp_path / "run" / name).unlink()
     again = run.train(config, tmp_path / "run", resume=True)
     assert whole["cost"]["flops"] > 0 and again["cost"] == whole["cost"]
+
+
+def test_rows_say_what_sets_a_run_apart(tmp_path):
+    settings = {"name": "lpt", "epochs": [1, 0], "prompt_length": 2}
+    config = resolve({**CONFIG, "method": settings}, ["train.select=last", "data.imbalance_factor=100"])
+    report = run.train(config, tmp_path / "run")
+    assert (report["method"], report["described"]) == ("lpt", "lpt phase 1")
+    text = (tmp_path / "run" / "report.md").read_text()
+    assert text.startswith("# lpt phase 1 on digits-lt") and "\n| lpt phase 1 |" in text
+    assert "lpt phase 1 on digits-lt" in (tmp_path / "run" / "report.html").read_text()
+    assert (
+        evaluate_prompt(tmp_path / "run" / "prompt.safetensors", {"backbone": {"name": CONFIG["backbone"]["name"]}})[
+            "described"
+        ]
+        == "lpt phase 1"
+    )
+
+
+def test_seconds_go_on_where_a_killed_run_was(tmp_path, monkeypatch):
+    """They are those of the checkpoint and of what came after it, in the history and in what is left."""
+    config = resolve(CONFIG, ["train.select=last", "train.checkpoint_seconds=0", "data.imbalance_factor=100"])
+
+    def dies(phase, step, steps, rates):
+        if step == 20:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run.train(config, tmp_path / "run", show=dies)
+    real = phase_state.load_checkpoint
+
+    def an_hour_ago(path, **settings):
+        checkpoint = real(path, **settings)
+        return checkpoint and checkpoint._replace(seconds=3600.0)
+
+    monkeypatch.setattr(phase_state, "load_checkpoint", an_hour_ago)
+    left, said = [], []
+    run.train(
+        config, tmp_path / "run", resume=True, say=said.append, show=lambda *progress: left.append(progress[3].split())
+    )
+    lines = History(tmp_path / "run" / "history.jsonl").lines
+    late = [line for line in lines if line["step"] > 20]
+    assert late and all(3600 <= line["seconds"] < 3700 and line["compute_seconds"] > 0 for line in late)
+    assert [line["compute_seconds"] for line in lines] == sorted(line["compute_seconds"] for line in lines)
+    assert float(left[-2][4]) > 30 and float(left[-1][4]) == 0
+    assert any("3600 s" in line or "3601 s" in line for line in said)
 
 
 def test_checkpoints_are_as_frequent_as_the_config_says(tmp_path, monkeypatch):

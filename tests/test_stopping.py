@@ -3,13 +3,17 @@
 import os
 import signal
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 
 from lpt.engine.checkpoint import load_checkpoint
 from lpt.engine.stopping import Stop, Stopped
+from tests.support.command_line import lpt as command
 from tests.support.small_fit import fit, step
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -85,3 +89,25 @@ def test_the_handlers_before_come_back_and_threads_are_left_alone():
     thread.start()
     thread.join()
     assert inside == [before]
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ((), "nothing is saved yet: the same command begins again"),
+        (("config.yaml",), "nothing is saved yet: the same command with --resume --out {out} begins again"),
+        (("config.yaml", "checkpoints/head.safetensors"), "--resume --out {out} goes on from what is saved"),
+    ],
+)
+def test_what_is_said_of_what_is_saved_is_so(tmp_path, monkeypatch, capsys, files, said):
+    out = tmp_path / "run"
+
+    def train(config, folder, **others):
+        for name in files:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).touch()
+        raise Stopped(signal.SIGINT)
+
+    monkeypatch.setattr("lpt.run.train", train)
+    code, _, err = command(capsys, "train", ROOT / "configs/digits_lt/lpt.yaml", "--out", out)
+    assert code == 130 and err == f"stopped by SIGINT; {err.partition('; ')[2]}" and said.format(out=out) in err

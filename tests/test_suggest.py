@@ -9,7 +9,7 @@ import yaml
 
 from lpt.cli import main
 from lpt.config import load_config, resolve
-from lpt.suggest import BACKBONES, STEPS, suggest
+from lpt.suggest import BACKBONES, STEPS, config_for_folder, suggest
 from tests.support.pictures import fill
 from tests.support.shared import real
 from tests.support.toy import toy_task
@@ -27,6 +27,33 @@ def test_every_suggestion_is_a_valid_config_within_the_budget(kind, counts):
     assert steps <= 1.5 * STEPS[kind] and min(epochs) >= 1
     assert 2 <= resolved.method["pool_size"] <= max(2, min(20, len(counts)))
     assert f"{steps} steps" in reasons["method.epochs"]
+
+
+@pytest.mark.parametrize(("counts", "batch"), [((30, 12, 5, 2), 24), ((500, 400, 300, 5), 64), ((900, 300), 7)])
+def test_another_batch_size_keeps_the_steps(counts, batch):
+    task = toy_task(counts, test_per_class=1)
+    plain, other = (suggest(task, torch.device("cpu"), batch_size=size)[0] for size in (None, batch))
+    steps = [
+        sum(config["method"]["epochs"]) * (len(task.train) // config["train"]["batch_size"])
+        for config in (plain, other)
+    ]
+    assert other["train"]["batch_size"] == batch and steps[1] == pytest.approx(steps[0], rel=0.1)
+
+
+def test_reasons_that_still_hold_are_given(tmp_path):
+    photos = str(fill(tmp_path / "photos", {"cat": 12, "dog": 6, "owl": 3}))
+
+    def reasons(*overrides):
+        text = config_for_folder(photos, ["train.device=cpu", *overrides])[1]
+        return {line[2:].partition(":")[0] for line in text.splitlines() if line.startswith("#")}
+
+    every = {"backbone.name", "backbone.image_size", "method.epochs", "method.pool_size"}
+    assert reasons() == reasons("method.name=lpt") == reasons("train.batch_size=8") == every
+    assert reasons(f"backbone.name={BACKBONES['cpu']}") == every
+    assert reasons("backbone.name=timm:vit_small_patch16_224.augreg_in1k") == every - {"backbone.name"}
+    assert reasons("backbone.name=nano") == {"method.epochs", "method.pool_size"}
+    assert reasons("method.name=knn") == {"backbone.name", "backbone.image_size"}
+    assert reasons("method.epochs=[3, 1]", "backbone.image_size=64") == {"backbone.name", "method.pool_size"}
 
 
 def test_a_large_set_gets_three_epochs():

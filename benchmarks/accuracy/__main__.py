@@ -33,6 +33,7 @@ from safetensors.numpy import load_file
 from lpt.config import Config, load_config
 from lpt.engine.checkpoint import load_checkpoint, save_checkpoint
 from lpt.files import write_atomic
+from lpt.report.quoting import for_spreadsheet
 
 HERE = Path(__file__).parent
 RUNS = Path("runs/accuracy")
@@ -142,7 +143,8 @@ def write(path: Path, suite: str, rows: list[dict[str, Any]], results: list[dict
     columns = ("method", "seed", *COLUMNS, *FACTS)
     lines.writerow(columns)
     for result in results:
-        lines.writerow([result.get(column) for column in columns])
+        cells = [result.get(column) for column in columns]
+        lines.writerow([for_spreadsheet(cell) if isinstance(cell, str) else cell for cell in cells])
     write_atomic(path.with_suffix(".csv"), buffer.getvalue().encode())
 
 

@@ -9,7 +9,8 @@ from lpt.data.folder import folder
 from lpt.data.lists import imagenet_lt, inat2018, own_lists, places_lt
 from lpt.data.semi import cifar10_semi, cifar100_semi
 from lpt.data.task import Files, Images, Task
-from lpt.errors import DataError, did_you_mean
+from lpt.errors import ConfigError, DataError, did_you_mean, quoted
+from lpt.settings import settings_of, validated
 
 DATA: dict[str, Callable[..., Task]] = {
     "cifar100-lt": cifar100_lt,
@@ -29,10 +30,18 @@ must not point anywhere on the disk of whoever opens it."""
 
 
 def load_task(name: str, **settings: Any) -> Task:
-    """The task `name`, for example `load_task("cifar100-lt", root="data/cifar100")`. Raises DataError."""
-    if name not in DATA:
-        raise DataError(f"data.name {name!r} is not known ({', '.join(DATA)}){did_you_mean(name, DATA)}")
-    return DATA[name](**settings)
+    """The task `name`, for example `load_task("cifar100-lt", root="data/cifar100")`.
+
+    Raises DataError for data that is not there or not what its name promises, ConfigError for settings that this
+    dataset does not have or take, all at once.
+    """
+    if not isinstance(name, str) or name not in DATA:
+        hint = did_you_mean(str(name)[:99], DATA)
+        raise DataError(f"data.name {quoted(repr(name))} is not known ({', '.join(DATA)}){hint}")
+    checked, mistakes = validated("data", settings_of(DATA[name]), settings)
+    if mistakes:
+        raise ConfigError(mistakes)
+    return DATA[name](**checked)
 
 
 __all__ = ["DATA", "LOCATION_SETTINGS", "Files", "Images", "Task", "load_task"]

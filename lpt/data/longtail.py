@@ -6,16 +6,18 @@ Shapes: counts [C].
 import hashlib
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from lpt.errors import DataError
+from lpt.errors import DataError, quoted
 
 GROUPS = ("many", "medium", "few")
 GroupRule = Literal["lt20", "le20", "thirds"]
 Profile = Literal["exponential", "step"]
+MOST_IMAGES = 10**12
+"""Of a class: more can only be a mistake."""
 
 
 def long_tail(num_classes: int, largest: int, imbalance_factor: float, profile: Profile = "exponential") -> list[int]:
@@ -39,6 +41,25 @@ def long_tail(num_classes: int, largest: int, imbalance_factor: float, profile: 
         return [largest] * num_head + [int(largest * mu)] * (num_classes - num_head)
     last_rank = max(num_classes - 1, 1)
     return [int(largest * mu ** (rank / last_rank)) for rank in range(num_classes)]
+
+
+def training_counts(counts: Any, num_classes: int) -> Tensor:
+    """`counts` as whole numbers [C]. Raises DataError for what cannot be the training images of `num_classes` classes.
+
+    >>> training_counts([5, 2.0], 2)
+    tensor([5, 2])
+    """
+    way_out = f"give one whole number for each of the {num_classes} classes, as task.counts has them"
+    try:
+        numbers = torch.as_tensor(counts)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise DataError(f"counts {quoted(repr(counts), 80)} are no numbers: {way_out}") from None
+    if numbers.shape != (num_classes,) or numbers.dtype == torch.bool or numbers.is_complex():
+        raise DataError(f"counts have shape {list(numbers.shape)} and type {numbers.dtype}: {way_out}")
+    wrong = [n for n in numbers.tolist() if not 0 <= n < MOST_IMAGES or n != int(n)]  # a NaN is in no range
+    if wrong:
+        raise DataError(f"counts hold {wrong[0]}: {way_out}")
+    return numbers.long()
 
 
 def shot_groups(counts: Sequence[int] | Tensor, rule: str = "lt20") -> dict[str, Tensor]:

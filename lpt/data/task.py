@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lpt.data.longtail import GroupRule
 from lpt.data.preprocess import File
 from lpt.errors import DataError, quoted
 
@@ -59,7 +60,16 @@ class Images:
     ids: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        assert len(self.pixels) == len(self.labels) == len(self.ids)
+        """Raises DataError for what is no such set of images."""
+        pixels = _tensor("Images: pixels", self.pixels)
+        if pixels.dtype != torch.uint8:
+            raise DataError(
+                f"Images: pixels are {pixels.dtype}: give torch.uint8 from 0 to 255, for example "
+                "(pixels * 255).round().to(torch.uint8) of floats from 0 to 1"
+            )
+        if pixels.dim() != 4 or pixels.shape[1] != 3 or 0 in pixels.shape[2:]:
+            raise DataError(f"Images: pixels have shape {list(pixels.shape)}: give [N, 3, height, width]")
+        _check_part(self, pixels=len(pixels))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -103,7 +113,12 @@ class Files:
     stamp: str = ""
 
     def __post_init__(self) -> None:
-        assert len(self.labels) == len(self.ids) == len(self.fingerprints)
+        """Raises DataError for what is no such set of images."""
+        if not callable(self.source):
+            raise DataError(
+                f"Files: source is {quoted(repr(self.source), 80)}: give a function from i to path or bytes"
+            )
+        _check_part(self, fingerprints=len(self.fingerprints))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -164,8 +179,21 @@ class Task:
     the keys of `REMARKS`."""
 
     def __post_init__(self) -> None:
-        if len(self.classes) < 2:
-            raise DataError(f"{self.name} has {len(self.classes)} class: a task needs at least 2")
+        """Raises DataError for classes, parts or a group rule that make no task."""
+        name = quoted(self.name, 80)
+        _check_classes(name, self.classes)
+        parts = {"train": self.train, "val": self.val, "unlabeled": self.unlabeled, "test": self.test}
+        for role, images in parts.items():
+            if images is None and role in ("val", "unlabeled"):
+                continue
+            if not (hasattr(images, "take") and isinstance(getattr(images, "labels", None), Tensor)):
+                raise DataError(f"{name}: {role} is {quoted(repr(images), 80)}: give lpt.Images or lpt.data.Files")
+            if role == "unlabeled" and not len(images.labels):
+                continue  # methods that need unlabeled images say so themselves
+            check_labels(f"{name}: {role}", images, len(self.classes), lowest=-1 if role == "unlabeled" else 0)
+        if self.group_rule not in get_args(GroupRule):
+            rules = ", ".join(get_args(GroupRule))
+            raise DataError(f"{name}: group_rule {quoted(repr(self.group_rule), 80)} is none of {rules}")
 
     @cached_property
     def counts(self) -> Tensor:
@@ -224,7 +252,7 @@ class Task:
     def _size_line(self) -> str:
         largest, smallest = int(self.counts.max()), int(self.counts.min())
         line = (
-            f"{self.name} ({quoted(self.facts.get('variant'))}): {len(self.train)} training images of "
+            f"{quoted(self.name)} ({quoted(self.facts.get('variant'))}): {len(self.train)} training images of "
             f"{len(self.classes)} classes, {largest} to {smallest} each{self.source_of('train')}"
         )
         if self.unlabeled:
@@ -277,6 +305,52 @@ def first_few(items: Sequence[str], between: str = ", ", *, most: int = 5) -> st
     line = between.join(quoted(item) for item in items[:most])
     rest = len(items) - most
     return f"{line}{between}and {rest} more" if rest > 0 else line
+
+
+def check_labels(what: str, images: Images | Files, num_classes: int, *, lowest: int = 0) -> None:
+    """Raises DataError where `images` are none at all, or have labels that are no class of `num_classes`."""
+    if not len(images.labels):
+        raise DataError(f"{what} has no image: give at least one, or None where a part may be absent")
+    least, most = int(images.labels.min()), int(images.labels.max())
+    if least < lowest or most >= num_classes:
+        wrong = least if least < lowest else most
+        raise DataError(f"{what} has label {wrong}: labels of {num_classes} classes are {lowest} to {num_classes - 1}")
+
+
+def _check_part(images: Images | Files, **lengths: int) -> None:
+    """Raises DataError for labels or ids of `images` that are none, or not as many as what else is there."""
+    kind = type(images).__name__
+    labels = _tensor(f"{kind}: labels", images.labels)
+    if labels.dim() != 1 or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise DataError(f"{kind}: labels have shape {list(labels.shape)} and type {labels.dtype}: give int64 [N]")
+    object.__setattr__(images, "labels", labels.long())  # losses take no other type
+    if isinstance(images.ids, str) or not all(isinstance(one, str) for one in images.ids):
+        raise DataError(f"{kind}: ids {quoted(repr(images.ids), 80)} are no texts: give one for each image")
+    object.__setattr__(images, "ids", tuple(images.ids))
+    lengths |= {"labels": len(labels), "ids": len(images.ids)}
+    if len(set(lengths.values())) > 1:
+        counted = ", ".join(f"{number} {name}" for name, number in lengths.items())
+        raise DataError(f"{kind}: {counted}: give one of each for every image")
+
+
+def _tensor(what: str, value: Any) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise DataError(f"{what} are {type(value).__name__}: give a torch tensor, for example torch.as_tensor(...)")
+    return value
+
+
+def _check_classes(task: str, classes: Any) -> None:
+    if isinstance(classes, str) or not isinstance(classes, Sequence):
+        raise DataError(f"{task}: classes are {quoted(repr(classes), 80)}: give a tuple of names")
+    if len(classes) < 2:
+        raise DataError(f"{task} has {len(classes)} class: a task needs at least 2")
+    seen: set[str] = set()
+    for number, name in enumerate(classes):
+        if not isinstance(name, str) or not name.strip():
+            raise DataError(f"{task}: class {number} is called {quoted(repr(name), 80)}: give each class a name")
+        if name in seen:
+            raise DataError(f"{task}: two classes are called {quoted(repr(name), 80)}: give each a name of its own")
+        seen.add(name)
 
 
 def hold_out(

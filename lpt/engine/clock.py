@@ -1,18 +1,25 @@
 """Wall time of a phase: in all, and by what it was spent on."""
 
 import time
+from collections.abc import Mapping
 
 
 class Clock:
-    """Of this process's part of a phase."""
+    """Of this process's part of a phase, and of what earlier, killed processes have spent on it: `before` seconds in
+    all, `spent` by what on."""
 
-    def __init__(self) -> None:
-        self.start = time.perf_counter()
-        self.spent: dict[str, float] = {}
+    def __init__(self, *, before: float = 0.0, spent: Mapping[str, float] | None = None) -> None:
+        self.start, self.before = time.perf_counter(), before
+        self.spent: dict[str, float] = dict(spent or {})
         self._last: dict[str, float] = {}
 
     def total(self) -> float:
+        """Seconds of this process."""
         return time.perf_counter() - self.start
+
+    def whole(self) -> float:
+        """Seconds of all processes, one after the other."""
+        return self.before + self.total()
 
     def charge(self, what: str) -> "Charge":
         """A context whose wall time is added to `spent[what]`."""
@@ -27,13 +34,13 @@ class Clock:
         return True
 
     def left(self, done: int, more: int) -> float:
-        """Seconds for `more` steps, if they take as long as the `done` ones have."""
-        return self.total() / max(done, 1) * more
+        """Seconds for `more` steps, if they take as long as the `done` ones of the phase have."""
+        return self.whole() / max(done, 1) * more
 
-    def rate(self, images: int, done: int, more: int, loss: float) -> str:
-        """Loss, images/s and time left, for people; a step has `images`."""
-        speed = images * done / max(self.total(), 1e-9)
-        return f"loss {loss:.3f}  {speed:.0f} images/s  {self.left(done, more):.0f} s left"
+    def rate(self, images: int, left: float, loss: float) -> str:
+        """Loss, images/s and seconds `left`, for people; this process has seen `images`."""
+        speed = images / max(self.total(), 1e-9)
+        return f"loss {loss:.3f}  {speed:.0f} images/s  {left:.0f} s left"
 
 
 class Charge:

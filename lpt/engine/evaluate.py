@@ -14,16 +14,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lpt.data.longtail import usual_group_rule
-from lpt.data.task import Files, Images, Task
+from lpt.data.longtail import training_counts, usual_group_rule
+from lpt.data.task import Files, Images, Task, check_labels
 from lpt.engine.processes import all_agree, all_gather_rows, rank_and_world
-from lpt.errors import DataError, TrainingError, quoted
+from lpt.errors import DataError, TrainingError, check_kind, quoted
 from lpt.files import is_intact, read_tensors, to_bytes, write_atomic
 from lpt.memory import naming_lack_of_memory
 from lpt.metrics import summarize
 from lpt.model.classifier import PromptedClassifier
 from lpt.model.heads import FusedHead
 from lpt.model.matching import key_usage
+from lpt.settings import Positive, checked_arguments
 
 HEAD_METRICS = (
     "accuracy",
@@ -225,7 +226,7 @@ def evaluate(
     counts: Tensor | None = None,
     *,
     group_rule: str | None = None,
-    batch_size: int = 128,
+    batch_size: Positive = 128,
     cache: PrefixCache | None = None,
 ) -> dict[str, Any]:
     """The metrics of `report.json` on the test set of a task, or on images of its classes.
@@ -234,12 +235,23 @@ def evaluate(
     `counts`, and the rule is that of the task which the model was tuned for, unless `group_rule` names another. Raises
     DataError for a file that is no image, and for images without counts.
     """
+    checked_arguments(evaluate, batch_size=batch_size)
+    check_kind("evaluate: model", model, PromptedClassifier, "give what lpt.tune or lpt.load_prompt returns")
+    check_kind("evaluate: data", data, (Task, Images, Files), "give a task, or images and task.counts")
     if isinstance(data, Task):
         images, counts, rule = data.test, data.counts if counts is None else counts, data.group_rule
+        if tuple(data.classes) != tuple(model.classes):
+            raise DataError(
+                f"{quoted(data.name)} and the model have other classes, or another order of them: `lpt evaluate` "
+                "matches them by name"
+            )
     elif counts is None:
         raise DataError("evaluate needs the training counts of the classes beside images: give a task, or task.counts")
     else:
-        images, rule = data, model.group_rule or usual_group_rule(counts)
+        images = data
+        rule = model.group_rule or usual_group_rule(training_counts(counts, len(model.classes)))
+        check_labels("evaluate: images", images, len(model.classes))
+    counts = training_counts(counts, len(model.classes))
     predictions = predict(model, images, batch_size=batch_size, cache=cache)
     return measure(model, predictions, counts, group_rule=group_rule or rule)
 

@@ -62,7 +62,7 @@ def run_phase(phase: Phase, model: TunableModel, session: Session) -> None:
     if rank_and_world()[0] == 0:
         session.history.rewind(phase.name, state.step)
 
-    clock, first = Clock(), state.step
+    clock, first = Clock(before=state.seconds_before, spent=state.spent_before), state.step
     model.train()
     here = naming_lack_of_memory(lambda: f"in step {state.step} of {phase.name} ({images_per_step(phase)} images)")
     with session.stop.while_steps_run(), here, contextlib.closing(drawn_ahead(phase, session, first)) as batches:
@@ -74,14 +74,14 @@ def run_phase(phase: Phase, model: TunableModel, session: Session) -> None:
             with clock.charge("compute"):
                 result = train_step(state, session, views, progress, clock)
             if progress.ends_epoch:
-                end_epoch(state, session, progress, clock, first)
+                end_epoch(state, session, progress, clock)
             if result.stop or result.save or state.finished:
-                state.save(progress, seconds=clock.total())
+                state.save(progress, clock)
             if result.stop:
                 all_agree(True)  # nobody leaves before process 0 has saved: a launcher ends the others then
                 raise Stopped(session.stop.asked or signal.SIGTERM)
-            left = phase.steps - state.step
-            rates = clock.rate(images_per_step(phase), state.step - first, left, result.loss)
+            images = images_per_step(phase) * (state.step - first)
+            rates = clock.rate(images, clock.left(state.step, phase.steps - state.step), result.loss)
             session.on_step(phase.name, state.step, phase.steps, rates)
         # A signal may have come after the last step had looked for it; all of that step is saved.
         if all_reduce_sum(torch.tensor(session.stop.asked, device=state.device)) > 0:
@@ -149,11 +149,11 @@ def _backward(terms: LossTerms | Iterator[LossTerms]) -> dict[str, Tensor]:
     return logged
 
 
-def end_epoch(state: PhaseState, session: Session, progress: Progress, clock: Clock, first: int) -> None:
+def end_epoch(state: PhaseState, session: Session, progress: Progress, clock: Clock) -> None:
     """The epoch's means, what the hooks measure, a line in the history and one for people."""
     phase = state.phase
     line: dict[str, Any] = {key: total / progress.steps_in_epoch for key, total in state.sums.items()}
-    line |= {"lr": state.lr, "seconds": round(clock.total(), 2)}
+    line |= {"lr": state.lr, "seconds": round(clock.whole(), 2)}
     line |= {f"{kind}_seconds": round(seconds, 2) for kind, seconds in clock.spent.items()}
     measured: dict[str, Any] = {}
     with phase.evaluated():
@@ -163,7 +163,7 @@ def end_epoch(state: PhaseState, session: Session, progress: Progress, clock: Cl
     state.model.train()  # an evaluation has left it in eval mode
     if progress.rank == 0:
         session.history.write(phase=phase.name, step=state.step, epoch=progress.epoch + 1, **line, **measured)
-    seconds_left = clock.left(state.step - first, phase.steps - state.step)
+    seconds_left = clock.left(state.step, phase.steps - state.step)
     session.log(_epoch_line(progress, line, measured, seconds_left))
     state.sums = {}
 

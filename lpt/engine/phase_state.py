@@ -13,6 +13,7 @@ from lpt.engine.checkpoint import (
     save_checkpoint,
     unreadable,
 )
+from lpt.engine.clock import Clock
 from lpt.engine.optim import make_optimizer
 from lpt.engine.phase import Phase, TunableModel
 from lpt.engine.processes import all_reduce_sum, rank_and_world
@@ -23,8 +24,8 @@ class PhaseState:
     """All of a phase that changes while it runs, but for the model's own tensors.
 
     `step` steps are done. `seconds_before` were spent by earlier, killed processes on what this one need not do again,
-    `flops` is what one step costs all processes together (0: not counted yet), `sums` are of what the steps of this
-    epoch have logged, `lr` is the rate of the last step.
+    `spent_before` says what on, `flops` is what one step costs all processes together (0: not counted yet), `sums` are
+    of what the steps of this epoch have logged, `lr` is the rate of the last step.
     """
 
     def __init__(self, phase: Phase, model: TunableModel, *, file: Path | None, run_hash: str) -> None:
@@ -35,6 +36,7 @@ class PhaseState:
         self.memory = phase.memory
         self.step, self.flops, self.seconds_before, self.lr = 0, 0, 0.0, 0.0
         self.sums: dict[str, float] = {}
+        self.spent_before: dict[str, float] = {}
 
     @property
     def finished(self) -> bool:
@@ -58,8 +60,8 @@ class PhaseState:
                 raise ValueError(f"step {checkpoint.step} of {self.phase.steps}")
             self.model.load_learned_state(checkpoint.tensors)
             self.memory.restore(checkpoint.memory, self.device)
-            sums = {key: value for key, value in checkpoint.memory.items() if key.startswith("sum/")}
-            self.sums = {key.removeprefix("sum/"): value.item() for key, value in sums.items()}
+            self.sums = _numbers(checkpoint, "sum/")
+            self.spent_before = _numbers(checkpoint, "spent/")
             restore_moments(self.optimizer, checkpoint.moments, self.trained)
         except (AssertionError, KeyError, ValueError, RuntimeError) as error:
             raise unreadable(self.file, f"it does not fit this model: {error}") from None
@@ -72,23 +74,24 @@ class PhaseState:
         if total != step * rank_and_world()[1]:
             raise TrainingError(f"the processes see different files {self.file}: --out must be on a disk that all see")
 
-    def save(self, progress: Progress, *, seconds: float) -> None:
-        """Writes the checkpoint (process 0; all must call). `seconds` were spent by this process. Raises TrainingError
-        where what was learned is not finite any more: the file keeps the last state that was."""
+    def save(self, progress: Progress, clock: Clock) -> None:
+        """Writes the checkpoint (process 0; all must call), with the seconds of `clock`. Raises TrainingError where
+        what was learned is not finite any more: the file keeps the last state that was."""
         learned = self.model.learned_state()
         # The gradients were finite, but a step far too long may have left the range of numbers.
         for name, value in learned.items():
             if not bool(torch.isfinite(value).all()):
                 raise self.not_finite(f"{name} of {self.phase.name}", "not finite after", progress)
         memory = self.memory.stored()  # of all processes
-        memory |= {f"sum/{name}": torch.tensor(value, dtype=torch.float64) for name, value in self.sums.items()}
+        for kind, numbers in (("sum", self.sums), ("spent", clock.spent)):
+            memory |= {f"{kind}/{name}": torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()}
         if self.file is None or rank_and_world()[0] != 0:
             return
         names = {parameter: name for name, parameter in self.trained.items()}
         checkpoint = Checkpoint(
             step=self.step,
             finished=self.finished,
-            seconds=self.seconds_before + seconds,
+            seconds=clock.whole(),
             tensors=learned,
             moments=optimizer_moments(self.optimizer, names),
             memory=memory,
@@ -104,3 +107,9 @@ class PhaseState:
             f"{progress.step % progress.steps_per_epoch}, learning rate {self.lr:.3g}): lower method.lr, or try "
             f"train.precision=fp32{safe}"
         )
+
+
+def _numbers(checkpoint: Checkpoint, kind: str) -> dict[str, float]:
+    """The numbers of a checkpoint whose names begin with `kind`, without it."""
+    named = {key: value for key, value in checkpoint.memory.items() if key.startswith(kind)}
+    return {key.removeprefix(kind): value.item() for key, value in named.items()}

@@ -6,6 +6,7 @@ from typing import Any
 from lpt.data.task import Task
 from lpt.engine.phase import Recipe
 from lpt.engine.session import Session
+from lpt.errors import quoted
 from lpt.methods import baselines, daso, decoupled, finessl, fixmatch, lpt, pre_finetune, two_stage, ulfine
 from lpt.methods.method import Method, resolver
 from lpt.model.backbones.base import Backbone
@@ -25,6 +26,26 @@ METHODS: dict[str, Method] = {
     "knn": Method(baselines.knn, ends_in_epochs=False, head=lambda settings: "neighbors"),
     "zero_shot": Method(baselines.zero_shot, ends_in_epochs=False),
 }
+
+
+def described(name: str, settings: Mapping[str, Any]) -> str:
+    """A method by what sets it apart from others of its name, for the row of a table. `settings` may be a stranger's.
+
+    >>> described("fine_tune", {"tuning": "lora"}), described("lpt", {"epochs": [8, 0]})
+    ('fine_tune lora', 'lpt phase 1')
+    >>> described("two_stage", {"then": {"name": "knn"}}), described("knn", {})
+    ('two_stage knn', 'knn')
+    """
+    parts = [quoted(name, 40)]
+    tuning, adjust, epochs = settings.get("tuning"), settings.get("adjust"), settings.get("epochs")
+    parts += [quoted(one, 40) for one in (tuning, adjust) if isinstance(one, str)]
+    if name == "lpt" and isinstance(epochs, list | tuple) and len(epochs) == 2 and 0 in epochs:
+        parts.append("phase 1" if epochs[1] == 0 else "phase 2")
+    known = METHODS.get(name)
+    inner = settings.get(known.inner) if known and known.inner else None
+    if isinstance(inner, Mapping) and isinstance(inner.get("name"), str):
+        parts.append(quoted(described(inner["name"], inner), 80))
+    return " ".join(parts)
 
 
 def build_recipe(config: Mapping[str, Any], task: Task, backbone: Backbone, session: Session) -> Recipe:

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from lpt.engine.history import History
 from lpt.errors import LptError
 from lpt.files import read_tensors, write_atomic
 from lpt.report.page import html
+from lpt.report.quoting import shell_command
 
 Rows = dict[str, dict[str, Any]]
 """Reports by the name of their run."""
@@ -30,7 +30,7 @@ def split_of(out: Path) -> dict[str, Any]:
 
 def command_of(out: Path) -> str:
     """The command line that runs it again, into a folder of its own."""
-    return shlex.join(["lpt", "train", str(out / "config.yaml"), "--out", f"{out}-again"])
+    return shell_command("lpt", "train", str(out / "config.yaml"), "--out", f"{out}-again")
 
 
 def write_page(out: Path, *, test: Images | Files | None = None, against: Sequence[Path] = ()) -> Rows:

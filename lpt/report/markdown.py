@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lpt.report.quoting import code_block, for_markdown
+
 COLUMNS = ("accuracy", "class_accuracy", "many", "medium", "few", "worst_class", "ece")
 COLUMN_NAMES = {"accuracy": "all", "class_accuracy": "class mean", "worst_class": "worst class", "ece": "ECE"}
 
@@ -31,7 +33,7 @@ def table(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
     header = ["", *(COLUMN_NAMES.get(column, column) for column in COLUMNS)]
     lines = [header]
     for name, metrics in rows:
-        lines.append([name, *(percent(metrics.get(column)) for column in COLUMNS)])
+        lines.append([for_markdown(name), *(percent(metrics.get(column)) for column in COLUMNS)])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
 
     def aligned(cells: Sequence[str]) -> str:
@@ -42,6 +44,12 @@ def table(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
     # Markdown's colon at the end of a rule aligns a column of numbers to the right
     rules = ["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])]
     return "\n".join([aligned(header), "|" + "|".join(rules) + "|", *map(aligned, lines[1:])])
+
+
+def row_name(report: Mapping[str, Any]) -> str:
+    """What a run is called in tables: its method, and what sets it apart from others of that name. Reports of lpt 0.1
+    have the first alone."""
+    return report.get("described", report["method"])
 
 
 def cost_line(report: Mapping[str, Any]) -> str:
@@ -84,12 +92,12 @@ def markdown(report: Mapping[str, Any], *, classes: Sequence[str], command: str)
     sizes = report["group_sizes"]
     groups = ", ".join(f"{name} {sizes[name]}" for name in ("many", "medium", "few"))
     lines = [
-        f"# {report['method']} on {report['data']['name']}",
+        f"# {for_markdown(row_name(report))} on {for_markdown(report['data']['name'])}",
         "",
         f"Per cent on the test set; weights: {report['selection']}. ECE, NLL and Brier from "
         f"softmax({report['scale']:g} · logits).",
         "",
-        table([(report["method"], report)]),
+        table([(row_name(report), report)]),
         "",
         f"Groups by training count, rule `{report['group_rule']}`: {groups} classes.",
         "",
@@ -98,17 +106,17 @@ def markdown(report: Mapping[str, Any], *, classes: Sequence[str], command: str)
     ]
     lines += [f"| {name} | {text} |" for name, text in [*_facts_of_every_run(report), *_facts_of_some_runs(report)]]
     lines += ["", f"Worst classes: {_worst_classes(report, classes)}.", ""]
-    return "\n".join([*lines, "Run it again:", "", "```sh", command, "```", ""])
+    return "\n".join([*lines, "Run it again:", "", *code_block(command), ""])
 
 
 def _facts_of_every_run(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     data = report["data"]
     return [
-        ("backbone", f"{report['backbone']['name']}, weights {report['backbone']['fingerprint']}"),
+        ("backbone", f"{for_markdown(report['backbone']['name'])}, weights {report['backbone']['fingerprint']}"),
         (
             "data",
-            f"{data['name']} ({data['variant']}), imbalance factor {data['imbalance_factor']:g}, "
-            f"{sum(data['counts'])} training images",
+            f"{for_markdown(data['name'])} ({for_markdown(data['variant'])}), "
+            f"imbalance factor {data['imbalance_factor']:g}, {sum(data['counts'])} training images",
         ),
         ("split SHA-256", f"`{data['split_sha256']}`"),
         ("trained", f"{report['trainable_parameters']:,} parameters, seed {report['seed']}, {report['precision']}"),
@@ -135,9 +143,10 @@ def _facts_of_some_runs(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     for name, number in report.get("labels_seen", {}).items():
         facts.append(("labels seen", f"the backbone knows {number} of these classes as labels of {name}"))
     if skipped := report.get("skipped_images"):
-        facts.append(("skipped images", f"{len(skipped)}: {'; '.join(skipped[:10])}"))
+        facts.append(("skipped images", f"{len(skipped)}: {for_markdown('; '.join(skipped[:10]))}"))
     if report["absent_classes"]:
-        facts.append(("classes without training images", ", ".join(report["absent_classes"])))
+        absent = ", ".join(for_markdown(name) for name in report["absent_classes"])
+        facts.append(("classes without training images", absent))
     return facts
 
 
@@ -156,4 +165,6 @@ def _worst_classes(report: Mapping[str, Any], classes: Sequence[str], limit: int
         for name, accuracy, count in zip(classes, report["per_class"], report["data"]["counts"], strict=True)
         if accuracy is not None
     )
-    return ", ".join(f"{name} {percent(accuracy)} (n = {count})" for accuracy, name, count in ranked[:limit])
+    return ", ".join(
+        f"{for_markdown(name)} {percent(accuracy)} (n = {count})" for accuracy, name, count in ranked[:limit]
+    )

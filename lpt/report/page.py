@@ -7,7 +7,6 @@ import base64
 import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
 
 import torch
@@ -19,7 +18,8 @@ from lpt.data.preprocess import decoded
 from lpt.data.task import Files, Images
 from lpt.errors import DataError
 from lpt.report import plots
-from lpt.report.markdown import cost_line, percent, pseudo_label_line, single_head_line, watched_line
+from lpt.report.markdown import cost_line, percent, pseudo_label_line, row_name, single_head_line, watched_line
+from lpt.report.quoting import for_html
 
 WORST_CLASSES = 10
 MISTAKES_SHOWN = 5
@@ -89,30 +89,30 @@ def html(
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(_title(report))}</title><style>{STYLE}</style></head>\n<body><main>\n"
+        f"<title>{for_html(_title(report))}</title><style>{STYLE}</style></head>\n<body><main>\n"
         + "\n".join(parts)
         + "\n</main></body></html>\n"
     )
 
 
 def _title(report: Mapping[str, Any]) -> str:
-    return f"{report['method']} on {report['data']['name']}"
+    return f"{row_name(report)} on {report['data']['name']}"
 
 
 def _heading(report: Mapping[str, Any], classes: Sequence[str], test_images: int) -> list[str]:
     data = report["data"]
     return [
-        f"<h1>{escape(_title(report))}</h1>",
-        f'<p class="quiet">{escape(report["backbone"]["name"])}; {len(classes)} classes, '
+        f"<h1>{for_html(_title(report))}</h1>",
+        f'<p class="quiet">{for_html(report["backbone"]["name"])}; {len(classes)} classes, '
         f"{sum(data['counts']):,} training images, imbalance factor {data['imbalance_factor']:g}; "
-        f"{test_images:,} test images; weights: {escape(report['selection'])}.</p>",
+        f"{test_images:,} test images; weights: {for_html(report['selection'])}.</p>",
     ]
 
 
 def _section(heading: str, body: str, note: str = "", *, narrow: bool = False) -> str:
     """`body` is HTML, the other two are text."""
-    paragraph = f'<p class="quiet">{escape(note)}</p>' if note else ""
-    return f"<section{' class=narrow' if narrow else ''}><h2>{escape(heading)}</h2>{paragraph}{body}</section>"
+    paragraph = f'<p class="quiet">{for_html(note)}</p>' if note else ""
+    return f"<section{' class=narrow' if narrow else ''}><h2>{for_html(heading)}</h2>{paragraph}{body}</section>"
 
 
 def _tiles(report: Mapping[str, Any]) -> str:
@@ -122,7 +122,7 @@ def _tiles(report: Mapping[str, Any]) -> str:
         "prompt file": f"{report['prompt_bytes'] / 1000:,.0f} kB",
         "trained in": _duration(report["seconds"]),
     }
-    tiles = (f'<div class="tile">{escape(name)}<b>{escape(value)}</b></div>' for name, value in facts.items())
+    tiles = (f'<div class="tile">{for_html(name)}<b>{for_html(value)}</b></div>' for name, value in facts.items())
     return f'<div class="tiles">{"".join(tiles)}</div>'
 
 
@@ -190,9 +190,9 @@ def _worst_class(
     if test:
         surest = mistakes[confidence[mistakes].argsort(descending=True)][:MISTAKES_SHOWN].tolist()
         pictures = "".join(_thumbnail(test, i, classes[int(predicted[i])]) for i in surest)
-    taken_for = escape(", ".join(confusions)) or "nothing else"
+    taken_for = for_html(", ".join(confusions)) or "nothing else"
     return (
-        f'<div class="class"><header><b>{escape(classes[k])}</b><span>{percent(accuracy)} % right, '
+        f'<div class="class"><header><b>{for_html(classes[k])}</b><span>{percent(accuracy)} % right, '
         f"{training_images} training images</span></header>"
         f"<span class=quiet>taken for {taken_for}</span><div>{pictures}</div></div>"
     )
@@ -213,7 +213,7 @@ def _thumbnail(test: Images | Files, i: int, taken_for: str) -> str:
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True)
     png = base64.b64encode(buffer.getvalue()).decode()
-    name = escape(taken_for)
+    name = for_html(taken_for)
     return (
         f'<figure><img{pixelated} alt="taken for {name}" src="data:image/png;base64,{png}">'
         f"<figcaption>{name}</figcaption></figure>"
@@ -266,11 +266,12 @@ def _rerun(report: Mapping[str, Any], config: str, command: str) -> str:
     if watched := report.get("watched"):
         facts["class mean on the test set"] = watched_line(watched)
     rows = "".join(
-        f"<tr><th>{name}</th><td style='overflow-wrap:anywhere'>{escape(text)}</td></tr>"
+        f"<tr><th>{name}</th><td style='overflow-wrap:anywhere'>{for_html(text)}</td></tr>"
         for name, text in facts.items()
     )
+    lines = "\n".join(for_html(line) for line in config.split("\n"))
     return _section(
         "What was run, and how to run it again",
-        f"<table>{rows}</table><pre>{escape(command)}</pre><details><summary>all settings</summary>"
-        f"<pre>{escape(config)}</pre></details>",
+        f"<table>{rows}</table><pre>{for_html(command)}</pre><details><summary>all settings</summary>"
+        f"<pre>{lines}</pre></details>",
     )

@@ -17,6 +17,7 @@ from lpt.data.longtail import shot_groups
 from lpt.errors import TrainingError, quoted
 from lpt.files import write_atomic
 from lpt.metrics import calibration_error
+from lpt.report.quoting import for_spreadsheet
 
 BINS = 10
 """Of the histogram of confidences, from 0 to 1."""
@@ -32,13 +33,17 @@ def write_round(
     `noted` holds, each [R], `rows` (indices into the unlabeled images), `step`, `label`, `confidence`, `kept`, and of
     every head `NAME_label` and `NAME_confidence`. `ids` and `truth` are of all unlabeled images, -1 where unknown. The
     file's columns: image, truth (null where unknown), round, step, label, confidence, kept, and those of the heads.
+    Names that a spreadsheet would take for formulas begin with an apostrophe there.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    names = np.array([*classes, None], dtype=object)  # label -1 is the last entry: unknown
+    names = np.array(
+        [*(for_spreadsheet(name) for name in classes), None], dtype=object
+    )  # label -1 is the last entry: unknown
+    images = [for_spreadsheet(ids[int(row)]) for row in noted["rows"]]
     columns = {
-        "image": pa.array(np.array(ids, dtype=object)[noted["rows"].numpy()], pa.string()),
+        "image": pa.array(images, pa.string()),
         "truth": pa.array(names[truth[noted["rows"]].numpy()], pa.string()),
         "round": pa.array(np.full(len(noted["rows"]), number), pa.int32()),
     }
@@ -61,7 +66,8 @@ def read_last_round(path: Path, classes: Sequence[str]) -> tuple[dict[str, Tenso
     rounds = table["round"].to_numpy()
     number = int(rounds.max())
     last = table.filter(rounds == number)
-    label_of = {name: k for k, name in enumerate(classes)} | {None: -1}
+    label_of: dict[str | None, int] = {name: k for k, name in enumerate(classes)}  # as lpt 0.1 wrote them
+    label_of |= {for_spreadsheet(name): k for k, name in enumerate(classes)} | {None: -1}
     noted: dict[str, Tensor] = {}
     for name in last.column_names:
         if name == "truth" or name.endswith("label"):

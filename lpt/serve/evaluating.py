@@ -19,6 +19,7 @@ from lpt.device import versions
 from lpt.engine.evaluate import measure, predict
 from lpt.errors import DataError, PromptFileError, quoted, short
 from lpt.memory import PREDICTED_AT_ONCE
+from lpt.methods import described
 from lpt.prompt_file import Header, read_prompt
 from lpt.serve.opening import check_loading, open_prompt
 
@@ -55,6 +56,7 @@ def evaluate_prompt(
         **{side: [short(name) for name in names] for side, names in unmatched.items()},
         "trained_on_left_out": trained_on,
         "method": quoted(header.method),
+        "described": described(header.method, header.settings),
         "backbone": {"name": model.backbone.name, "fingerprint": model.backbone.fingerprint},
         "data": {
             "name": task.name,

@@ -1,9 +1,16 @@
 """Frozen backbones by name: `nano`, `timm:<full tagged name>`, or `open_clip:<model>/<tag>`."""
 
 from pathlib import Path
+from typing import Annotated
 
-from lpt.errors import BackboneError, did_you_mean
+from pydantic import Field
+
+from lpt.data.preprocess import MAX_VIEW
+from lpt.errors import BackboneError, check_kind, did_you_mean
 from lpt.model.backbones.base import Backbone
+from lpt.settings import checked_arguments
+
+ImageSize = Annotated[int, Field(ge=1, le=MAX_VIEW)]
 
 FAMILIES = {
     "nano": "a small ViT at 32 px that comes with lpt, distilled from DeiT-Tiny on CIFAR-100: no download",
@@ -25,14 +32,16 @@ def random_backbone(name: str, *, image_size: int | None = None) -> Backbone:
     return load_backbone(name, image_size=image_size)  # these come with the package, or are random anyway
 
 
-def load_backbone(name: str, *, weights: str | Path | None = None, image_size: int | None = None) -> Backbone:
+def load_backbone(name: str, *, weights: str | Path | None = None, image_size: ImageSize | None = None) -> Backbone:
     """A frozen backbone in fp32 on the CPU, in eval mode.
 
     `weights` is a local safetensors file that is used instead of a download; `image_size` interpolates the
-    position embedding. Raises BackboneError.
+    position embedding. Raises BackboneError, and ConfigError for arguments of another kind.
     """
     from lpt.model.backbones import clip_vit, nano, timm_vit
 
+    checked_arguments(load_backbone, name=name, image_size=image_size)
+    check_kind("backbone.weights", weights or "", (str, Path), "give the path of a safetensors file")
     if name == "nano":
         if weights:
             raise BackboneError("backbone.name nano has its own weights: leave backbone.weights out, or use timm:NAME")

@@ -24,7 +24,7 @@ def label_sets(backbone: str) -> dict[str, set[str]]:
         return {"CIFAR-100": nano.labels()}
     from timm.data.imagenet_info import ImageNetInfo
 
-    tag = backbone.rpartition(".")[2].lower() if "." in backbone else ""
+    tag = _tag(backbone).lower()
     sets: dict[str, set[str]] = {}
     for in_tag, label_set in LABEL_SETS.items():
         if in_tag in tag:
@@ -33,6 +33,17 @@ def label_sets(backbone: str) -> dict[str, set[str]]:
             # A description lists synonyms: "tench, Tinca tinca".
             sets[label_set] = {word.strip().lower() for text in descriptions for word in text.split(",")}
     return sets
+
+
+def _tag(backbone: str) -> str:
+    """What the name says of the training: after the dot; of a timm model without one, what timm takes for it."""
+    from timm.models import get_pretrained_cfg
+
+    family, _, model = backbone.partition(":")
+    if "." in model or family != "timm":
+        return backbone.rpartition(".")[2] if "." in backbone else ""
+    config = get_pretrained_cfg(model)
+    return config.tag or "" if config else ""
 
 
 def overlap_notes(classes: Sequence[str], backbone: str) -> list[str]:

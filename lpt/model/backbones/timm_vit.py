@@ -307,8 +307,9 @@ def download_errors(name: str, library: str) -> Iterator[None]:
             yield
     except (OSError, RuntimeError) as error:
         raise BackboneError(
-            f"backbone {name} could not be downloaded ({why_not_downloaded(error)}): download it once where there is a "
-            f"connection, give backbone.weights a local safetensors file with {library}'s key names, or use backbone.name=nano"
+            f"backbone {name} could not be downloaded ({why_not_downloaded(error)}): download it once where "
+            f"there is a connection, give backbone.weights a local safetensors file with {library}'s key names, or use "
+            "backbone.name=nano"
         ) from error
 
 
