@@ -186,7 +186,7 @@ class Task:
         for role, images in parts.items():
             if images is None and role in ("val", "unlabeled"):
                 continue
-            if not (hasattr(images, "take") and isinstance(getattr(images, "labels", None), Tensor)):
+            if images is None or not (hasattr(images, "take") and isinstance(getattr(images, "labels", None), Tensor)):
                 raise DataError(f"{name}: {role} is {quoted(repr(images), 80)}: give lpt.Images or lpt.data.Files")
             if role == "unlabeled" and not len(images.labels):
                 continue  # methods that need unlabeled images say so themselves
