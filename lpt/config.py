@@ -30,8 +30,9 @@ MAX_BITS = 256
 STORED_SPELLING = {("la_on", "labeled"): "labelled"}
 """Values of methods' settings as checkpoints and prompt files of format 2 spell them."""
 
-LATER_SETTINGS = ("split_column",)
-"""Settings of `data:` that came after run folders were written: where they are not set, the hash is that of before."""
+LATER_SETTINGS = {"split_column": None, "split_by": "position"}
+"""Settings of `data:` that came after run folders were written, and what a run of before has in their place: with that
+its hash is the one of before."""
 
 
 class BackboneSettings(BaseModel):
@@ -116,8 +117,8 @@ class Config(BaseModel):
             *(("data", place) for place in LOCATION_SETTINGS),
         ):
             parts[part].pop(key, None)
-        for key in LATER_SETTINGS:
-            if parts["data"].get(key, ...) is None:
+        for key, before in LATER_SETTINGS.items():
+            if key in parts["data"] and parts["data"][key] == before:
                 del parts["data"][key]
         text = json.dumps([parts, split_sha256, backbone], sort_keys=True, default=list)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -126,7 +127,27 @@ class Config(BaseModel):
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The config at `path` with `key=value` overrides. Raises ConfigError with every mistake at once."""
     check_kind("config", path, (str, Path), "give the path of a YAML file")
-    path = Path(path)
+    return resolve(_read(Path(path)), overrides)
+
+
+def load_config_of_run(path: Path) -> Config:
+    """The config that a run has written, perhaps one of before `LATER_SETTINGS`. Raises ConfigError."""
+    raw = _read(path)
+    if isinstance(raw.get("data"), dict):
+        raw["data"] = with_later_settings(raw["data"])
+    return resolve(raw)
+
+
+def with_later_settings(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of `data:` that a run or a prompt file has stored, with what it had in place of later ones."""
+    name = stored.get("name")
+    if not isinstance(name, str) or name not in DATA:
+        return dict(stored)
+    known = settings_of(DATA[name]).model_fields
+    return {**{key: before for key, before in LATER_SETTINGS.items() if key in known}, **stored}
+
+
+def _read(path: Path) -> dict[str, Any]:
     if not os.path.isfile(path):
         raise ConfigError([f"config {path} does not exist; `lpt list configs` shows those that come with lpt"])
     try:
@@ -135,7 +156,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError([f"config {path} is not YAML: {quoted(error, 300)}"]) from None
     if not isinstance(raw, dict):
         raise ConfigError([f"config {path} holds {type(raw).__name__}, not the sections backbone, data, method, train"])
-    return resolve(raw, overrides)
+    return raw
 
 
 def resolve(raw: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:

@@ -159,7 +159,7 @@ def _of_method(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
         facts |= {"pool_size": settings["pool_size"], "prefix_blocks": max(0, settings["prefix_blocks"])}
     if "ratio" in settings:
         strong = settings["ratio"] * settings["strong_views"] if settings.get("lambda_u", 1) else 0
-        facts["rows"] = (1 + strong) / settings["micro_batches"]
+        facts["rows"] = (1 + strong) / settings.get("micro_batches", 1)
     return facts
 
 

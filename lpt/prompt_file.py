@@ -95,8 +95,8 @@ class Header(BaseModel):
     data: dict[str, Any] = {}
     """Of the training data; may hold anything that a run has said of it."""
     trained_on: str | None = None
-    """Short hashes of the training images (`lpt.data.image_hashes`), where a test part was split off them: the folder
-    may have changed when the file is evaluated. Absent where it is None."""
+    """Short hashes of the training images (`lpt.data.image_hashes`), where the test part is not an official one: the
+    folder or the split may be another when the file is evaluated. Absent where it is None."""
     metrics: dict[str, float | None] = {}
     versions: dict[str, str] = {}
 

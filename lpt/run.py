@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from lpt.config import Config, load_config
+from lpt.config import Config, load_config_of_run
 from lpt.data import LOCATION_SETTINGS, load_task
-from lpt.data.image_hashes import image_hashes, packed
+from lpt.data.image_hashes import hashes_to_store
 from lpt.data.task import Task
 from lpt.device import PRECISIONS, peak_memory, versions
 from lpt.engine.batches import Progress
@@ -63,6 +63,9 @@ def train(
     began, stop, out = time.perf_counter(), Stop(), Path(out)
     with stop.listening(), naming_lost_peers(), naming_lack_of_memory(lambda: "between the steps"):
         check_out(out, resume=resume)  # at once, and again when the folder is locked
+        if resume and (note := _split_as_before(config, out)):
+            config = config.model_copy(update={"data": {**config.data, "split_by": "position"}})
+            say(note)
         setup = Setup(config)
         with open_run(setup, out, resume=resume) as folder:
             session = bind(setup, folder, stop, say, show)
@@ -112,6 +115,16 @@ def tune(
     return model.only_train().eval()
 
 
+def _split_as_before(config: Config, out: Path) -> str | None:
+    """What is said where the run in `out` has split its folder by position, as all of lpt 0.1 did."""
+    written = out / "config.yaml"
+    if config.data.get("split_by") != "image" or not written.exists():
+        return None
+    if load_config_of_run(written).data.get("split_by") != "position":
+        return None
+    return "note: this run's test part was split off by position, and it goes on so (data.split_by)"
+
+
 # The folder of a run.
 
 
@@ -137,7 +150,7 @@ class RunFolder:
     def check_same_run(self) -> None:
         """Raises LptError where the folder holds a run with other settings, weights or images."""
         config_file = self.out / "config.yaml"
-        if config_file.exists() and self.setup.identity_of(load_config(config_file)) != self.setup.run_hash:
+        if config_file.exists() and self.setup.identity_of(load_config_of_run(config_file)) != self.setup.run_hash:
             raise LptError(
                 f"--out {self.out} holds a run with other settings: use those in {config_file}, or another --out"
             )
@@ -322,7 +335,7 @@ def write_prompt(setup: Setup, path: Path, results: Results) -> None:
         },
         metrics={key: results.report[key] for key in (*EPOCH_METRICS, "nll")},
         versions=versions(),
-        trained_on=packed(image_hashes(task.train)) if "split off" in task.facts.get("test_part", "") else None,
+        trained_on=hashes_to_store(task),
     )
 
 
@@ -341,6 +354,6 @@ def report_again(out: Path, *, against: Sequence[Path] = ()) -> Rows:
     test = None
     if (out / "config.yaml").exists():
         with contextlib.suppress(LptError, OSError, ValueError):  # a page without pictures is better than none
-            task = load_task(**load_config(out / "config.yaml").data)
+            task = load_task(**load_config_of_run(out / "config.yaml").data)
             test = task.test if task.manifest()["sha256"] == split_of(out).get("sha256") else None
     return write_page(out, test=test, against=against)

@@ -93,9 +93,10 @@ def test_a_fingerprint_is_of_counts_in_any_order(counts, random):
 
 # Lists, overrides, sentences.
 
-# A path ends with no space, which is stripped, and holds none of the letters that end a line.
+# A path ends with no space, which is stripped, and with no mark that may stand before a label; it holds none of the
+# letters that end a line.
 LETTERS = st.characters(exclude_categories=["Cs", "Cc", "Zl", "Zp"])
-PATHS = st.text(LETTERS, min_size=1).filter(lambda path: path == path.rstrip())
+PATHS = st.text(LETTERS, min_size=1).filter(lambda path: path == path.rstrip(" \t,;").rstrip())
 
 
 @given(st.lists(st.tuples(PATHS, st.integers(0, 10**9 - 1)), min_size=1))

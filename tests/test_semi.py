@@ -6,7 +6,7 @@ import torch
 
 from lpt.data import load_task
 from lpt.data.semi import semi_counts, shaped
-from lpt.errors import DataError
+from lpt.errors import DataError, LptError
 from tests.support.cifar import parquet_folder
 
 CONSISTENT = [4000, 2397, 1437, 861, 516, 309, 185, 111, 66, 40]
@@ -75,16 +75,16 @@ def test_a_mismatched_tail_and_more_than_there_is(cifar100_root):
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
-        ({"n1": 0}, "data.n1 is 0: use 1 or more"),
-        ({"m1": -3}, "data.m1 is -3"),
-        ({"gamma_l": 0}, "data.gamma_l is 0"),
-        ({"gamma_u": 0}, "data.gamma_u is 0"),
-        ({"gamma_l": float("nan")}, "data.gamma_l is nan"),
+        ({"n1": 0}, "data.n1: got 0; input should be greater than or equal to 1"),
+        ({"m1": -3}, "data.m1: got -3"),
+        ({"gamma_l": 0}, "data.gamma_l: got 0"),
+        ({"gamma_u": 0}, "data.gamma_u: got 0"),
+        ({"gamma_l": float("nan")}, "data.gamma_l: got nan"),
         ({"m1": 99, "shape": "uniform", "preset": "usb"}, "m1 99 in all .* each of 100 classes: use 100 or more"),
     ],
 )
 def test_counts_that_make_no_split_are_told_before_the_data_is_read(wrong, says):
-    with pytest.raises(DataError, match=says):
+    with pytest.raises(LptError, match=says):
         load_task("cifar100-semi", root="nowhere", **wrong)
 
 

@@ -312,7 +312,7 @@ def test_doctor_train_evaluate_and_predict_with_such_names(tmp_path, capsys):
     split = json.loads((run / "split.json").read_text())
     assert "jos\\xe9" in split["classes"] and split["other_files"] == ["jos\\xe9/notes\\xe9.txt"]
     assert json.loads((run / "report.json").read_text())["skipped_images"][0].startswith("image jos\\xe9/broken")
-    assert "jos\\xe9" in (run / "report.md").read_text() and (run / "report.html").stat().st_size > 1000
+    assert "jos\\\\xe9" in (run / "report.md").read_text() and (run / "report.html").stat().st_size > 1000
     prompt = run / "prompt.safetensors"
     code, out, said = command(capsys, "evaluate", prompt, f"data.root={root}", *NANO)
     assert code == 0, said

@@ -116,6 +116,7 @@ def _cifar_lt(
         variant += "-permuted"
     return Task(
         name=name,
+        test_is_official=True,
         classes=cifar.classes,
         train=cifar.train_images(chosen.tolist()),
         val=cifar.train_images(held_out.tolist()) if len(held_out) else None,

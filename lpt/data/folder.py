@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from pydantic import Field
 
+from lpt.data.image_hashes import image_draws
 from lpt.data.lists import read_unlabeled, with_slashes
 from lpt.data.longtail import usual_group_rule
 from lpt.data.packed import Packed, read_packed, read_packed_file
@@ -30,11 +31,14 @@ from lpt.data.walk import SUFFIXES, RelativePath, Walk, as_text, joined, refuse,
 from lpt.errors import DataError, quoted
 from lpt.settings import Count, Seed
 
+SplitBy = Literal["image", "position"]
+
 
 def folder(
     root: str | None = None,
     *,
     test_share: Annotated[float, Field(gt=0, lt=1)] = 0.2,
+    split_by: SplitBy = "image",
     seed: Seed = 0,
     val_per_class: Count = 0,
     unlabeled: str | None = None,
@@ -47,10 +51,13 @@ def folder(
     """Your own images: ROOT/<class>/*.jpg, also inside train/, val/ and test/; metadata.csv; parquet; WebDataset
     shards; a Hub id.
 
-    Without a test part the val part is the test set; without both, a share `test_share` of each class is split off by
-    `seed`, and a class with one image keeps it for training. `val_per_class` holds out training images where there is
-    no val part. Groups are many/medium/few by count where none of them is empty, else rank thirds. A file that cannot
-    be decoded ends a run when a batch needs it; `on_error=skip` decodes every file first and goes on without those.
+    Without a test part the val part is the test set; without both, about `test_share` of each class is split off: where
+    an image goes is drawn from `seed` and the image itself, so that it stays there when others come, go or are renamed.
+    A class has at least one image in both parts, and a single image is for training. `split_by=position` is the split
+    of lpt 0.1: round(test_share · n) of each class by their order, where a new image moves others. `val_per_class`
+    holds out training images where there is no val part. Groups are many/medium/few by count where none of them is
+    empty, else rank thirds. A file that cannot be decoded ends a run when a batch needs it; `on_error=skip` decodes
+    every file first and goes on without those.
 
     `unlabeled` is a folder with images at any depth, by default ROOT/unlabeled/ where it lies beside train/. An image
     whose topmost folder there bears the name of a class has that class as its truth, for audits alone. It may also be a
@@ -63,7 +70,7 @@ def folder(
     return _load(
         root,
         refuse,
-        Split(test_share, seed, val_per_class),
+        Split(test_share, split_by, seed, val_per_class),
         Columns(image_column, label_column, split_column),
         table=table,
         unlabeled=unlabeled,
@@ -80,7 +87,7 @@ def folder_with_mistakes(**settings: Any) -> Task:
     task = _load(
         given["root"],
         mistakes.append,
-        Split(given["test_share"], given["seed"], given["val_per_class"]),
+        Split(given["test_share"], given["split_by"], given["seed"], given["val_per_class"]),
         Columns(given["image_column"], given["label_column"], given["split_column"]),
         table=given["table"],
         unlabeled=given["unlabeled"],
@@ -93,6 +100,7 @@ class Split(NamedTuple):
     """How parts that are not there are taken from the training part; as the settings of `folder`."""
 
     test_share: float
+    split_by: SplitBy
     seed: int
     val_per_class: int
 
@@ -575,24 +583,42 @@ def _with_test_part(
         test, val = val, None
         test_part = ", ".join(text for text in (VAL_IS_TEST, parts["val"].origin) if text)
     else:
-        train, test = _split_off(train, split.test_share, split.seed)
-        test_part = f"{split.test_share:g} of each class split off as test set with seed {split.seed}"
+        train, test = _split_off(train, split)
+        about = "about " if split.split_by == "image" else ""
+        test_part = f"{about}{split.test_share:g} of each class split off as test set with seed {split.seed}"
     if len(test) == 0:
         raise DataError(f"data.root {quoted(root)} has no image to test on: a class needs two images to give one away")
     return train, val, test, test_part
 
 
-def _split_off(files: Files, share: float, seed: int) -> tuple[Files, Files]:
-    """(training, test): of each class round(share · n) images, at least one where there are two or more."""
-    rng = np.random.default_rng((seed, 13))
+def _split_off(files: Files, split: Split) -> tuple[Files, Files]:
+    """(training, test). Of a class with two images or more at least one is in each."""
+    test_of_class = _drawn_by_image if split.split_by == "image" else _drawn_by_position
+    test = test_of_class(files, split)
+    train = sorted(set(range(len(files))) - set(test))
+    return files.subset(train), files.subset(sorted(test))
+
+
+def _drawn_by_image(files: Files, split: Split) -> list[int]:
+    """The test images of each class: those whose own draw, uniform in [0, 1), is below `test_share`."""
+    draws = image_draws(files, split.seed)
+    test: list[int] = []
+    for rows in rows_by_class(np.argsort(draws, kind="stable"), files.labels.numpy()).values():
+        size = int((draws[rows] < split.test_share).sum())
+        test += rows[: min(max(size, 1), len(rows) - 1)].tolist()
+    return test
+
+
+def _drawn_by_position(files: Files, split: Split) -> list[int]:
+    """The test images of each class: round(share · n), at least one where there are two or more."""
+    rng = np.random.default_rng((split.seed, 13))
     by_id = np.argsort(np.array(files.ids))  # not the file system's order
     test: list[int] = []
     for rows in rows_by_class(by_id, files.labels.numpy()).values():
         shuffled = rng.permutation(rows)
-        size = max(round(share * len(rows)), 1)
+        size = max(round(split.test_share * len(rows)), 1)
         test += shuffled[: min(size, len(rows) - 1)].tolist()
-    train = sorted(set(range(len(files))) - set(test))
-    return files.subset(train), files.subset(sorted(test))
+    return test
 
 
 def _with_val_part(train: Files, root: str, val_per_class: int, seed: int) -> tuple[Files, Files]:

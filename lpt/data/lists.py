@@ -251,6 +251,7 @@ def _task(
         facts["leaked"] = leaked
     return Task(
         name=name,
+        test_is_official=True,
         classes=classes,
         train=train,
         val=val,

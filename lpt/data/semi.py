@@ -157,6 +157,7 @@ def _semi(name: str, num_classes: int, rules: SemiRules, *, root: str | None, do
         held_out += rows[available:].tolist()
     return Task(
         name=name,
+        test_is_official=True,
         classes=cifar.classes,
         train=cifar.train_images(sorted(labeled)),
         unlabeled=cifar.train_images(sorted(unlabeled)),

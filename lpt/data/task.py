@@ -174,6 +174,8 @@ class Task:
     unlabeled: Images | Files | None = None
     """Images whose labels no method may train on. Where the truth is known they hold it, for the audit, else -1."""
     group_rule: str = "lt20"
+    test_is_official: bool = False
+    """Whether the test part is the dataset's own, whatever the settings are: no training image can get into it."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """What else is known of the split, as `split.json` holds it: variant, profile, seed, where the parts came from, and
     the keys of `REMARKS`."""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lpt.config import check_data
+from lpt.config import check_data, with_later_settings
 from lpt.data import LOCATION_SETTINGS, load_task
 from lpt.data.image_hashes import can_be_hashed, image_hashes, unpacked
 from lpt.data.task import Files, Images, Task
@@ -36,13 +36,13 @@ def evaluate_prompt(
     header, _ = read_prompt(path)
     loading = check_loading(settings, sections=("data", "backbone", "train"))
     task = _load_task(header, settings.get("data", {}))
-    task, trained_on = _without_training_images(task, header)
+    task, trained_on, remark = _without_training_images(task, header)
     images, unmatched = _match_classes(task, header.classes, path)
     model, _ = open_prompt(path, **loading, at_once=min(PREDICTED_AT_ONCE, len(images)))
     for line in [*task.summary_lines(), *_matching_lines(task, header.classes, len(images), unmatched)]:
         say(line)
-    if trained_on:
-        say(f"warning: {trained_on} test images were trained on, and are left out")
+    if remark:
+        say(f"warning: {remark}")
     began = time.perf_counter()
     predictions = predict(model, images)
     if unmatched["absent_from_data"]:
@@ -75,7 +75,7 @@ def _load_task(header: Header, given: Mapping[str, Any]) -> Task:
     if not isinstance(stored, dict):
         stored = {}
     # A prompt file comes from anyone: it must not choose which files of this disk are read.
-    stored = {key: value for key, value in stored.items() if key not in LOCATION_SETTINGS}
+    stored = {key: value for key, value in with_later_settings(stored).items() if key not in LOCATION_SETTINGS}
     if "name" in given and given["name"] != stored.get("name"):  # the stored settings are those of other data
         stored = {}
     settings = {**stored, **given}
@@ -103,22 +103,29 @@ def _tested_on_all_images(task: Task) -> Task:
     return replace(task, test=images, val=None, facts={**task.facts, "test_part": "all images are tested on"})
 
 
-def _without_training_images(task: Task, header: Header) -> tuple[Task, int]:
-    """(the task without test images that the prompt file was trained on, how many these were).
+def _without_training_images(task: Task, header: Header) -> tuple[Task, int, str]:
+    """(the task without test images that the prompt file was trained on, how many these were, what is said of it).
 
-    Only files that a test part was split off for know their training images, and the split that they were trained
-    with holds none. Raises DataError where nothing is left to test on.
+    The split that the prompt file was trained with holds none. Raises DataError where nothing is left to test on.
     """
-    if header.trained_on is None or _was_trained_on(task, header) or not can_be_hashed(task.test):
-        return task, 0
+    if _was_trained_on(task, header):
+        return task, 0, ""
+    if header.trained_on is None:  # of an official test part, or of lpt 0.1
+        if header.data.get("name") == task.name and not task.test_is_official:
+            return task, 0, "the prompt file does not know its training images: some may be among these test images"
+        return task, 0, ""
+    if not can_be_hashed(task.test):
+        return task, 0, "whether the prompt file was trained on some of these test images is not looked at in lists"
     new = ~np.isin(image_hashes(task.test), unpacked(header.trained_on))
+    left_out = int((~new).sum())
     if not new.any():
         raise DataError(
             f"all {len(task.test)} test images were trained on: give images that the prompt file does not know"
         )
-    if new.all():
-        return task, 0
-    return replace(task, test=task.test.subset(np.flatnonzero(new).tolist())), int((~new).sum())
+    if not left_out:
+        return task, 0, ""
+    test = task.test.subset(np.flatnonzero(new).tolist())
+    return replace(task, test=test), left_out, f"{left_out} test images were trained on, and are left out"
 
 
 def _match_classes(
