@@ -214,6 +214,9 @@ def test_settings_that_came_later_leave_the_hash_of_a_run_as_it_was():
         "data": {"name": "folder", "root": "x", "label_column": "kind"},
         "method": {"name": "class_mean"},
     }
-    assert resolve(raw).run_hash("s", "b") == "fb83d89a3ba1856d"  # as of the version before `table` and `split_column`
-    assert resolve(raw, ["data.table=a.csv"]).run_hash("s", "b") == "fb83d89a3ba1856d"  # a place
-    assert resolve(raw, ["data.split_column=part"]).run_hash("s", "b") != "fb83d89a3ba1856d"
+    before = ["data.split_by=position"]  # a run of before has split by position
+    # The hash is that of the version before `table`, `split_column` and `split_by`.
+    assert resolve(raw, before).run_hash("s", "b") == "fb83d89a3ba1856d"
+    assert resolve(raw, [*before, "data.table=a.csv"]).run_hash("s", "b") == "fb83d89a3ba1856d"  # a place
+    assert resolve(raw, [*before, "data.split_column=part"]).run_hash("s", "b") != "fb83d89a3ba1856d"
+    assert resolve(raw).run_hash("s", "b") != "fb83d89a3ba1856d"

@@ -65,7 +65,7 @@ def test_class_folders_say_how_the_test_part_came_to_be(tmp_path):
     task = task_of(fill(tmp_path, {"cat": 6, "dog": 5}), val_per_class=1)
     assert task.summary_lines()[0].endswith(
         "7 training images of 2 classes, 4 to 3 each (class folders), 2 held out (1 of each class, of the training "
-        "images, with seed 0), 2 test images (0.2 of each class split off as test set with seed 0)"
+        "images, with seed 0), 2 test images (about 0.2 of each class split off as test set with seed 0)"
     )
     fill(tmp_path / "q" / "train", {"cat": 2, "dog": 1}), fill(tmp_path / "q" / "valid", {"cat": 2}, seed=2)
     line = task_of(tmp_path / "q").summary_lines()[0]

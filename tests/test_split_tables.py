@@ -87,7 +87,7 @@ def test_a_root_with_brackets_has_its_parquet(tmp_path, name, capsys):
         ({"default/train/0000.parquet": 6, "default/validation/0000.parquet": 2, "default/test/0.parquet": 4}, None),
         ({"data/x_train.parquet": 6, "data/x_val.parquet": 2, "data/x_eval_set.parquet": 4}, [6, 2, 4, 0]),
         ({"Training/part-0.parquet": 6, "Hold-out/part-0.parquet": 4, "unlabelled/part-0.parquet": 3}, [6, 0, 4, 3]),
-        ({"part-0.parquet": 6, "part-1.parquet": 4}, [8, 0, 2, 0]),
+        ({"part-0.parquet": 6, "part-1.parquet": 4}, [7, 0, 3, 0]),
     ],
 )
 def test_parquet_files_are_the_parts_that_they_are_called(tmp_path, files, expected):
