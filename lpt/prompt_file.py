@@ -11,6 +11,7 @@ says. A shallow prompt has L = 1. The header stands under `lpt` in the file's me
 import json
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
 
@@ -18,7 +19,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, field_validator, model_validator
 from torch import Tensor
 
-from lpt.data.image_hashes import unpacked
+from lpt.data.image_hashes import hashes_to_store, unpacked
 from lpt.data.longtail import GroupRule, training_counts
 from lpt.data.preprocess import MAX_VIEW, Preprocess
 from lpt.errors import PromptFileError, check_kind, quoted
@@ -29,6 +30,7 @@ from lpt.model.classifier import PromptedClassifier
 from lpt.model.head_spec import HEAD_RANKS, Fused, HeadSpec, Space, head_fields, head_problem, head_spec
 from lpt.model.heads import Calibration, CosineHead
 from lpt.model.prompts import DeepPrompt, PromptPool, ShallowPrompt
+from lpt.settings import MAX_ADAPTER_WIDTH
 
 FORMAT = 2
 LARGEST_NUMBER = 1e6
@@ -62,8 +64,8 @@ class Inside(BaseModel):
     """What is learned inside the backbone: arguments of `lpt.model.adapters.with_adapter`."""
 
     kind: Kind
-    bottleneck: int = Field(ge=1, le=4096)
-    rank: int = Field(ge=1, le=4096)
+    bottleneck: int = Field(ge=1, le=MAX_ADAPTER_WIDTH)
+    rank: int = Field(ge=1, le=MAX_ADAPTER_WIDTH)
 
 
 class Header(BaseModel):
@@ -104,6 +106,8 @@ class Header(BaseModel):
     def _one_count_a_class(self) -> Self:
         if len(self.counts) != len(self.classes):
             raise ValueError(f"{len(self.counts)} counts for {len(self.classes)} classes")
+        if len(set(self.classes)) < len(self.classes):
+            raise ValueError("two classes have one name")
         return self
 
     @field_validator("trained_on")
@@ -172,6 +176,10 @@ def save_prompt(
     facts.setdefault("precision", "bf16" if backbone.dtype == torch.bfloat16 else "fp32")
     if model.group_rule and "group_rule" not in facts.get("data", {}):
         facts["data"] = {**facts.get("data", {}), "group_rule": model.group_rule}
+    if model.trained_on and "trained_on" not in facts:
+        facts["trained_on"] = hashes_to_store(model.trained_on)
+        labeled_sha256 = replace(model.trained_on, unlabeled=None).manifest()["sha256"]
+        facts["data"] = {"name": model.trained_on.name, "labelled_sha256": labeled_sha256, **facts.get("data", {})}
     try:
         header = Header(
             format=FORMAT,

@@ -95,7 +95,7 @@ def tune(
 
     Raises LptError for an unknown method, ConfigError for settings that it does not have or take, all at once.
     """
-    checked_arguments(tune, batch_size=batch_size, seed=seed)
+    batch_size, seed = checked_arguments(tune, batch_size=batch_size, seed=seed)
     check_kind("tune: task", task, Task, "give what lpt.load_task returns")
     check_kind("tune: backbone", backbone, Backbone, "give what lpt.load_backbone returns")
     device = next(backbone.parameters()).device
@@ -111,7 +111,7 @@ def tune(
     )
     recipe = build_recipe(named, task, backbone, session)
     model = follow(recipe, session)
-    model.group_rule = task.group_rule
+    model.group_rule, model.trained_on = task.group_rule, task
     return model.only_train().eval()
 
 

@@ -13,6 +13,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from lpt.errors import ConfigError, did_you_mean, quoted
 
 Positive = Annotated[int, Field(ge=1)]
+MAX_ADAPTER_WIDTH = 4096
+"""Of what a prompt file may hold, and so of what is trained."""
+AdapterWidth = Annotated[int, Field(ge=0, le=MAX_ADAPTER_WIDTH)]
+Rank = Annotated[int, Field(ge=1, le=MAX_ADAPTER_WIDTH)]
 Count = Annotated[int, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**31 - 1)]
 """A number that every library takes as a seed, as it does the next one."""
@@ -98,17 +102,19 @@ def validated(section: str, model: type[BaseModel], given: Any) -> tuple[dict[st
     return ({}, mistakes) if mistakes else (values, [])
 
 
-def checked_arguments(function: Callable[..., Any], **given: Any) -> None:
-    """Arguments of a public function, checked as settings of a config are. Raises ConfigError with all mistakes.
+def checked_arguments(function: Callable[..., Any], **given: Any) -> list[Any]:
+    """Arguments of a public function, checked as settings of a config are and as they are meant. Raises ConfigError
+    with all mistakes.
 
     Parameters of `function` that are not given are not looked at.
     """
     hints = get_type_hints(function, include_extras=True)
     schema: dict[str, Any] = {name: (hints[name], ...) for name in given}
     model = create_model(function.__name__, __base__=NamedSettings, **schema)
-    mistakes = validated(function.__name__, model, given)[1]
+    settings, mistakes = validated(function.__name__, model, given)
     if mistakes:
         raise ConfigError(mistakes)
+    return [settings[name] for name in given]
 
 
 def _of_another_kind(path: str, given: Any, value: Any) -> list[str]:

@@ -24,7 +24,15 @@ from lpt.data.packed import Packed, read_packed, read_packed_file
 from lpt.data.parquet import read_hub
 from lpt.data.parts import FORMS, FolderPart, find_parts, role_called, role_in_path, same_inside
 from lpt.data.preprocess import readable
-from lpt.data.tables import TABLE_SUFFIXES, Columns, EncodedPart, metadata, read_metadata, settings_naming
+from lpt.data.tables import (
+    TABLE_SUFFIXES,
+    Columns,
+    EncodedPart,
+    check_no_lists,
+    metadata,
+    read_metadata,
+    settings_naming,
+)
 from lpt.data.task import REMARKS, Files, Task, counted_by_folder, hold_out, remarks, rows_by_class
 from lpt.data.texts import spelling
 from lpt.data.walk import SUFFIXES, RelativePath, Walk, as_text, joined, refuse, walk
@@ -118,11 +126,9 @@ class Contents:
     facts: dict[str, list[str]] = field(default_factory=dict)
     """Names of what is in no part, under keys of `lpt.data.task.REMARKS`."""
     lost_links: list[str] = field(default_factory=list)
-    has_links: bool = False
 
     def note(self, walked: Walk, prefix: RelativePath = ()) -> None:
         """Takes over what a walk left out; `prefix` is what its paths start at."""
-        self.has_links |= walked.has_links
         for reason, paths in walked.left_out.items():
             names = self.lost_links if reason == "lost_links" else self.facts.setdefault(reason, [])
             names += [joined((*prefix, *path)) for path in paths]
@@ -219,7 +225,8 @@ def _read_parts(
             return
         if not walked.images:
             raise DataError(
-                f"data.root {quoted(root)} holds no image ({', '.join(SUFFIXES)}), no parquet, no shard (.tar)"
+                f"data.root {quoted(root)} holds no image ({', '.join(SUFFIXES)}), no parquet, no shard (.tar with "
+                f"images and their classes){_archives(walked)}"
             )
         _read_images(contents, root_folder, walked, columns, given)
         return
@@ -239,6 +246,13 @@ def _read_parts(
         raise DataError(f"data.root {quoted(root)} does not exist")
     contents.parts, not_read = read_hub(root, columns)
     contents.facts["not_read"] = not_read
+
+
+def _archives(walked: Walk) -> str:
+    """What is said of archives among the files that are no images."""
+    kinds = (".tar", ".gz", ".tgz", ".zip", ".bz2", ".xz", ".zst", ".7z", ".rar")
+    there = [path for path in walked.left_out.get("other_files", []) if path[-1].lower().endswith(kinds)]
+    return f": unpack {quoted(joined(there[0]))} there" if there else ""
 
 
 def _unlabeled_folder(root: Path, unlabeled: str | None) -> Path | None:
@@ -280,8 +294,10 @@ def _read_images(contents: Contents, root: Path, walked: Walk, columns: Columns,
         contents.parts, strays = _parts_of_table(root, table, walked.images, columns, is_given=given is not None)
         class_level: set[RelativePath] = set()
     else:
-        contents.facts["tables_beside"] = settings_naming(root, walked)
         layout = find_parts(root, walked.images, lambda name: metadata(root / name) is not None)
+        if list(layout.parts) in (["train"], ["train", "unlabeled"]):
+            check_no_lists(root, walked)
+            contents.facts["tables_beside"] = settings_naming(root, walked)
         strays = list(layout.strays)
         class_level = set()
         for role, part in layout.parts.items():
@@ -298,7 +314,39 @@ def _read_images(contents: Contents, root: Path, walked: Walk, columns: Columns,
     others = contents.facts.get("other_files", [])
     contents.facts["other_files"] = [name for name in others if name not in tables_read]
     contents.facts["left_out"] = [joined(path) for path in strays]
+    if table and given is None:
+        if list(contents.parts) == ["train"]:
+            check_no_lists(root, walked)
+        _check_no_part_is_unnamed(root, table, strays, contents.parts)
+    _check_parts_share_nothing(root, contents.parts)
     contents.facts["empty_folders"] = _without_images(walked, class_level)
+
+
+def _check_no_part_is_unnamed(
+    root: Path, table: Path, strays: Sequence[RelativePath], parts: Mapping[str, EncodedPart]
+) -> None:
+    """Raises DataError where a table above them names no image of a folder that is called as a part."""
+    for path in strays:
+        role = role_called(path[0]) if len(path) > 1 else None
+        if role in ("val", "test") and role not in parts:
+            number = sum(one[0] == path[0] for one in strays)
+            raise DataError(
+                f"{quoted(table)} names no image of {quoted(path[0])}, which holds {number}: give them rows, or move "
+                "that folder away"
+            )
+
+
+def _check_parts_share_nothing(root: Path, parts: Mapping[str, EncodedPart]) -> None:
+    """Raises DataError where an image is in two labeled parts by one path."""
+    part_of: dict[str, str] = {}
+    for role, part in parts.items():
+        for name in part.ids if role != "unlabeled" else ():
+            other = part_of.setdefault(name, role)
+            if other != role:
+                raise DataError(
+                    f"data.root {quoted(root)} has {quoted(name)} in the {other} part and in the {role} part "
+                    f"({parts[other].origin}, {part.origin}): take it out of one of them"
+                )
 
 
 def _read_part(root: Path, role: str, part: FolderPart, columns: Columns) -> tuple[EncodedPart, list[RelativePath]]:
@@ -428,6 +476,8 @@ def _below(root: Path, path: Path) -> Path:
 
 
 def _path_from(root: Path, path: Path) -> str:
+    if ".." in path.parts:
+        path = Path(os.path.normpath(path))
     return as_text(path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path))
 
 
@@ -604,8 +654,10 @@ def _drawn_by_image(files: Files, split: Split) -> list[int]:
     draws = image_draws(files, split.seed)
     test: list[int] = []
     for rows in rows_by_class(np.argsort(draws, kind="stable"), files.labels.numpy()).values():
-        size = int((draws[rows] < split.test_share).sum())
-        test += rows[: min(max(size, 1), len(rows) - 1)].tolist()
+        different = np.unique(draws[rows])  # copies of an image have one draw, and stay together
+        number = min(max(int((different < split.test_share).sum()), 1), len(different) - 1)
+        if number:
+            test += rows[draws[rows] <= different[number - 1]].tolist()
     return test
 
 
@@ -638,7 +690,7 @@ def _amiss(
     lists = {
         **contents.facts,
         "skipped": skipped,
-        "same_file": _one_file_twice([part for part in labeled if part]) if contents.has_links else [],
+        "same_file": _one_file_twice([part for part in labeled if part]),
         "leaked": _same_files(test, unlabeled) if test and unlabeled else [],
     }
     return {fact: names for fact, names in lists.items() if names}
@@ -649,6 +701,8 @@ def _one_file_twice(parts: Sequence[Files]) -> list[str]:
     first: dict[tuple[int, int], str] = {}
     pairs: list[str] = []
     for part in parts:
+        if isinstance(part.source(0), bytes):
+            continue
         for i, name in enumerate(part.ids):
             known = first.setdefault(_inode(part, i), name)
             if known != name:

@@ -253,7 +253,7 @@ def _quietly(root: str, load: Any) -> Any:
         if not Path(root).exists():
             raise DataError(
                 f"data.root {quoted(root)} is no folder here, and cannot be read as a dataset of the Hub "
-                f"({why_not_downloaded(error)})"
+                f"({why_not_downloaded(error)}): check the name, or give a folder"
             ) from None
         raise DataError(f"data.root {quoted(root)} cannot be read as a dataset of images ({_reason(error)})") from None
     finally:

@@ -75,6 +75,8 @@ def find_parts(root: Path, images: Sequence[RelativePath], has_table: Callable[[
             by_folder[path[0]].append(path)
     strays = [path for path in images if len(path) == 1]
     outer = _outer_parts(by_folder, has_table)
+    if "train" not in outer:
+        outer = _parts_by_word(root, by_folder) or outer
     if "train" in outer:
         return Layout(_parts_around_classes(root, by_folder, outer), strays)
     inner = _parts_in_classes(root, by_folder)
@@ -87,6 +89,7 @@ def find_parts(root: Path, images: Sequence[RelativePath], has_table: Callable[[
                 f"{FORMS}"
             )
     _check_class_folders(root, by_folder)
+    _check_inner_folders(root, by_folder)
     return Layout({"train": FolderPart([path for path in images if len(path) > 1])}, strays)
 
 
@@ -109,6 +112,43 @@ def _outer_parts(
     return names_of
 
 
+def role_in_words(name: str) -> tuple[str | None, str]:
+    """(the part that one word of a name says, the other words); no part where no word says one, or two do.
+
+    >>> role_in_words("train2017"), role_in_words("ILSVRC2012_img_val"), role_in_words("cats")
+    (('train', ''), ('val', 'ilsvrc img'), (None, 'cats'))
+    """
+    words = re.findall("[^\\W\\d_]+", name.lower())
+    said = [(role_called(word), word) for word in words]
+    roles = [role for role, _ in said if role]
+    return roles[0] if len(roles) == 1 else None, " ".join(word for role, word in said if not role)
+
+
+def _parts_by_word(root: Path, by_folder: Mapping[str, Sequence[RelativePath]]) -> dict[str, list[str]]:
+    """The topmost folders by part where their names differ in one word, and that says it: train2017 and val2017; none
+    where they do not. Raises DataError where they are classes and parts at once: train_cat, test_cat, train_dog."""
+    said = {name: role_in_words(name) for name in by_folder}
+    names_of: dict[str, dict[str, list[str]]] = defaultdict(dict)
+    for name, (role, rest) in said.items():
+        if role:
+            names_of[rest].setdefault(role, []).append(name)
+    several = {
+        rest: roles
+        for rest, roles in names_of.items()
+        if len(roles) > 1 and "train" in roles and not all(role_called(name) for (name, *_) in roles.values())
+    }  # folders called train and test as a whole may be classes
+    if not several:
+        return {}
+    first = [name for names in next(iter(several.values())).values() for name in names]
+    if len(several) > 1 or any(role is None for role, _ in said.values()):
+        raise DataError(
+            f"data.root {quoted(root)} has {quoted(' and '.join(first[:2]))}, which are called as parts, beside other "
+            f"folders: {FORMS}"
+        )
+    (roles,) = several.values()
+    return roles
+
+
 def _parts_around_classes(
     root: Path, by_folder: Mapping[str, list[RelativePath]], names_of: Mapping[str, list[str]]
 ) -> dict[str, FolderPart]:
@@ -121,9 +161,10 @@ def _parts_around_classes(
     folder_of = {role: names[0] for role, names in names_of.items()}
     others = sorted(by_folder.keys() - set(folder_of.values()))
     if others:
+        way_out = "put its images into class folders, or move it" if role_called(others[0]) else "move it"
         raise DataError(
             f"data.root {quoted(root)} has parts ({quoted(', '.join(folder_of.values()))}) and beside them "
-            f"{quoted(others[0])}, which holds images too: move it elsewhere"
+            f"{quoted(others[0])}, which holds images and no class folders that are read: {way_out} elsewhere"
         )
     return {
         role: FolderPart(by_folder[name], name, class_at=1, origin=f"{as_text(name)}/")
@@ -161,10 +202,41 @@ def _parts_in_classes(root: Path, by_folder: Mapping[str, list[RelativePath]]) -
             f"data.root {quoted(root)} has {quoted(joined(example))} in a folder called as a part, and {other}: "
             f"{FORMS}; if it is no part, give that folder another name"
         )
+    _check_classes_in_parts(root, images_of["train"])
     return {
         role: FolderPart(paths, origin=", ".join(f"CLASS/{as_text(name)}/" for name in sorted(names_of[role])))
         for role, paths in sorted(images_of.items(), key=lambda item: list(PART_FOLDERS).index(item[0]))
     }
+
+
+def _check_classes_in_parts(root: Path, training: Sequence[RelativePath]) -> None:
+    """Raises DataError for site1/train/cat and site2/train/cat: the classes may be the folders inside."""
+    outer_of: dict[str, set[str]] = defaultdict(set)
+    for path in training:
+        if len(path) > 3:
+            outer_of[path[2]].add(path[0])
+    shared = next((name for name, outer in outer_of.items() if len(outer) > 1), None)
+    if shared:
+        first, second = sorted(outer_of[shared])[:2]
+        raise DataError(
+            f"data.root {quoted(root)} has {quoted(shared)} in the parts of {quoted(first)} and of {quoted(second)}: "
+            f"which are the classes? {FORMS}"
+        )
+
+
+def _check_inner_folders(root: Path, by_folder: Mapping[str, Sequence[RelativePath]]) -> None:
+    """Raises DataError where folders further inside are called as parts."""
+    example: dict[str, RelativePath] = {}
+    for path in (path for images in by_folder.values() for path in images):
+        for name in path[2:-1]:
+            if role := role_called(name):
+                example.setdefault(role, path)
+    if "train" in example and len(example) > 1:
+        other = next(path for role, path in example.items() if role != "train")
+        raise DataError(
+            f"data.root {quoted(root)} has {quoted(joined(example['train']))} and {quoted(joined(other))}, in folders "
+            f"that are called as parts, at a depth where none is read: {FORMS}"
+        )
 
 
 def _check_class_folders(root: Path, by_folder: Mapping[str, Sequence[RelativePath]]) -> None:
@@ -184,12 +256,14 @@ def _check_class_folders(root: Path, by_folder: Mapping[str, Sequence[RelativePa
 
 
 def same_inside(images: Sequence[RelativePath]) -> list[str]:
-    """The class folders where all of them hold folders of the same names, two or more: they may be parts of a dataset
-    under other names than are known."""
+    """The class folders where all of them hold folders of about the same names, two or more: they may be parts of a
+    dataset under other names than are known. A rare class need not be in each."""
     inside: dict[str, set[str]] = defaultdict(set)
     for path in images:
         inside[path[0]].add(path[1] if len(path) > 2 else "")
-    first = next(iter(inside.values()), set[str]())
-    if len(inside) < 2 or len(first) < 2 or "" in first or any(names != first for names in inside.values()):
+    largest = max(inside.values(), key=len, default=set[str]())
+    if len(inside) < 2 or len(largest) < 2 or any("" in names for names in inside.values()):
+        return []
+    if any(len(names & largest) < max(1, len(names) / 2) for names in inside.values()):
         return []
     return [as_text(name) for name in inside]

@@ -293,6 +293,17 @@ def is_image(path: str) -> bool:
             return False
 
 
+def is_common_image(path: str) -> bool:
+    """Whether a file is a JPEG, PNG, GIF or WebP by its first bytes, whatever its suffix: a raw photo is none, though
+    its thumbnail may be one."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(12)
+    except OSError:
+        return False
+    return start.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8")) or (start[:4], start[8:]) == (b"RIFF", b"WEBP")
+
+
 def is_heic(content: str | Path | bytes) -> bool:
     """Whether a file, or its bytes, are HEIC by its first bytes; AVIF is none."""
     if not isinstance(content, bytes):

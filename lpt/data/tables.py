@@ -9,11 +9,11 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lpt.data.parts import role_called
+from lpt.data.parts import role_called, role_in_words
 from lpt.data.texts import class_names_of, cleaned, read_text
 from lpt.data.walk import SUFFIXES, RelativePath, Walk, joined
 from lpt.errors import DataError, did_you_mean, quoted
@@ -33,8 +33,13 @@ SPLIT_COLUMNS = ("split", "splits", "data_split", "dataset_split", "split_name",
 MAYBE_SPLIT_COLUMNS = ("set", "dataset", "data_set", "part", "phase", "mode", "purpose", "fold", "usage", "train_test")
 """Columns that say it where all their values are parts."""
 TRUTHS = {
-    **dict.fromkeys(("is_train", "is_training", "is_training_image", "train"), ("train", "test")),
-    **dict.fromkeys(("is_test", "is_testing", "is_test_image", "test"), ("test", "train")),
+    **dict.fromkeys(
+        ("is_train", "is_training", "is_training_image", "train", "in_train", "train_set", "is_train_set"),
+        ("train", "test"),
+    ),
+    **dict.fromkeys(
+        ("is_test", "is_testing", "is_test_image", "test", "in_test", "test_set", "is_test_set"), ("test", "train")
+    ),
     **dict.fromkeys(("is_val", "is_valid", "is_validation"), ("val", "train")),
 }
 """Columns of truths: the part of a row where it is true, and where it is false."""
@@ -331,6 +336,11 @@ def find_split_column(
     for name in likely_columns(free, list(TRUTHS)):
         column = _truth_column(name, values_of(name))
         candidates += [column] if column else []
+    if not candidates:  # a column of any name whose values are parts
+        taken = {*label, *likely_columns(free, FILE_COLUMNS)}
+        for name in [name for name in free if name not in taken]:
+            column = _split_column(table, name, values_of(name), must=False, all_parts=True)
+            candidates += [column] if column and {"train"} < set(column.roles) else []
     if not candidates:
         return None
     first = candidates[0]
@@ -343,8 +353,11 @@ def find_split_column(
     return first
 
 
-def _split_column(table: str, name: str, values: Sequence[Any], *, must: bool) -> SplitColumn | None:
-    """The column `name` as parts. Where its values are none: None, or a DataError if it `must` be one."""
+def _split_column(
+    table: str, name: str, values: Sequence[Any], *, must: bool, all_parts: bool = False
+) -> SplitColumn | None:
+    """The column `name` as parts. Where not all its values are: None if `all_parts` or none is, else a DataError, and
+    always one if it `must` be such a column."""
     texts = ["" if value is None else cleaned(str(value)) for value in values]
     roles = [role_called(text) for text in texts]
     if None not in roles:
@@ -352,7 +365,7 @@ def _split_column(table: str, name: str, values: Sequence[Any], *, must: bool) -
     as_truths = _truth_column(name, values)
     if as_truths:
         return as_truths
-    if not must and not any(roles):
+    if not must and (all_parts or not any(roles)):
         return None
     row = roles.index(None)
     raise DataError(
@@ -424,11 +437,61 @@ def _classes_by_folder(table: Path, files: Sequence[Path], folders: Sequence[Pat
 
 
 def settings_naming(root: Path, walked: Walk) -> list[str]:
-    """The settings that would read tables among the other files of `root`, each of which names its images."""
+    """The settings that would read tables among the other files of `root`, each of which names its images. Raises
+    DataError where one says which part each image is of: a split of its own must not be overlooked."""
     images = {joined(path) for path in walked.images}
-    tables = [path for path in walked.left_out.get("other_files", []) if path[-1].lower().endswith(TABLE_SUFFIXES)]
-    small = [path for path in tables if os.path.getsize(root.joinpath(*path)) <= MOST_PROBED][:MOST_TABLES]
-    return [settings for path in small if (settings := _settings_reading(root, path, images))]
+    return [
+        settings
+        for path in _small_files(root, walked, TABLE_SUFFIXES)
+        if (settings := _settings_reading(root, path, images))
+    ]
+
+
+def check_no_lists(root: Path, walked: Walk) -> None:
+    """Raises DataError for a list among the other files of `root` that is called as a part, or says which images one
+    has: train.txt and test.txt for example."""
+    images = {joined(path).rpartition(".")[0]: joined(path) for path in walked.images}
+    for path in _small_files(root, walked, (*TABLE_SUFFIXES, ".lst", ".list", ".yaml", ".yml")):
+        stem = path[-1].rpartition(".")[0]
+        try:
+            text = read_text(root.joinpath(*path))
+        except (OSError, ValueError):
+            continue
+        is_called_so = role_in_words(stem)[0] is not None
+        if "split" in stem.lower() or (is_called_so and _names_images(text, images)):
+            raise DataError(
+                f"data.root {quoted(root)} has {quoted(joined(path))}, which is called as the list of a part is, and "
+                "is not read: with a number for the class in each line set data.name=lists data.train=FILE "
+                "data.test=FILE, else put the images into train/ and test/, or move that file away"
+            )
+
+
+def _names_images(text: str, images: dict[str, str]) -> bool:
+    """Whether most lines of a text name images by their paths, or by the last two or the last part of them; `images`
+    are paths by paths without their suffix."""
+    words = re.findall(r"[^\s,;\t\"'\[\]{}]+", text[: MOST_ROWS * 200])[: 4 * MOST_ROWS]
+    known = {end for path in images.items() for one in path for end in _ends(one) if not end.isdecimal()}
+    named = {end for word in words for end in _ends(word.replace("\\", "/")) if end in known}
+    return len(named) >= max(2, min(len(images), MOST_ROWS) / 20)
+
+
+def _ends(path: str) -> Iterator[str]:
+    """A path, and its last two and last part.
+
+    >>> list(_ends("a/b/c"))
+    ['a/b/c', 'b/c', 'c']
+    """
+    yield path
+    parts = path.split("/")
+    if len(parts) > 2:
+        yield "/".join(parts[-2:])
+    if len(parts) > 1:
+        yield parts[-1]
+
+
+def _small_files(root: Path, walked: Walk, suffixes: tuple[str, ...]) -> list[RelativePath]:
+    files = [path for path in walked.left_out.get("other_files", []) if path[-1].lower().endswith(suffixes)]
+    return [path for path in files if os.path.getsize(root.joinpath(*path)) <= MOST_PROBED][:MOST_TABLES]
 
 
 def _settings_reading(root: Path, path: RelativePath, images: set[str]) -> str | None:
@@ -439,11 +502,24 @@ def _settings_reading(root: Path, path: RelativePath, images: set[str]) -> str |
         content = _content(table, Columns())
     except DataError:
         return None
+    inner = sorted({name.split("/")[0] for name in images if "/" in name})
+    folders = [root, table.parent, *(root / name for name in inner)]
     for image, values in content.items():
-        files, _ = _files(values[:MOST_ROWS], [root, table.parent])
+        files, _ = _files(values[:MOST_ROWS], folders[:MOST_TABLES])
         named = [name for file in files if (name := _path_below(root, file)) in images]
         if 2 * len(set(named)) < min(len(images), MOST_ROWS):
             continue
+        try:
+            split = find_split_column(str(table), list(content), content.__getitem__, Columns(), taken=(image,))
+        except DataError:
+            split = None
+        if split and len(set(split.roles)) > 1:
+            words = {"table": joined(path), "image_column": image, "split_column": split.name}
+            settings = " ".join(shlex.quote(f"data.{key}={value}") for key, value in words.items())
+            raise DataError(
+                f"data.root {quoted(root)} has {quoted(joined(path))}, which says which part each image is of, and is "
+                f"not read: set {settings}, or move that file away"
+            )
         label = _possible_label(content, image, named)
         if label:
             words = {"table": joined(path), "image_column": image, "label_column": label}

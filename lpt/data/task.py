@@ -40,7 +40,7 @@ REMARKS = {
     "tables_beside": Remark("{} tables name images here and are not read; settings read them", is_problem=False),
     "not_read": Remark("{} parts or files of the dataset are not read", is_problem=False),
     "same_inside": Remark("{} class folders hold folders of the same names: if these are the classes, call the outer "
-                          "ones train and test", is_problem=False),
+                          "ones train and test"),
     "other_files": Remark("{} files are no images and are left out", is_problem=False, by_folder=True),
     "back_links": Remark("{} links lead back to a folder that they lie in and are not followed", is_problem=False),
     "hidden": Remark("{} hidden files and folders are left out", is_problem=False, by_folder=True),

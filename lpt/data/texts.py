@@ -100,11 +100,12 @@ def _without_fraction(name: str) -> str:
 
 
 def spelling(name: str) -> str:
-    """What two spellings of one name have in common: case, underscores, spaces around it, the Unicode form and the
-    fraction of a whole number make no other name.
+    """What two spellings of one name have in common: case, underscores, hyphens, spaces, letters without a width,
+    the Unicode form and the fraction of a whole number make no other name.
 
     >>> spelling("Red_Panda ") == spelling("red panda"), spelling("1.0") == spelling("1")
     (True, True)
     """
-    plain = unicodedata.normalize("NFKC", name).casefold().replace("_", " ")
-    return _without_fraction(cleaned(plain))
+    plain = unicodedata.normalize("NFKC", name).casefold()
+    seen = "".join(letter for letter in plain if unicodedata.category(letter) != "Cf")  # zero-width ones and the like
+    return _without_fraction(" ".join(re.sub(r"_|(?<=\w)-(?=\w)", " ", cleaned(seen)).split()))

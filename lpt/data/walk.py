@@ -5,12 +5,13 @@ A file is an image by its suffix, or else by its first bytes. Every other file i
 
 import os
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-from lpt.data.preprocess import is_heic, is_image
+from lpt.data.preprocess import is_common_image, is_heic, is_image
 from lpt.errors import DataError, quoted
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm", ".pgm", ".jp2")
@@ -25,8 +26,8 @@ PICTURE_SUFFIXES = (
 """What is a picture to its owner, and not read."""
 MACHINE_FOLDERS = ("__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found")
 """Folders that a machine makes beside one's own, with copies and thumbnails in them. They count as hidden."""
-MOST_LINKED_FOLDERS = 100_000
-"""Links to folders that a walk follows. A few folders that all link to each other have millions of paths."""
+MOST_NAMES = 200
+"""Of one folder, by links. A few folders that all link to each other have millions of paths."""
 
 RelativePath = tuple[str, ...]
 """A path below a root by its components: folders from the outside in, then the file."""
@@ -47,8 +48,6 @@ class Walk:
     left_out: dict[str, list[RelativePath]] = field(default_factory=dict)
     """Every other file by why it is none of the images, the keys of `lpt.data.task.REMARKS`; a hidden folder stands for
     what is in it, and so does a link that is not followed."""
-    has_links: bool = False
-    """Whether a file or a folder may be there under two names."""
 
     def leave_out(self, reason: str, path: RelativePath) -> None:
         self.left_out.setdefault(reason, []).append(path)
@@ -68,14 +67,14 @@ def walk(top: str | Path, *, without: str | Path | None = None, on_mistake: Call
     walked = Walk()
     passed_over = os.path.realpath(without) if without else None
     waiting = [Folder((), os.path.realpath(top), ())]
-    linked = 0
+    names_of: Counter[str] = Counter()
     while waiting:
         here = waiting.pop()
-        linked += bool(here.linked_from)
-        if linked > MOST_LINKED_FOLDERS:
+        names_of[here.real] += 1
+        if names_of[here.real] > MOST_NAMES:
             raise DataError(
-                f"folder {quoted(top)} has more than {MOST_LINKED_FOLDERS} folders behind links: links that lead to "
-                "each other, which are to be removed"
+                f"folder {quoted(here.real)} is there under more than {MOST_NAMES} names, one is "
+                f"{quoted(joined(here.path))}: folders that link to each other; remove such links"
             )
         if here.real == passed_over and here.path:
             continue
@@ -98,7 +97,6 @@ def _take(walked: Walk, entry: "os.DirEntry[str]", here: Folder) -> Folder | Non
     """Puts an entry of the folder `here` where it belongs; the folder to enter, if it is one."""
     path, name = (*here.path, entry.name), entry.name.lower()
     is_link = entry.is_symlink()
-    walked.has_links |= is_link
     if name.startswith(".") or name in MACHINE_FOLDERS:
         walked.leave_out("hidden", path)
         return None
@@ -140,7 +138,7 @@ def _lies_in(path: str, folder: str) -> bool:
 
 def _why_no_image(path: str, name: str) -> str | None:
     """Why a file without the suffix of an image is none; None where it is one by its content."""
-    if name.endswith(PICTURE_SUFFIXES):
+    if name.endswith(PICTURE_SUFFIXES) and not is_common_image(path):
         return "unread_pictures"
     if is_image(path):
         return None

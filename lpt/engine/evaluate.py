@@ -235,7 +235,7 @@ def evaluate(
     `counts`, and the rule is that of the task which the model was tuned for, unless `group_rule` names another. Raises
     DataError for a file that is no image, and for images without counts.
     """
-    checked_arguments(evaluate, batch_size=batch_size)
+    (batch_size,) = checked_arguments(evaluate, batch_size=batch_size)
     check_kind("evaluate: model", model, PromptedClassifier, "give what lpt.tune or lpt.load_prompt returns")
     check_kind("evaluate: data", data, (Task, Images, Files), "give a task, or images and task.counts")
     if isinstance(data, Task):

@@ -18,7 +18,7 @@ from lpt.methods.supervised import HeadStart, Tuning, build_model, head_features
 from lpt.model.backbones.base import Backbone
 from lpt.model.classifier import PromptedClassifier
 from lpt.model.heads import CosineHead, NeighbourHead, class_means
-from lpt.settings import Count, FractionBelowOne, Positive, Scale
+from lpt.settings import AdapterWidth, FractionBelowOne, Positive, Rank, Scale
 
 
 def zero_shot(task: Task, backbone: Backbone, session: Session, *, scale: Scale = 100.0) -> Recipe:
@@ -109,8 +109,8 @@ def fine_tune(
     head_init: HeadStart = "class_mean",
     scale: Scale = 25.0,
     prompt_length: Positive = 10,
-    bottleneck: Count = 0,
-    rank: Positive = 8,
+    bottleneck: AdapterWidth = 0,
+    rank: Rank = 8,
     tau: float = 1.0,
     gamma: float = 2.0,
     beta: FractionBelowOne = 0.9999,

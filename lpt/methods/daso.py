@@ -26,7 +26,7 @@ from lpt.methods.semi_supervised import (
 from lpt.methods.supervised import HeadStart, Tuning, starting_rows, with_tuning
 from lpt.model.backbones.base import Backbone
 from lpt.model.heads import FusedHead
-from lpt.settings import Count, FractionBelowOne, Positive, Scale, Threshold, Weight, Without
+from lpt.settings import AdapterWidth, FractionBelowOne, Positive, Scale, Threshold, Weight, Without
 
 QUEUE = 256
 """Features of each class that DASO's prototypes are means of."""
@@ -38,7 +38,7 @@ def tune(
     session: Session,
     *,
     tuning: Tuning = "adaptformer",
-    bottleneck: Count = 0,
+    bottleneck: AdapterWidth = 0,
     prompt_length: Positive = 10,
     head_init: HeadStart = "prototypes",
     scale: Scale = 25.0,

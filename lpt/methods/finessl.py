@@ -18,7 +18,7 @@ from lpt.methods.semi_supervised import Objective, PseudoLabels, SemiSchedule, c
 from lpt.methods.supervised import HeadStart, Tuning, build_model
 from lpt.model.backbones.base import Backbone
 from lpt.model.heads import CosineHead
-from lpt.settings import Count, FractionBelowOne, Positive, Scale, Threshold, Weight, Without
+from lpt.settings import AdapterWidth, FractionBelowOne, Positive, Scale, Threshold, Weight, Without
 
 
 def tune(
@@ -28,7 +28,7 @@ def tune(
     *,
     tuning: Tuning = "vpt_deep",
     prompt_length: Positive = 50,
-    bottleneck: Count = 0,
+    bottleneck: AdapterWidth = 0,
     head_init: HeadStart = "prototypes",
     scale: Scale = 1 / 0.07,
     la_tau: float = 1.0,

@@ -13,7 +13,7 @@ from lpt.losses import log_prior
 from lpt.methods.semi_supervised import Objective, PseudoLabels, SemiSchedule, consistency_loss, semi_phases
 from lpt.methods.supervised import HeadStart, Tuning, build_model
 from lpt.model.backbones.base import Backbone
-from lpt.settings import Count, Positive, Scale, Threshold, Weight
+from lpt.settings import AdapterWidth, Positive, Rank, Scale, Threshold, Weight
 
 
 def tune(
@@ -22,9 +22,9 @@ def tune(
     session: Session,
     *,
     tuning: Tuning = "adaptformer",
-    bottleneck: Count = 0,
+    bottleneck: AdapterWidth = 0,
     prompt_length: Positive = 10,
-    rank: Positive = 8,
+    rank: Rank = 8,
     head_init: HeadStart = "prototypes",
     scale: Scale = 25.0,
     la_tau: float = 1.0,

@@ -36,7 +36,7 @@ from lpt.methods.supervised import HeadStart, Tuning, starting_rows, with_tuning
 from lpt.model.adapters import auto_bottleneck
 from lpt.model.backbones.base import Backbone
 from lpt.model.heads import FusedHead, Fusion
-from lpt.settings import Fraction, FractionBelowOne, Positive, Scale, Threshold, Weight, renamed
+from lpt.settings import Fraction, FractionBelowOne, Positive, Rank, Scale, Threshold, Weight, renamed
 
 RECURSIVE = 1e-3
 """The largest `mu` with which recursive prototypes have helped."""
@@ -48,9 +48,9 @@ def tune(
     session: Session,
     *,
     tuning: Tuning = "adaptformer",
-    adapter_dim: Literal["auto", "auto_lift"] | Positive = "auto",
+    adapter_dim: Literal["auto", "auto_lift"] | Rank = "auto",
     prompt_length: Positive = 10,
-    rank: Positive = 8,
+    rank: Rank = 8,
     proto_space: Literal["joint", "features"] = "joint",
     proto_mode: Literal["anchored", "recursive"] = "anchored",
     mu: Fraction = 0.1,

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lpt.data.task import Task
 from lpt.model.backbones.base import Backbone, KeyValue, Prompt
 from lpt.model.heads import Calibration, CosineHead, Head
 from lpt.model.matching import KeyIndex, match
@@ -53,6 +54,8 @@ class PromptedClassifier(nn.Module):
         self.query_head, self.calibration = query_head, calibration
         self.group_rule: str | None = None
         """How the task that the model was tuned for tells many, medium and few apart; None where nobody has said."""
+        self.trained_on: Task | None = None
+        """That task, of which a prompt file remembers the training images; None where nobody has said."""
         # Both caches are (state that they were computed from, result).
         self._shared_cache: tuple[tuple[object, ...], list[KeyValue]] | None = None
         self._index_cache: tuple[tuple[object, ...], KeyIndex] | None = None

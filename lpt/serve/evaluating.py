@@ -111,7 +111,7 @@ def _without_training_images(task: Task, header: Header) -> tuple[Task, int, str
     if _was_trained_on(task, header):
         return task, 0, ""
     if header.trained_on is None:  # of an official test part, or of lpt 0.1
-        if header.data.get("name") == task.name and not task.test_is_official:
+        if header.data.get("name") in (None, task.name) and not task.test_is_official:
             return task, 0, "the prompt file does not know its training images: some may be among these test images"
         return task, 0, ""
     if not can_be_hashed(task.test):

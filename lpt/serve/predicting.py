@@ -84,7 +84,7 @@ def find_images(paths: Sequence[Path]) -> ImageFiles:
     images, which cannot be read. Raises DataError for a path that is not there, and for a folder without images."""
     files: list[Path] = []
     left_out: dict[str, list[str]] = {}
-    for path in paths:
+    for path in dict.fromkeys(paths):
         if path.is_dir():
             walked = walk(path)
             lost_links = walked.left_out.get("lost_links", [])

@@ -40,7 +40,7 @@ def load_backbone(name: str, *, weights: str | Path | None = None, image_size: I
     """
     from lpt.model.backbones import clip_vit, nano, timm_vit
 
-    checked_arguments(load_backbone, name=name, image_size=image_size)
+    name, image_size = checked_arguments(load_backbone, name=name, image_size=image_size)
     check_kind("backbone.weights", weights or "", (str, Path), "give the path of a safetensors file")
     if name == "nano":
         if weights:
