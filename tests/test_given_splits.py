@@ -72,7 +72,7 @@ def test_classes_that_sound_like_parts_stay_classes(tmp_path, names):
         (("cat/2020/train", "cat/2020/test", "dog/2020/train", "dog/2020/test"), "at a depth where none is read"),
         (("train_cat", "test_cat", "train_dog", "test_dog"), "called as parts, beside other folders"),
         (("train_a/cat", "val_a/cat", "extra/cat"), "called as parts, beside other folders"),
-        (("train/cat", "train/dog", "test"), "put its images into class folders, or move it elsewhere"),
+        (("train/cat", "train/dog", "test"), "and no class folders: put them into some, or move it elsewhere"),
     ],
 )
 def test_folders_that_could_be_read_in_two_ways_are_refused(tmp_path, capsys, folders, says):
@@ -187,7 +187,7 @@ def test_a_table_of_a_part_that_names_images_of_another_is_refused(tmp_path):
     inside = [name.removeprefix("train/") for name in rows_of(tmp_path) if name.startswith("train/")]
     names = [*inside, "../test/cat/0.png", "../test/dog/0.png"]
     write_table(tmp_path / "train", "metadata.csv", {"file_name": names, "label": [n.split("/")[-2] for n in names]})
-    with pytest.raises(DataError, match=r"in the train part and in the test part.*take it out of one"):
+    with pytest.raises(DataError, match=r"in the test part and in the train part.*take it out of one"):
         task_of(tmp_path)
 
 
@@ -219,7 +219,7 @@ def test_a_prompt_file_made_in_python_knows_its_training_images(tmp_path):
     said = []
     settings = {"data": {"name": "folder", "root": str(tmp_path / "photos")}}
     metrics = serve.evaluate_prompt(tmp_path / "a.safetensors", settings, say=said.append)
-    assert metrics["trained_on_left_out"] == 0 and sum(metrics["test_counts"] if "test_counts" in metrics else []) in (
+    assert metrics["trained_on_left_out"] == 0 and sum(metrics.get("test_counts", [])) in (
         0,
         3,
     )

@@ -166,7 +166,7 @@ def test_many_class_names_make_nothing_large(tmp_path):
     )
     save_prompt(tmp_path / "p.safetensors", model.eval(), method="knn", counts=torch.tensor([30, 2]))
     counts = [30, 2] + [0] * 10_000
-    rewrite(tmp_path / "p.safetensors", header={"classes": ["a"] * len(counts), "counts": counts})
+    rewrite(tmp_path / "p.safetensors", header={"classes": [f"a{k}" for k in range(len(counts))], "counts": counts})
     assert not hasattr(load_prompt(tmp_path / "p.safetensors", backbone).head, "weight")
 
 

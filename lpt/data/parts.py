@@ -161,10 +161,10 @@ def _parts_around_classes(
     folder_of = {role: names[0] for role, names in names_of.items()}
     others = sorted(by_folder.keys() - set(folder_of.values()))
     if others:
-        way_out = "put its images into class folders, or move it" if role_called(others[0]) else "move it"
+        what = "and no class folders: put them into some, or move it" if role_called(others[0]) else "too: move it"
         raise DataError(
             f"data.root {quoted(root)} has parts ({quoted(', '.join(folder_of.values()))}) and beside them "
-            f"{quoted(others[0])}, which holds images and no class folders that are read: {way_out} elsewhere"
+            f"{quoted(others[0])}, which holds images {what} elsewhere"
         )
     return {
         role: FolderPart(by_folder[name], name, class_at=1, origin=f"{as_text(name)}/")

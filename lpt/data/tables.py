@@ -443,6 +443,7 @@ def settings_naming(root: Path, walked: Walk) -> list[str]:
     return [
         settings
         for path in _small_files(root, walked, TABLE_SUFFIXES)
+        if not (len(path) == 2 and path[1] in METADATA_FILES and role_called(path[0]))  # that of a part is read
         if (settings := _settings_reading(root, path, images))
     ]
 
