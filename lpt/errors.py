@@ -30,6 +30,10 @@ class DataError(LptError):
     """A dataset that is missing, empty, or not what its name promises."""
 
 
+class UndecodableImage(DataError):
+    """An image file that is damaged, of a kind that is not read, or too large."""
+
+
 class PromptFileError(LptError):
     """A prompt file that is damaged, foreign, newer than this version, or for another backbone."""
 

@@ -28,7 +28,7 @@ from lpt.engine.processes import naming_lost_peers
 from lpt.engine.selection import Best, watched
 from lpt.engine.session import Log, OnStep, Session, total_cost
 from lpt.engine.stopping import Stop
-from lpt.errors import LptError, check_kind
+from lpt.errors import DataError, LptError, UndecodableImage, check_kind
 from lpt.files import to_bytes, write_atomic
 from lpt.memory import naming_lack_of_memory
 from lpt.methods import build_recipe, described
@@ -61,7 +61,12 @@ def train(
     Raises LptError, and Stopped when Ctrl-C or SIGTERM has ended it: in a phase with a checkpoint.
     """
     began, stop, out = time.perf_counter(), Stop(), Path(out)
-    with stop.listening(), naming_lost_peers(), naming_lack_of_memory(lambda: "between the steps"):
+    with (
+        stop.listening(),
+        naming_lost_peers(),
+        naming_lack_of_memory(lambda: "between the steps"),
+        _naming_the_skip(config),
+    ):
         check_out(out, resume=resume)  # at once, and again when the folder is locked
         if resume and (note := _split_as_before(config, out)):
             config = config.model_copy(update={"data": {**config.data, "split_by": "position"}})
@@ -113,6 +118,17 @@ def tune(
     model = follow(recipe, session)
     model.group_rule, model.trained_on = task.group_rule, task
     return model.only_train().eval()
+
+
+@contextlib.contextmanager
+def _naming_the_skip(config: Config) -> Iterator[None]:
+    """Says how to go on without an image that cannot be decoded, where the data has a setting for that."""
+    try:
+        yield
+    except UndecodableImage as error:
+        if config.data.get("on_error") != "raise":
+            raise
+        raise DataError(f"{error}; lpt doctor names all such, data.on_error=skip goes on without them") from None
 
 
 def _split_as_before(config: Config, out: Path) -> str | None:

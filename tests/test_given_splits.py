@@ -251,6 +251,18 @@ def test_folders_that_link_to_each_other_are_named(tmp_path):
         task_of(tmp_path)
 
 
+def test_a_run_that_meets_a_broken_image_says_how_to_go_on(tmp_path, capsys):
+    photos = fill(tmp_path / "photos", {"cat": 5, "dog": 5})
+    for path in photos.rglob("*.png"):
+        if path.name == "1.png":
+            path.write_bytes(b"no image")
+    words = ("backbone.name=nano", "method.name=class_mean", "train.device=cpu", "--out", tmp_path / "run")
+    code, _, err = command(capsys, "fit", photos, *words)
+    assert code == 2 and "1.png cannot be decoded" in err
+    assert "lpt doctor names all such, data.on_error=skip goes on without them" in err
+    assert command(capsys, "fit", photos, *words, "data.on_error=skip", "--out", tmp_path / "again")[0] == 0
+
+
 def test_a_run_on_a_split_that_was_cut_by_hand(tmp_path):
     fill(tmp_path / "photos", {"cat": 9, "dog": 6})
     config = {"backbone": {"name": "nano"}, "data": {"name": "folder", "root": str(tmp_path / "photos")}}

@@ -8,6 +8,7 @@ import copy
 import io
 import itertools
 import json
+import math
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -285,13 +286,18 @@ def huge_number(content: bytes, choose: Choose) -> bytes:
     return with_json(content, change)
 
 
+def is_json(value: Any) -> bool:
+    """Not NaN and infinity, which are refused wherever they stand."""
+    return not isinstance(value, float) or math.isfinite(value)
+
+
 def harmless(content: bytes, choose: Choose) -> bytes:
     """What says nothing of the model: a reader must not mind, and must see the same numbers."""
 
     def change(tree: Tree) -> Tree | str:
         way = choose.one(["more", "order", "versions", "settings"])
         if way == "more":
-            return tree | {choose.one(["licence", "later", "__class__", "../x"]): choose(SCALARS)}
+            return tree | {choose.one(["licence", "later", "__class__", "../x"]): choose(SCALARS.filter(is_json))}
         if way == "order":
             return json.dumps(dict(choose(st.permutations(list(tree.items())))), indent=choose.one([1, 4]))
         if way == "versions":

@@ -326,7 +326,7 @@ class Worker:
         _guard(room, self.breaches)
         self.start = _resident()
         space = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (space + 3 * GROWTH, resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_AS, (space + 6 * GROWTH, resource.RLIM_INFINITY))
 
     def work(self, numbers: dict[str, int], seed: int) -> None:
         try:

@@ -90,6 +90,7 @@ def problem_with(code: int, said: str, complained: str, written: str) -> str:
     if not (said + complained).replace("\n", "").isprintable():
         return "an output that a terminal would obey"
     answers = said if code == 2 else f"{said}\n{complained}"  # a refusal may name what it has found
+    answers = re.sub(r"(?m)^method +\S+", "", answers)  # a method may be called NaN
     if found := NO_NUMBER.search(answers):
         return f"an output with {found[0]}: {answers[max(0, found.start() - 40) :][:80]!r}"
     if code not in (0, 1, 2) or (code == 0) == bool(errors):

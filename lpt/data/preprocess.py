@@ -25,7 +25,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from lpt.errors import DataError, quoted
+from lpt.errors import DataError, UndecodableImage, quoted
 
 Transform = Literal["timm", "lift", "lpt"]
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "PPM", "JPEG2000", "HEIF")
@@ -268,7 +268,7 @@ def decoded(file: File, *, min_side: int = 0) -> Image.Image:
         reason = quoted(error) or type(error).__name__
         if "HEIF" not in _formats() and is_heic(content):
             reason = "it is HEIC, whatever its name: install pillow-heif to read it"
-        raise DataError(f"image {file.name} cannot be decoded ({reason})") from None
+        raise UndecodableImage(f"image {file.name} cannot be decoded ({reason})") from None
 
 
 def readable(file: File) -> Image.Image:
@@ -360,7 +360,8 @@ def _check_limits(image: Image.Image, scans: int) -> None:
             raise ValueError(f"{size}, {limit} are the most, and {MAX_SIDE} a side: make it smaller")
         raise ValueError(f"{size}, {limit} are the most: {_way_out(share * pixels)}")
     if max(image.size) > MAX_SIDE or scans > MAX_SCANS:
-        raise ValueError(f"{image.width} x {image.height} pixels in {scans} scans: save it in another way")
+        size = f"{image.width} x {image.height} pixels, {MAX_SIDE} a side are the most: make it smaller"
+        raise ValueError(f"{scans} scans, {MAX_SCANS} are the most: save it anew" if scans > MAX_SCANS else size)
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
