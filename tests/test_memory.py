@@ -44,11 +44,11 @@ TOO_LARGE = [
     (["backbone.image_size=512", "train.batch_size=64"], "images of 512 pixels", "image_size="),
     (["backbone.image_size=1024"], "65,536 patches of 4 on nano, 16,384 are the most", "up to 512 pixels"),
     (["method.name=linear_probe", "train.batch_size=1000000000"], "step of linear_probe", "train.batch_size="),
-    (["method.name=fine_tune", "method.tuning=lora", "method.rank=1000000000"], "of fine_tune", "method.rank="),
+    (["method.name=fine_tune", "method.tuning=lora", "method.rank=1000000000"], "to 4096", "method.rank"),
     (
         ["method.name=fine_tune", "method.tuning=adaptformer", "method.bottleneck=99999999"],
-        "fine",
-        "method.bottleneck=",
+        "less than or equal to 4096",
+        "method.bottleneck",
     ),
     (["method.name=two_stage", "train.batch_size=200000"], "step of fine_tune", "train.batch_size="),
 ]
