@@ -6,7 +6,7 @@ Images are decoded when a batch needs them.
 import hashlib
 import inspect
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -326,12 +326,12 @@ def _check_no_part_is_unnamed(
     root: Path, table: Path, strays: Sequence[RelativePath], parts: Mapping[str, EncodedPart]
 ) -> None:
     """Raises DataError where a table above them names no image of a folder that is called as a part."""
-    for path in strays:
-        role = role_called(path[0]) if len(path) > 1 else None
+    unnamed = Counter(path[0] for path in strays if len(path) > 1)
+    for folder, number in unnamed.items():
+        role = role_called(folder)
         if role in ("val", "test") and role not in parts:
-            number = sum(one[0] == path[0] for one in strays)
             raise DataError(
-                f"{quoted(table)} names no image of {quoted(path[0])}, which holds {number}: give them rows, or move "
+                f"{quoted(table)} names no image of {quoted(folder)}, which holds {number}: give them rows, or move "
                 "that folder away"
             )
 

@@ -337,8 +337,8 @@ def find_split_column(
         column = _truth_column(name, values_of(name))
         candidates += [column] if column else []
     if not candidates:  # a column of any name whose values are parts
-        taken = {*label, *likely_columns(free, FILE_COLUMNS)}
-        for name in [name for name in free if name not in taken]:
+        others = {*label, *likely_columns(free, FILE_COLUMNS)}
+        for name in [name for name in free if name not in others]:
             column = _split_column(table, name, values_of(name), must=False, all_parts=True)
             candidates += [column] if column and {"train"} < set(column.roles) else []
     if not candidates:
