@@ -1,15 +1,18 @@
 """What a step is given: batches of views, drawn so that a run goes on after a kill exactly as it would have.
 
-Rows are drawn from (seed, step), views, noise and dropout from (seed, phase, step), for all processes at once.
+Rows are drawn from (seed, step), views, noise and dropout from (seed, phase, step) and the row's place in the batch of
+all processes.
 
 Shapes: pixels [B 3 h w] uint8, views [B 3 S S] float, features [B D'], labels [B].
 """
 
 import hashlib
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -58,17 +61,43 @@ class Progress:
 
     def uniform(self, name: str, rows: int, *shape: int) -> Tensor:
         """Uniform numbers in [0, 1) for this process's `rows` of the global batch, [rows *shape]."""
-        return self._draw(torch.rand, name, rows, shape)
+        return self._rows(name, rows, math.prod(shape)).view(rows, *shape)
 
     def normal(self, name: str, rows: int, *shape: int) -> Tensor:
         """Standard normal numbers for this process's `rows` of the global batch, [rows *shape]."""
-        return self._draw(torch.randn, name, rows, shape)
+        size = math.prod(shape)
+        half = -(-size // 2)
+        uniform = self._rows(name, rows, 2 * half)
+        # Box and Muller 1958: pairs sqrt(-2 log u) (cos, sin)(2 pi v), with u in (0, 1].
+        radius = (1 - uniform[:, :half]).log_().mul_(-2).sqrt_()
+        angle = uniform[:, half:].mul_(2 * math.pi)
+        pairs = torch.empty(rows, 2, half)
+        torch.mul(radius, angle.cos(), out=pairs[:, 0])
+        torch.mul(radius, angle.sin_(), out=pairs[:, 1])
+        return pairs.view(rows, 2 * half)[:, :size].reshape(rows, *shape)
 
-    def _draw(self, draw: Callable[..., Tensor], name: str, rows: int, shape: tuple[int, ...]) -> Tensor:
+    def chance(self, name: str, rows: int, *shape: int) -> Tensor:
+        """Uniform numbers in [0, 1) as `uniform`, of which a row needs a few: which views are shown of it."""
         # The global batch is drawn and sliced, so that any number of processes sees the same numbers.
-        key = hashlib.sha256(f"{self.seed}/{self.phase}/{self.step}/{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(key[:7], "big"))
-        return draw(rows * self.world, *shape, generator=generator)[self.rank :: self.world]
+        generator = torch.Generator().manual_seed(int.from_bytes(self._key(name)[:7], "big"))
+        return torch.rand(rows * self.world, *shape, generator=generator)[self.rank :: self.world]
+
+    def _rows(self, name: str, rows: int, size: int) -> Tensor:
+        """Uniform numbers in [0, 1) for this process's `rows` of the global batch, [rows size].
+
+        Philox is counted and not run through (Salmon 2011): each row of the global batch has 2^128 of its counts, and a
+        process draws its own rows alone.
+        """
+        bits = np.random.Philox(key=np.frombuffer(self._key(name)[:16], dtype="<u8"))
+        generator, state, numbers = np.random.Generator(bits), bits.state, np.empty((rows, size), dtype=np.float32)
+        for i in range(rows):
+            state["state"]["counter"][:] = (0, 0, self.rank + i * self.world, 0)
+            bits.state = state
+            generator.random(dtype=np.float32, out=numbers[i])
+        return torch.from_numpy(numbers)
+
+    def _key(self, name: str) -> bytes:
+        return hashlib.sha256(f"{self.seed}/{self.phase}/{self.step}/{name}".encode()).digest()
 
 
 class Sampler(Protocol):
@@ -130,12 +159,12 @@ def _drawn(name: str, stream: Stream, progress: Progress, default: ImageSource, 
     if stream.features is not None:
         return DrawnBatch(_feature_rows(name, stream.features, rows, progress), None, labels, rows)
 
-    content, chance = images.take(rows), progress.uniform(f"view/{name}", len(rows), 5)
+    content, chance = images.take(rows), progress.chance(f"view/{name}", len(rows), 5)
     if not isinstance(content, Tensor):  # files are cropped, flipped and resized here; memory on the device
         content, chance = preprocess.cut(content, chance), None
     if stream.strong:
         # 24 bits: the integers that a float32 in [0, 1) can tell apart.
-        seeds = (progress.uniform(f"strong/{name}", len(rows)) * 2**24).long().tolist()
+        seeds = (progress.chance(f"strong/{name}", len(rows)) * 2**24).long().tolist()
         content = augmented(content, seeds, "strong")
     return DrawnBatch(content, chance, labels, rows)
 
@@ -144,7 +173,7 @@ def _feature_rows(name: str, features: Tensor, rows: Tensor, progress: Progress)
     """Cached features of `rows`: of [V N D'] one of the V views of each by chance."""
     if features.dim() == 2:
         return features[rows]
-    view = (progress.uniform(f"view/{name}", len(rows)) * len(features)).long()
+    view = (progress.chance(f"view/{name}", len(rows)) * len(features)).long()
     return features[view, rows]
 
 
