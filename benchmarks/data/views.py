@@ -67,7 +67,10 @@ def strong_views(*, quick: bool) -> list[dict[str, Any]]:
             )
             what = "images of 32 pixels in memory" if of == "memory" else "photos"
             rows += [
-                {"ratio": ratio(measured, "ours", "before"), "unit": f"views/s of {what} on {cores} cores, of {BEFORE}"},
+                {
+                    "ratio": ratio(measured, "ours", "before"),
+                    "unit": f"views/s of {what}, {cores} cores, of {BEFORE}",
+                },
                 {"ratio": ratio(measured, "ours", "one"), "unit": f"views/s of {what} on {cores} cores, of one worker"},
                 {"value": rate(measured, "ours"), "unit": f"views/s of {what} on {cores} cores"},
                 {"value": rate(measured, "ours", of="a_core_second"), "unit": f"views/s of {what} per core"},

@@ -131,6 +131,22 @@ def made_ahead(
         yield results
 
 
+@contextlib.contextmanager
+def cut_ahead(
+    batches: Iterable[Sequence[File]],
+    preprocess: Preprocess,
+    *,
+    images: int,
+    workers: Workers = "auto",
+    pinned: bool = False,
+) -> Iterator[Iterator[Made]]:
+    """Test views of each of `batches`, of `images` files in all, a few batches ahead. A file that cannot be decoded is
+    an error at its place."""
+    jobs = ((None, [Order(files=files, preprocess=preprocess)]) for files in batches)
+    with made_ahead(jobs, workers=workers_of(workers, images), pinned=pinned) as made:
+        yield (one for _, (one,) in made)
+
+
 # In this process.
 
 

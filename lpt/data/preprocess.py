@@ -269,9 +269,15 @@ class Preprocess:
 
     def _normalized(self, views: Tensor) -> Tensor:
         """(x/255 - mean)/std as one multiply-add, in place."""
-        mean = views.new_tensor(self.mean).view(1, 3, 1, 1)
-        std = views.new_tensor(self.std).view(1, 3, 1, 1)
-        return views.mul_(1 / (255 * std)).sub_(mean / std)
+        scale, shift = _scale_and_shift(self.mean, self.std, views.device)
+        return views.mul_(scale).sub_(shift)
+
+
+@cache
+def _scale_and_shift(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """1/(255 std) and mean/std, [1 3 1 1], on the device: to send them there in every step is to wait for it."""
+    means, deviations = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (mean, std))
+    return 1 / (255 * deviations), means / deviations
 
 
 class Crop(NamedTuple):

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lpt.data.loader import Order, Workers, made_ahead, workers_of
+from lpt.data.loader import Workers, cut_ahead
 from lpt.data.longtail import training_counts, usual_group_rule
 from lpt.data.task import Files, Images, Task, check_labels
 from lpt.engine.processes import all_agree, all_gather_rows, rank_and_world
@@ -296,10 +296,9 @@ def views_ahead(
         pixels = (images.take(rows).to(device, non_blocking=True) for rows in batches)
         yield (preprocess.test(content, dtype=backbone.dtype) for content in pixels)
         return
-    jobs = ((None, [Order(files=images.take(rows), preprocess=preprocess)]) for rows in batches)
-    number = workers_of(workers, sum(map(len, batches)))
-    with made_ahead(jobs, workers=number, pinned=device.type == "cuda") as made:
-        cut = (one.checked().to(device, non_blocking=True) for _, (one,) in made)
+    files, number, pinned = (images.take(rows) for rows in batches), sum(map(len, batches)), device.type == "cuda"
+    with cut_ahead(files, preprocess, images=number, workers=workers, pinned=pinned) as made:
+        cut = (one.checked().to(device, non_blocking=True) for one in made)
         yield (preprocess.normalized(views, dtype=backbone.dtype) for views in cut)
 
 
