@@ -1,8 +1,11 @@
 """Views made ahead: the same whoever makes them, and a sentence where a worker dies or an image is broken."""
 
 import io
+import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -10,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from lpt.data import loader
 from lpt.data.loader import Order, close_workers, made_ahead, workers_of
@@ -19,6 +23,9 @@ from lpt.data.task import Files
 from lpt.engine.batches import Progress, Stream, drawn_ahead
 from lpt.engine.evaluate import evaluate, features, predict
 from lpt.errors import DataError
+from lpt.files import read_tensors
+from tests.support.pictures import fill
+from tests.support.shared import ROOT
 from tests.support.toy import prompted, small_backbone, toy_images
 
 PREPROCESS = Preprocess(size=16, min_area=0.3)
@@ -157,3 +164,51 @@ def test_the_number_of_workers(monkeypatch):
     assert workers_of("auto", 10**6) == 8 and workers_of("auto", 10) == 0
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert workers_of("auto", 10**6) == 2
+
+
+def children(process):
+    import psutil
+
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+def test_a_run_on_files_with_workers_survives_kills_and_signals_to_all_its_processes(tmp_path):
+    """In the end it has the bits of an undisturbed run without workers, and no worker outlives its run."""
+    root = fill(tmp_path / "data", {"a": 24, "b": 12, "c": 6}, kind="jpg")
+    common = ["data.name=folder", f"data.root={root}", "method.epochs=[15, 0]", "train.batch_size=16",
+              "train.checkpoint_seconds=0", "train.precision=fp32"]  # fmt: skip
+    command = [sys.executable, "-m", "lpt", "train", str(ROOT / "configs/digits_lt/lpt.yaml"), *common]
+    whole, beaten = tmp_path / "whole", tmp_path / "beaten"
+    subprocess.run([*command, "train.workers=0", "--out", whole], check=True, capture_output=True)
+    left = []
+    for how in ("kill", "interrupt"):
+        resumed = [*command, "train.workers=2", "--out", beaten, "--resume"]
+        process = subprocess.Popen(resumed, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
+        before = saved(beaten)
+        while process.poll() is None and saved(beaten) <= before + 1:
+            time.sleep(0.02)
+        workers = children(process) if process.poll() is None else []
+        left += workers
+        if how == "kill":
+            process.send_signal(signal.SIGKILL)
+        elif process.poll() is None:
+            os.killpg(process.pid, signal.SIGINT)
+        said = process.communicate(timeout=120)[1].decode()
+        assert "worker" not in said
+    end = time.perf_counter() + 30
+    while any(worker.is_running() for worker in left) and time.perf_counter() < end:
+        time.sleep(0.05)
+    assert len(left) >= 2 and not any(worker.is_running() for worker in left)
+    done = subprocess.run([*command, "train.workers=3", "--out", beaten, "--resume"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    one, other = (load_file(folder / "prompt.safetensors") for folder in (whole, beaten))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def saved(folder):
+    """The step of the checkpoint in a run's folder."""
+    try:
+        checkpoint = read_tensors(folder / "checkpoints" / "phase1.safetensors")[0]["lpt_checkpoint"]
+    except (OSError, ValueError, KeyError):
+        return 0
+    return json.loads(checkpoint)["step"]
