@@ -221,16 +221,9 @@ class Preprocess:
         return torch.from_numpy(np.array(view)).permute(2, 0, 1)
 
     def _train_box(self, chance: Tensor, width: int, height: int) -> tuple["Box", bool]:
-        """(what a training view shows of an image, whether it is mirrored). `_crop` for one image, in plain numbers:
-        tensors of one number take as long as a tenth of the decoding."""
-        area, ratio, from_left, from_top, flipped = chance.flatten().tolist()
-        area = self.min_area + (1 - self.min_area) * area
-        ratio = (4 / 3) ** (ratio - 0.5)
-        crop_width = width * min(1.0, math.sqrt(area) * ratio)
-        crop_height = height * min(1.0, math.sqrt(area) / ratio)
-        left, top = from_left * (width - crop_width), from_top * (height - crop_height)
-        box = (left, top, min(left + crop_width, width), min(top + crop_height, height))
-        return box, self.flip and flipped < 0.5
+        """(what a training view shows of an image, whether it is mirrored)."""
+        left, top, crop_width, crop_height, flipped = (value.item() for value in self._crop(chance, width, height))
+        return (left, top, min(left + crop_width, width), min(top + crop_height, height)), bool(flipped)
 
     def _test_box(self, width: int, height: int) -> "Box":
         """What a test view shows of an image, so that one resampling does both the resize and the center crop: the
