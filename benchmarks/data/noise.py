@@ -6,7 +6,7 @@ from benchmarks.data.turns import BEFORE, Pipeline, checkout, rate, rates, ratio
 
 
 def noise(*, quick: bool) -> list[dict[str, Any]]:
-    size: dict[str, Any] = {"rows": 64, "classes": 8142, "draws": 2 if quick else 20}
+    size: dict[str, Any] = {"rows": 64, "classes": 8142, "draws": 2 if quick else 80}
     with checkout() as old:
         measured = rates(
             {
