@@ -365,8 +365,8 @@ def _by_libjpeg(image: Image.Image) -> Tensor:
 
     file: Any = getattr(image, "fp", None)
     file.seek(0)
-    turned = {"exif", "xmp"} & image.info.keys() and image.getexif().get(ExifTags.Base.Orientation)
-    upright = UPRIGHT.get(turned or 1)
+    says = "exif" in image.info or "xmp" in image.info
+    upright = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1)) if says else None
     whole = torch.from_numpy(simplejpeg.decode_jpeg(file.read(), colorspace="RGB")).permute(2, 0, 1)
     return upright(whole).contiguous() if upright else whole
 
