@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
@@ -81,6 +81,12 @@ class TrainSettings(BaseModel):
     """A folder where features of fixed views are kept for later runs."""
     checkpoint_seconds: float = Field(default=30.0, ge=0)
     """Seconds between two checkpoints within a phase: what a kill can cost of its steps. 0 is one after every step."""
+    tf32: bool = False
+    """Whether a GPU may round the factors of fp32 matrix products to 10 bits (TF32): several times as fast, and other
+    numbers. Off as torch has it; products in bf16 do not depend on it."""
+    workers: Literal["auto"] | Annotated[int, Field(ge=0, le=1024)] = "auto"
+    """Processes that decode files and make strong views: what this machine has for this process, 0 for threads alone.
+    No number depends on it."""
 
 
 class Config(BaseModel):
@@ -113,10 +119,13 @@ class Config(BaseModel):
             ("train", "device"),
             ("train", "feature_cache"),
             ("train", "checkpoint_seconds"),
+            ("train", "workers"),
             ("prototypes", "weights"),
             *(("data", place) for place in LOCATION_SETTINGS),
         ):
             parts[part].pop(key, None)
+        if not parts["train"]["tf32"]:  # a setting that came after run folders were written
+            del parts["train"]["tf32"]
         for key, before in LATER_SETTINGS.items():
             if key in parts["data"] and parts["data"][key] == before:
                 del parts["data"][key]

@@ -38,6 +38,11 @@ def pick_precision(name: str, device: torch.device) -> str:
     return "bf16" if has_bf16 else "fp32"
 
 
+def allow_tf32(device: torch.device, allowed: bool) -> None:
+    """Whether `device`, a GPU, may compute matrix products of fp32 numbers in TF32, in this process from now on."""
+    torch.set_float32_matmul_precision("high" if allowed and device.type == "cuda" else "highest")
+
+
 def versions() -> dict[str, str]:
     """Of Python and of the libraries that results may depend on."""
     names = ("lpt", "torch", "torchvision", "timm", "faiss-cpu", "numpy", "safetensors", "accelerate")

@@ -19,7 +19,7 @@ from lpt.device import PRECISIONS, peak_memory, used_memory
 from lpt.engine.batches import ImageSource, Sampler, to_views
 from lpt.engine.clock import Clock
 from lpt.engine.evaluate import features, predict
-from lpt.engine.loop import drawn_ahead, images_per_step, train_step
+from lpt.engine.loop import batches_ahead, images_per_step, train_step
 from lpt.engine.phase import Phase
 from lpt.engine.phase_state import PhaseState
 from lpt.engine.session import Cost, Session
@@ -238,9 +238,11 @@ def _run_steps(state: PhaseState, session: Session, share: float, number: int) -
     part = replace(state.phase, streams=streams, steps=max(number, 1))
     clock = Clock()
     began = time.perf_counter()
-    for progress, drawn in drawn_ahead(part, session, 0):
-        views = to_views(drawn, session.preprocess, state.device, session.dtype)
-        train_step(state, session, views, replace(progress, steps=state.phase.steps), clock)
+    with batches_ahead(part, session, 0, pinned=state.device.type == "cuda") as batches:
+        for progress, drawn in batches:
+            progress.move_to(state.device)
+            views = to_views(drawn, session.preprocess, state.device, session.dtype)
+            train_step(state, session, views, replace(progress, steps=state.phase.steps), clock)
     return time.perf_counter() - began
 
 

@@ -213,6 +213,7 @@ def bind(setup: Setup, folder: RunFolder, stop: Stop, say: Log, show: OnStep) ->
         run_hash=setup.run_hash,
         pseudo_labels=folder.pseudo_labels,
         count_flops=not settings.compile,
+        workers=settings.workers,
         stop=stop,
         on_start=folder.take,
         on_epoch=EpochMetrics(setup, folder),
@@ -231,12 +232,19 @@ class EpochMetrics:
     def __call__(self, model: PromptedClassifier, progress: Progress) -> dict[str, Any]:
         task, measured = self.task, {}
         if task.val is not None:
-            metrics = evaluate(model, task.val, task.counts, group_rule=task.group_rule, cache=self.cache)
+            metrics = evaluate(
+                model,
+                task.val,
+                task.counts,
+                group_rule=task.group_rule,
+                cache=self.cache,
+                workers=self.settings.workers,
+            )
             if self.best:
                 self.best.offer(model, progress.phase, progress.step + 1, metrics["class_accuracy"])
             measured["val"] = {key: metrics[key] for key in EPOCH_METRICS}
         if progress.epochs - progress.epoch <= self.settings.watch_test:
-            metrics = evaluate(model, task)
+            metrics = evaluate(model, task, workers=self.settings.workers)
             measured["test"] = {key: metrics[key] for key in EPOCH_METRICS}
         return measured
 
@@ -269,7 +277,7 @@ def measure_run(setup: Setup, folder: RunFolder, session: Session, model: Prompt
         storage = "fp32"
     model.round_to(DTYPES[storage])
     model.only_train().eval()
-    predictions = predict(model, task.test, folder=session.feature_cache, say=session.log)
+    predictions = predict(model, task.test, folder=session.feature_cache, say=session.log, workers=settings.workers)
     metrics = measure(model, predictions, task.counts, group_rule=task.group_rule)
     report = {
         **metrics,

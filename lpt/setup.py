@@ -10,7 +10,7 @@ from torch import Tensor
 from lpt.config import Config
 from lpt.data import load_task
 from lpt.data.task import Task
-from lpt.device import PRECISIONS, pick_device, pick_precision
+from lpt.device import PRECISIONS, allow_tf32, pick_device, pick_precision
 from lpt.engine.processes import rank_and_world
 from lpt.errors import LptError
 from lpt.memory import check_run
@@ -37,6 +37,7 @@ class Setup:
 
         self.config = config
         self.device = pick_device(config.train.device)
+        allow_tf32(self.device, config.train.tf32)
         self.accelerator = Accelerator(cpu=self.device.type == "cpu")
         _check_shares(config.train.batch_size, rank_and_world()[1])
         self.task: Task = load_task(**config.data)

@@ -7,6 +7,8 @@ import torch
 from PIL import Image
 
 from lpt.data.balanced import balanced
+from lpt.data.loader import Order, close_workers, made_ahead
+from lpt.data.preprocess import Preprocess
 from lpt.data.task import Files
 from tests.support.toy import toy_task
 
@@ -38,8 +40,8 @@ def test_a_view_is_a_function_of_seed_image_and_number(augmenter):
     assert len(set(rare)) == len(rare), "a repeated image has other views"
 
 
-def test_files_give_the_same_views_as_images_in_memory():
-    images = TASK.train
+def test_views_of_files_are_augmented_as_images_in_memory_are_and_decoded_once():
+    images, preprocess = TASK.train, Preprocess(size=16)
 
     def encoded(i):
         buffer = io.BytesIO()
@@ -47,12 +49,20 @@ def test_files_give_the_same_views_as_images_in_memory():
         return buffer.getvalue()
 
     files = Files(encoded, images.labels, images.ids, tuple("x" for _ in images.ids))
-    inside, outside = (balanced(of, 4, 3, 2, "trivial", seed=1) for of in (images, files))
+    inside, outside = (balanced(of, 4, 3, 2, "trivial", seed=1, originals=True) for of in (images, files))
     assert inside.ids == outside.ids and torch.equal(inside.labels, outside.labels)
-    for i in (0, 7, 20):
-        (file,) = outside.take(torch.tensor([i]))
-        with Image.open(io.BytesIO(file.content)) as image:
-            pixels = (
-                torch.tensor(list(image.convert("RGB").tobytes()), dtype=torch.uint8).view(16, 16, 3).permute(2, 0, 1)
-            )
-        assert torch.equal(pixels, inside.pixels[i])
+    order = Order(files=outside.take(torch.arange(len(outside))), preprocess=preprocess)
+    for workers in (0, 2):
+        with made_ahead([(None, [order])], workers=workers) as made:
+            ((_, (one,)),) = made
+        assert torch.equal(one.checked(), inside.pixels)  # of test views as large as the image
+    few = outside.subset([4, 1])
+    assert [file.change for file in few.take(torch.arange(2))] == [outside.changes[4], outside.changes[1]]
+    close_workers()
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_workers_make_the_same_set(workers):
+    one, other = (balanced(TASK.train, 4, "max", 2, "rand", seed=2, workers=number) for number in (0, workers))
+    assert torch.equal(one.pixels, other.pixels) and one.ids == other.ids
+    close_workers()

@@ -289,9 +289,9 @@ def test_strong_views_are_others_and_functions_of_seed_step_and_row_alone():
 
 def test_each_strong_view_of_an_image_has_a_seed_of_its_own(monkeypatch):
     drawn = []
-    monkeypatch.setattr("lpt.engine.batches.augmented", lambda images, seeds, name: drawn.append(seeds) or images)
+    monkeypatch.setattr("lpt.data.loader.augmented", lambda images, seeds, name: drawn.append(seeds) or images)
     seen(strong0={"strong": True}, strong1={"strong": True}, weak={})
-    assert len(drawn) == 3 * 2 and len({seed for seeds in drawn for seed in seeds}) == 3 * 2 * 4
+    assert len(drawn) == 3 * 2 * 4 and len({seed for seeds in drawn for seed in seeds}) == 3 * 2 * 4
 
 
 def test_strong_views_are_strong_on_average():
@@ -505,3 +505,14 @@ def test_a_recipe_without_phases_or_steps_trains_nothing():
 def test_a_phase_of_fewer_than_no_steps_is_refused():
     with pytest.raises(TrainingError, match="phase phase1 of -1 steps"):
         phase(steps=-1)
+
+
+def test_noise_is_standard_normal_and_a_row_costs_the_same_on_any_number_of_processes():
+    at = dict(phase="p", step=5, steps=10, steps_per_epoch=2, seed=1)
+    noise, chance = Progress(**at).normal("cloud", 64, 4001), Progress(**at).uniform("drop", 64, 4001)
+    assert noise.dtype == chance.dtype == torch.float32 and noise.shape == chance.shape == (64, 4001)
+    assert noise.mean().abs() < 0.01 and abs(noise.std() - 1) < 0.01 and abs((noise**4).mean() - 3) < 0.1
+    assert torch.corrcoef(noise[:8]).fill_diagonal_(0).abs().max() < 0.1
+    assert chance.min() >= 0 and chance.max() < 1 and abs(chance.mean() - 0.5) < 0.01
+    assert torch.equal(Progress(**at, rank=1000, world=100_000).normal("cloud", 2, 3)[0],
+                       Progress(**at, rank=1000, world=2000).normal("cloud", 1, 3)[0])  # fmt: skip

@@ -2,14 +2,16 @@ import io
 import math
 import os
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torchvision.transforms import InterpolationMode, v2
 
+from benchmarks.data.photos import photo
 from benchmarks.reliability.subjects import prompt_on_nano
-from lpt.data.preprocess import CLIP_MEAN, File, Preprocess, decoded
+from lpt.data.preprocess import CLIP_MEAN, File, Preprocess, decoded, pixels
 from lpt.errors import DataError
 from tests.support.command_line import lpt
 
@@ -324,3 +326,63 @@ def test_formats_that_run_programs_are_not_read():
     script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
     with pytest.raises(DataError, match="cannot identify"):
         decoded(File("x", script))
+
+
+def jpeg(image, **how):
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", **{"quality": 92} | how)
+    return File("x.jpg", buffer.getvalue())
+
+
+@pytest.mark.parametrize("orientation", range(10))
+def test_a_jpeg_is_decoded_to_the_bytes_that_pillow_gives(orientation):
+    """Upright too: 0 and 9 are no orientations."""
+    image = Image.fromarray(photos(1, 45, 61)[0].permute(1, 2, 0).numpy())
+    exif = image.getexif()
+    exif[274] = orientation
+    kinds = [jpeg(image.convert(mode), exif=exif, **how)
+             for mode, how in [("RGB", {}), ("RGB", {"subsampling": 0}), ("RGB", {"progressive": True}), ("L", {}),
+                               ("CMYK", {}), ("RGB", {"keep_rgb": True})]]  # fmt: skip
+    for file in kinds:
+        expected = torch.from_numpy(np.array(decoded(file))).permute(2, 0, 1)
+        assert torch.equal(pixels(file), expected) and pixels(file).dtype == torch.uint8
+        smaller = torch.from_numpy(np.array(decoded(file, min_side=20))).permute(2, 0, 1)
+        assert torch.equal(pixels(file, min_side=20), smaller) and min(smaller.shape[1:]) < 45
+
+
+def test_what_pillow_says_of_a_damaged_jpeg_is_said():
+    whole = jpeg(Image.fromarray(photos(1, 45, 61)[0].permute(1, 2, 0).numpy())).content
+    for content in (whole[:-40], whole[: len(whole) // 2], whole[:200], whole[:100] + b"x" * 50 + whole[150:]):
+        file, said = File("x.jpg", content), []
+        for decode in (decoded, pixels):
+            try:
+                decode(file)
+                said.append("fine")
+            except DataError as error:
+                said.append(str(error))
+        assert said[0] == said[1]
+
+
+@pytest.mark.parametrize(("interpolation", "min_area"), [("bicubic", 0.7), ("bilinear", 0.08)])
+def test_views_of_photos_stay_near_those_that_pillow_cut_before(interpolation, min_area):
+    """In 1/255, as docs/data.md says: a training view is of whole pixels now, and shifted by up to half of one."""
+    before = Preprocess(crop_ratio=0.9, interpolation=interpolation, min_area=min_area, cutter="pillow")
+    now = before.with_(cutter="torch")
+    files = [File(str(i), photo(i)) for i in range(24)]
+    test = (before.cut(files).float() - now.cut(files).float()).abs()
+    assert test.mean() <= 0.1 and test.max() <= 2
+    chance = chances(len(files))
+    train = (before.cut(files, chance).float() - now.cut(files, chance).float()).abs()
+    assert train.mean() <= 3 and train.max() <= 150
+    assert train.mean() > 0.1, "nothing has changed, and this test can go"
+
+
+def test_prompt_files_of_before_keep_pillows_views(tmp_path):
+    from lpt.prompt_file import read_prompt
+
+    prompt_on_nano(tmp_path / "p.safetensors")
+    header, _ = read_prompt(tmp_path / "p.safetensors")
+    assert header.preprocess.cutter == "torch"
+    fields = header.model_dump()
+    del fields["preprocess"]["cutter"]
+    assert type(header).model_validate(fields).preprocess == header.preprocess.with_(cutter="pillow")

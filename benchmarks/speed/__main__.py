@@ -1,11 +1,13 @@
 """LPT as published against ours, in one process, interleaved, with the same weights and inputs.
 
     python -m benchmarks.speed --backbone vit_base_patch16_224 --image-size 224 --batch 8 --json FILE
+    python -m benchmarks.speed --device cuda --batch 64 --fed --json FILE
 
 Published: prompts concatenated to the tokens, whole blocks, two full passes a stream, fp32 (`tests/support/plain.py`).
 Ours: prompts as keys and values, one prefix and two tails, the last block for the pooled token, both streams in one
 batch where no gradient is needed, and a backward for each stream. `batch` counts the images of one stream; a step has
-two.
+two. Beside them stand the rate of one large matrix product, as what the device can do, and with `--fed` the images that
+this machine's processes decode and cut in a second, as what can be fed to it.
 """
 
 import argparse
@@ -28,7 +30,10 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.accuracy.__main__ import processor
-from lpt.device import pick_device, pick_precision, versions
+from benchmarks.data.photos import photo
+from lpt.data.loader import Order, made_ahead
+from lpt.data.preprocess import File, Preprocess, available_cores
+from lpt.device import PRECISIONS, pick_device, pick_precision, versions
 from lpt.files import write_atomic
 from lpt.losses import GCL
 from lpt.model.backbones.timm_vit import TimmViT, untrained
@@ -47,6 +52,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--fed", action="store_true", help="images a second that are decoded here")
     parser.add_argument("--compile", action="store_true", help="ours through torch.compile")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
@@ -68,16 +74,23 @@ def main() -> None:
         ).stdout.strip(),
         "versions": versions(),
         "command": f"python -m benchmarks.speed --backbone {given.backbone} --image-size {given.image_size} "
-        f"--batch {given.batch} --pairs {given.pairs} --device {given.device}" + " --compile" * given.compile,
+        f"--batch {given.batch} --pairs {given.pairs} --device {given.device}"
+        + " --compile" * given.compile
+        + " --fed" * given.fed,
+        "product_flops": {name: product_rate(device, dtype) for name, dtype in PRECISIONS.items()},
     }
+    if given.fed:
+        result["images_fed"] = images_fed(given.image_size)
     result |= compare(fp32_model, fp32_model, given.batch, given.pairs, device)
-    show("fp32 against published in fp32", result)
+    show("fp32 against published in fp32", result, result["product_flops"]["fp32"])
     if pick_precision("auto", device) == "bf16":
         bf16_model = model_on(untrained(given.backbone, image_size=given.image_size).to(device, torch.bfloat16))
         if given.compile:
             bf16_model.backbone.compile_blocks()
         result["bf16"] = compare(fp32_model, bf16_model, given.batch, given.pairs, device)
-        show("bf16 against published in fp32", result["bf16"])
+        show("bf16 against published in fp32", result["bf16"], result["product_flops"]["bf16"])
+    if given.fed:
+        print(f"{result['images_fed']:,.0f} images/s can be fed (JPEG of 500 × 375, all cores of this machine)")
     if given.json:
         write_atomic(given.json, json.dumps(result, indent=1).encode())
 
@@ -195,6 +208,7 @@ def compare(
             "memory_ratio": peak(fast, device) / peak(slow, device),
             "over_forward": statistics.median(fast_time / bare_time for _, fast_time, bare_time in times),
             "flops_ratio": flops(slow) / flops(fast),
+            "flops": flops(fast),
             "seconds_published": statistics.median(slow_time for slow_time, _, _ in times),
             "seconds_ours": statistics.median(fast_time for _, fast_time, _ in times),
             "images": 2 * batch,
@@ -261,17 +275,38 @@ def resident() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def show(title: str, result: dict[str, Any]) -> None:
+def product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOPs a second of a large matrix product: what a step can come near to."""
+    side = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    a @ b  # the first time, libraries choose how
+    return 2 * side**3 / min(seconds(lambda: a @ b, device) for _ in range(10))
+
+
+def images_fed(image_size: int) -> float:
+    """Training views a second that all cores of this machine decode and cut from JPEG photos of 500 × 375."""
+    preprocess, cores = Preprocess(size=image_size), available_cores()
+    files = [File(str(i), photo(i)) for i in range(64)]
+    orders = [Order(files=files, preprocess=preprocess, chance=torch.rand(64, 5).numpy())]
+    for jobs in (cores, 8 * cores):  # the first starts the workers
+        began = time.perf_counter()
+        with made_ahead([(None, orders)] * jobs, workers=cores) as made:
+            number = sum(len(one.checked()) for _, (one,) in made)
+    return number / (time.perf_counter() - began)
+
+
+def show(title: str, result: dict[str, Any], product_flops: float) -> None:
     print(
-        f"{title}\n| | times faster | relative error | memory | ÷ one plain forward | FLOPs |\n"
-        "|---|---|---|---|---|---|"
+        f"{title}\n| | times faster | relative error | memory | ÷ one plain forward | FLOPs | images/s | of product |\n"
+        "|---|---|---|---|---|---|---|---|"
     )
     for work in WORKS:
         measured = result[work]
+        images, rate = (measured[key] / measured["seconds_ours"] for key in ("images", "flops"))
         print(
             f"| {work} | {measured['ratio']:.2f} ({measured['ratio_min']:.2f} to {measured['ratio_max']:.2f}) | "
             f"{measured['relative_error']:.1e} | {measured['memory_ratio']:.2f} | {measured['over_forward']:.2f} | "
-            f"{measured['flops_ratio']:.2f} |",
+            f"{measured['flops_ratio']:.2f} | {images:,.0f} | {rate / product_flops:.0%} |",
             flush=True,
         )
 

@@ -22,7 +22,8 @@ def augmented(images: Tensor, seeds: Sequence[int], augmenter: Augmenter) -> Ten
     # torchvision draws from the global generator, whose state must come back as it was.
     with torch.random.fork_rng(devices=[]):
         for image, seed in zip(images, seeds, strict=True):
-            torch.manual_seed(seed)
+            # Not torch.manual_seed: where CUDA sleeps, that writes down who called it for each GPU, half of the time.
+            torch.default_generator.manual_seed(seed)
             changed.append(operation(image))
     return torch.stack(changed)
 

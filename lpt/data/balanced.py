@@ -4,21 +4,44 @@ Shapes: pixels [N 3 h w] uint8, labels [N].
 """
 
 import hashlib
-import io
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from lpt.data.augment import Augmenter, augmented
-from lpt.data.preprocess import decoded
+from lpt.data.augment import Augmenter
+from lpt.data.loader import Order, Workers, made_ahead, workers_of
+from lpt.data.preprocess import File
 from lpt.data.task import Files, Images
 
 PerClass = Literal["min", "median", "max"] | int
 ORIGINAL = -1
 """Stands for the number of a view where the image itself is meant."""
+
+
+AT_ONCE = 256
+"""Images that are augmented in one order."""
+
+
+@dataclass(frozen=True)
+class ChangedFiles(Files):
+    """Image files whose views are augmented, each as its own of `changes` says, the name of an augmentation and a
+    seed."""
+
+    changes: tuple[tuple[Augmenter, int] | None, ...] = ()
+
+    def take(self, indices: Tensor) -> list[File]:
+        """As of `Files`, with the change of each."""
+        return [File(self.ids[i], self.source(i), self.changes[i]) for i in indices.tolist()]
+
+    def subset(self, indices: Iterable[int]) -> "ChangedFiles":
+        rows = [int(i) for i in indices]
+        fewer = super().subset(rows)
+        changes = tuple(self.changes[row] for row in rows)
+        return ChangedFiles(fewer.source, fewer.labels, fewer.ids, fewer.fingerprints, fewer.stamp, changes)
 
 
 def balanced(
@@ -30,40 +53,41 @@ def balanced(
     *,
     seed: int,
     originals: bool = False,
+    workers: Workers = "auto",
 ) -> Images | Files:
     """`views` augmented views of `per_class` images of each class that has any, and these images themselves with
     `originals`.
 
     A class with fewer images repeats them, in cycles of a shuffled order, each time under other views. Images in
-    memory are augmented at once, files when they are read; view j of an image is a function of (seed, image, j).
+    memory are augmented at once and whole, files when they are read, at the size of the view; the augmentation of view
+    j of an image is a function of (seed, image, j).
     """
     size = _class_size(images.labels, num_classes, per_class)
     drawn = _draw(images.labels, size, views, seed, originals)
     ids = tuple(images.ids[row] if view == ORIGINAL else f"{images.ids[row]}#{view}" for row, view in drawn)
     labels = images.labels[torch.tensor([row for row, _ in drawn])]
 
-    def seen_as(image: Tensor, row: int, view: int) -> Tensor:
-        if view == ORIGINAL:
-            return image
+    changes: list[tuple[Augmenter, int] | None] = []
+    for row, view in drawn:
         key = hashlib.sha256(f"{seed}/{images.ids[row]}/{view}".encode()).digest()
-        seed_of_view = int.from_bytes(key[:7], "big")  # 56 bits: torch takes 64
-        return augmented(image[None], [seed_of_view], augmenter)[0]
-
+        # 56 bits: torch takes 64.
+        changes.append(None if view == ORIGINAL else (augmenter, int.from_bytes(key[:7], "big")))
+    rows = [row for row, _ in drawn]
     if isinstance(images, Images):
-        return Images(torch.stack([seen_as(images.pixels[row], row, view) for row, view in drawn]), labels, ids)
-    files = images
+        return Images(_augmented(images, rows, changes, workers), labels, ids)
+    source = images.source
+    fingerprints = tuple(f"{images.fingerprints[row]}#{augmenter}{view}" for row, view in drawn)
+    return ChangedFiles(lambda i: source(rows[i]), labels, ids, fingerprints, images.stamp, tuple(changes))
 
-    def encoded(i: int) -> bytes:
-        row, view = drawn[i]
-        (file,) = files.take(torch.tensor([row]))
-        image = torch.from_numpy(np.array(decoded(file))).permute(2, 0, 1)
-        changed = seen_as(image, row, view).permute(1, 2, 0).numpy()
-        buffer = io.BytesIO()
-        Image.fromarray(changed).save(buffer, format="bmp")  # loses nothing, and takes no time to compress
-        return buffer.getvalue()
 
-    fingerprints = tuple(f"{files.fingerprints[row]}#{augmenter}{view}" for row, view in drawn)
-    return Files(encoded, labels, ids, fingerprints, files.stamp)
+def _augmented(
+    images: Images, rows: list[int], changes: list[tuple[Augmenter, int] | None], workers: Workers
+) -> Tensor:
+    """The pixels of `rows` of `images`, each changed."""
+    parts = (slice(first, first + AT_ONCE) for first in range(0, len(rows), AT_ONCE))
+    jobs = ((None, [Order(pixels=images.pixels[rows[part]].numpy(), changes=changes[part])]) for part in parts)
+    with made_ahead(jobs, workers=workers_of(workers, len(rows))) as made:
+        return torch.cat([one.views for _, (one,) in made])
 
 
 def _class_size(labels: Tensor, num_classes: int, per_class: PerClass) -> int:

@@ -1,7 +1,7 @@
 """Pixels: images in, normalized float views out.
 
 Small images lie in memory as uint8 and become views a whole batch at a time on the compute device. Files are decoded
-and cut by Pillow in threads, to bytes of the view's size, and only normalized there. Both cut the same way.
+and cut to bytes of the view's size on the host (`lpt.data.loader`), and only normalized there. Both cut the same way.
 
 Shapes: images [B 3 h w] uint8, views [B 3 S S] float.
 """
@@ -13,7 +13,7 @@ import os
 import re
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
@@ -22,12 +22,15 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+import torch.nn.functional as F
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from lpt.errors import DataError, UndecodableImage, quoted
 
 Transform = Literal["timm", "lift", "lpt"]
+Cutter = Literal["pillow", "torch"]
+"""Whose code decodes and resamples files: prompt files of before are Pillow's."""
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "PPM", "JPEG2000", "HEIF")
 """What is read where this Pillow can, HEIF with pillow-heif. It would read more, PostScript by running a program."""
 HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
@@ -47,7 +50,15 @@ USUAL_MIN_SIDE = 540
 """`min_side` of views of 224 pixels: what a check decodes an image to that is too large as it is."""
 DECODE_ALONE_ABOVE = 2**24
 """Pixels above which one image is decoded at a time, whatever the number of workers: memory for one is enough."""
-_decode_alone = threading.Lock()
+
+
+class _Alone:
+    """The lock of images that are decoded one at a time: of this process's threads, or of all workers of a pool."""
+
+    lock: Any = threading.Lock()
+
+
+_alone = _Alone()
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 
 
@@ -71,6 +82,8 @@ class Preprocess:
     flip: bool = True
     square: bool = False
     """Whether the test view is resized to a square whatever the image's shape, as LPT's code does."""
+    cutter: Cutter = "torch"
+    """Whose code cuts views out of files. Images in memory do not depend on it."""
 
     def with_(self, **changes: Any) -> "Preprocess":
         return replace(self, **changes)
@@ -147,7 +160,7 @@ class Preprocess:
             flipped=chance[:, 4] < (0.5 if self.flip else 0.0),
         )
 
-    # Files: the same two views, cut by Pillow.
+    # Files: the same two views, cut on the host.
 
     def cut(self, files: Sequence["File"], chance: Tensor | None = None) -> Tensor:
         """Views of B image files as bytes: test views, or training views from `chance` [B 5]. → [B 3 S S] uint8, for
@@ -157,15 +170,49 @@ class Preprocess:
         Pillow's thumbnails are. Raises DataError, with its name, for an image that cannot be decoded.
         """
         chances = [None] * len(files) if chance is None else list(chance.split(1))
-        return torch.stack(list(_workers().map(self._cut, files, chances)))
+        return torch.stack(list(made_in_threads(self.cut_one, files, chances)))
 
-    def _cut(self, file: "File", chance: Tensor | None) -> Tensor:
+    def cut_one(self, file: "File", chance: Tensor | None) -> Tensor:
         """One view of a file [3 S S]; `chance` is [1 5]."""
         if chance is None:
-            image = decoded(file, min_side=2 * math.floor(self.size / self.crop_ratio))
-            box, flipped = self._test_box(*image.size), False
+            min_side = 2 * math.floor(self.size / self.crop_ratio)
         else:  # of an image that large the smallest crop is still as large as the view
-            image = decoded(file, min_side=2 * math.ceil(self.size / math.sqrt(self.min_area)))
+            min_side = 2 * math.ceil(self.size / math.sqrt(self.min_area))
+        if self.cutter == "pillow":
+            return self._by_pillow(decoded(file, min_side=min_side), chance)
+        image = pixels(file, min_side=min_side)
+        height, width = image.shape[-2:]
+        # Whole pixels of the crop are coarse where there are few; all of a long test view would fill the memory.
+        if min(height, width) < self.size or (chance is None and max(height, width) > 4 * min(height, width)):
+            return self._by_pillow(Image.fromarray(image.permute(1, 2, 0).numpy()), chance)
+        return self._by_torch(image, chance)
+
+    def _by_torch(self, image: Tensor, chance: Tensor | None) -> Tensor:
+        """A view [3 S S] as torchvision's transforms cut it: whole pixels of the image [3 h w] resized, or a crop of
+        the resized image."""
+        height, width = image.shape[-2:]
+        if chance is None:
+            shorter = min(height, width)
+            resized = self._resized_bytes(image, self._resized(height, shorter), self._resized(width, shorter))
+            top, left = (self._first_of_center(side) for side in resized.shape[-2:])
+            return resized[:, top : top + self.size, left : left + self.size]
+        (left, top, right, bottom), flipped = self._train_box(chance, width, height)
+        crop = image[:, round(top) : round(bottom), round(left) : round(right)]
+        view = self._resized_bytes(crop, self.size, self.size)
+        return view.flip(2) if flipped else view
+
+    def _resized_bytes(self, image: Tensor, height: int, width: int) -> Tensor:
+        """[3 h w] uint8 → [3 height width] uint8."""
+        if image.shape[-2:] == (height, width):
+            return image
+        mode = "bilinear" if self.interpolation == "bilinear" else "bicubic"
+        return F.interpolate(image[None], size=(height, width), mode=mode, antialias=True)[0]
+
+    def _by_pillow(self, image: Image.Image, chance: Tensor | None) -> Tensor:
+        """A view [3 S S] as Pillow cuts it, in one resampling, down to fractions of a pixel."""
+        if chance is None:
+            box, flipped = self._test_box(*image.size), False
+        else:
             box, flipped = self._train_box(chance, *image.size)
         resample = Image.Resampling.BILINEAR if self.interpolation == "bilinear" else Image.Resampling.BICUBIC
         view = image.resize((self.size, self.size), resample, box=box)
@@ -215,9 +262,15 @@ class Preprocess:
 
     def _normalized(self, views: Tensor) -> Tensor:
         """(x/255 - mean)/std as one multiply-add, in place."""
-        mean = views.new_tensor(self.mean).view(1, 3, 1, 1)
-        std = views.new_tensor(self.std).view(1, 3, 1, 1)
-        return views.mul_(1 / (255 * std)).sub_(mean / std)
+        scale, shift = _scale_and_shift(self.mean, self.std, views.device)
+        return views.mul_(scale).sub_(shift)
+
+
+@cache
+def _scale_and_shift(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """1/(255 std) and mean/std, [1 3 1 1], on the device: to send them there in every step is to wait for it."""
+    means, deviations = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (mean, std))
+    return 1 / (255 * deviations), means / deviations
 
 
 class Crop(NamedTuple):
@@ -235,40 +288,99 @@ Box = tuple[float, float, float, float]
 
 
 class File(NamedTuple):
-    """An encoded image: its name, for errors, and where it is, or its bytes."""
+    """An encoded image: its name, for errors, and where it is, or its bytes. `change` is the augmentation of its views
+    (`lpt.data.augment`) and its seed, for sets of images that are augmented once and for all."""
 
     name: str
     content: str | Path | bytes
+    change: tuple[str, int] | None = None
 
 
 def decoded(file: File, *, min_side: int = 0) -> Image.Image:
     """The whole image, upright as its EXIF data says, as 8-bit RGB; a large JPEG may come smaller, with its shorter
     side still at least `min_side`. Raises DataError."""
-    content = file.content
+    with _naming(file), _checked(file, min_side) as image, _at_a_time(image):
+        return _upright_rgb(image)
+
+
+def pixels(file: File, *, min_side: int = 0) -> Tensor:
+    """As `decoded`, uint8 [3 h w]. JPEGs are decoded by simplejpeg, to the same bytes in less time."""
+    with _naming(file), _checked(file, min_side) as image, _at_a_time(image):
+        if image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L") and not _is_draft(image):
+            with contextlib.suppress(ValueError, RuntimeError):  # what it does not read is Pillow's matter
+                return _by_libjpeg(image)
+        return torch.from_numpy(np.array(_upright_rgb(image))).permute(2, 0, 1)
+
+
+@contextlib.contextmanager
+def _naming(file: File) -> Iterator[None]:
+    """Raises DataError, with the name of the file, for whatever happens to it inside."""
     try:
-        if not isinstance(content, bytes) and not os.path.isfile(content):
-            raise FileNotFoundError(f"there is no such file as {content}")  # a pipe would be waited for
-        opened = io.BytesIO(content) if isinstance(content, bytes) else content
-        with _open(opened) as image:
-            is_progressive = bool(image.info.get("progressive"))
-            scans = _scans(file) if is_progressive else 1
-            # A draft is Pillow's word for a JPEG decoded at a half, fourth or eighth. It saves a progressive one no
-            # time, as each scan goes over the whole image: such a one is held to the limits before its draft.
-            if min_side and not is_progressive:
-                image.draft("RGB", (min_side, min_side))
-            pixels = image.width * image.height
-            _check_limits(image, scans)
-            if min_side and scans > 1:
-                image.draft("RGB", (min_side, min_side))
-            with _decode_alone if pixels > DECODE_ALONE_ABOVE else contextlib.nullcontext():
-                ImageOps.exif_transpose(image, in_place=True)
-                has_wide_pixels = image.mode[0] in "IF"
-                return (_eight_bits(image) if has_wide_pixels else image).convert("RGB")
+        yield
     except Exception as error:  # a decoder's error on a damaged file can be of any class
         reason = quoted(error) or type(error).__name__
-        if "HEIF" not in _formats() and is_heic(content):
+        if "HEIF" not in _formats() and is_heic(file.content):
             reason = "it is HEIC, whatever its name: install pillow-heif to read it"
         raise UndecodableImage(f"image {file.name} cannot be decoded ({reason})") from None
+
+
+@contextlib.contextmanager
+def _checked(file: File, min_side: int) -> Iterator[Image.Image]:
+    """The image before its pixels are decoded, held to the limits; a large JPEG will be decoded smaller."""
+    content = file.content
+    if not isinstance(content, bytes) and not os.path.isfile(content):
+        raise FileNotFoundError(f"there is no such file as {content}")  # a pipe would be waited for
+    with _open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
+        is_progressive = bool(image.info.get("progressive"))
+        scans = _scans(file) if is_progressive else 1
+        # A draft is Pillow's word for a JPEG decoded at a half, fourth or eighth. It saves a progressive one no
+        # time, as each scan goes over the whole image: such a one is held to the limits before its draft.
+        if min_side and not is_progressive:
+            image.draft("RGB", (min_side, min_side))
+        _check_limits(image, scans)
+        if min_side and scans > 1:
+            image.draft("RGB", (min_side, min_side))
+        yield image
+
+
+def _at_a_time(image: Image.Image) -> contextlib.AbstractContextManager[Any]:
+    return _alone.lock if image.width * image.height > DECODE_ALONE_ABOVE else contextlib.nullcontext()
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    ImageOps.exif_transpose(image, in_place=True)
+    if image.mode[0] in "IF":  # pixels wider than a byte
+        image = _eight_bits(image)
+    return image.convert("RGB")
+
+
+def _is_draft(image: Image.Image) -> bool:
+    """Whether it will be decoded smaller than it is; `decoderconfig` is what Pillow's own draft leaves."""
+    return (getattr(image, "decoderconfig", ()) or (1,))[0] > 1
+
+
+def _by_libjpeg(image: Image.Image) -> Tensor:
+    """The pixels [3 h w] of a JPEG that Pillow has opened. Raises ValueError for what is no whole JPEG."""
+    import simplejpeg
+
+    file: Any = getattr(image, "fp", None)
+    file.seek(0)
+    says = "exif" in image.info or "xmp" in image.info
+    upright = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1)) if says else None
+    whole = torch.from_numpy(simplejpeg.decode_jpeg(file.read(), colorspace="RGB")).permute(2, 0, 1)
+    return upright(whole).contiguous() if upright else whole
+
+
+UPRIGHT: dict[int, Callable[[Tensor], Tensor]] = {
+    2: lambda image: image.flip(2),
+    3: lambda image: image.flip(1, 2),
+    4: lambda image: image.flip(1),
+    5: lambda image: image.mT,
+    6: lambda image: image.mT.flip(2),
+    7: lambda image: image.mT.flip(1, 2),
+    8: lambda image: image.mT.flip(1),
+}
+"""How an image [3 h w] is turned that has a number of EXIF's orientation."""
 
 
 def readable(file: File) -> Image.Image:
@@ -393,7 +505,29 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
+def decode_together(lock: Any) -> None:
+    """Has this process decode large images under `lock`, which others hold too."""
+    _alone.lock = lock
+
+
+def available_cores() -> int:
+    """Cores that this process may use, by its affinity mask and by its container's share of time."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # "max" is no limit
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        count = min(count, math.ceil(int(quota) / int(period)))
+    with contextlib.suppress(OSError, ValueError):  # as containers of before had it; -1 is no limit
+        quota, period = (int(Path(f"/sys/fs/cgroup/cpu/cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
+        count = min(count, math.ceil(quota / period)) if quota > 0 else count
+    return max(1, count)
+
+
+def made_in_threads(make: Callable[..., Any], *arguments: Iterable[Any]) -> Iterator[Any]:
+    """`map(make, *arguments)`, several at a time."""
+    return _threads().map(make, *arguments)
+
+
 @cache
-def _workers() -> ThreadPoolExecutor:
-    """Pillow releases the interpreter while it decodes and resizes, so threads suffice."""
-    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="images")
+def _threads() -> ThreadPoolExecutor:
+    """Decoders release the interpreter while they work, so that threads suffice for a few images."""
+    return ThreadPoolExecutor(available_cores(), thread_name_prefix="images")

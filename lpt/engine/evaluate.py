@@ -6,7 +6,7 @@ Shapes: logits [N C], labels [N], ids [N k], features [N D'].
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lpt.data.loader import Workers, cut_ahead
 from lpt.data.longtail import training_counts, usual_group_rule
 from lpt.data.task import Files, Images, Task, check_labels
 from lpt.engine.processes import all_agree, all_gather_rows, rank_and_world
@@ -64,24 +65,27 @@ class PrefixCache:
         self._state: tuple[object, ...] = ()
         self._cached: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
-    def get(self, model: PromptedClassifier, images: Images | Files, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(tokens [B P+N D], query [B D']) of `rows` of `images`; no query where nothing is cached."""
-        state = model.prefix_state
-        if state is None:
-            return model.prefix(_views(model, images, rows)), None
-        self._forget_others(model, images, (*state, model.backbone.preprocess))
-        key = (int(rows[0]), len(rows))
-        if key not in self._cached:
-            tokens = model.prefix(_views(model, images, rows))
-            query = model.query(tokens)
-            size = tokens.nbytes + query.nbytes
-            if self.bytes + size > self.limit:
-                return tokens, query
-            self._cached[key] = (tokens.cpu(), query.cpu())
-            self.bytes += size
-        tokens, query = self._cached[key]
-        device = next(model.parameters()).device
-        return tokens.to(device), query.to(device)
+    def prefixes(
+        self, model: PromptedClassifier, images: Images | Files, batches: Sequence[Tensor], *, workers: Workers = "auto"
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """(tokens [B P+N D], query [B D']) of each batch of rows of `images`; no query where nothing is cached."""
+        state, device = model.prefix_state, next(model.parameters()).device
+        if state is not None:
+            self._forget_others(model, images, (*state, model.backbone.preprocess))
+        keys = [(int(rows[0]), len(rows)) for rows in batches]
+        wanted = [rows for key, rows in zip(keys, batches, strict=True) if state is None or key not in self._cached]
+        with views_ahead(model, images, wanted, workers=workers) as views:
+            for key in keys:
+                if state is not None and key in self._cached:
+                    tokens, query = self._cached[key]
+                    yield tokens.to(device, non_blocking=True), query.to(device, non_blocking=True)
+                    continue
+                tokens = model.prefix(next(views))
+                query = None if state is None else model.query(tokens)
+                if query is not None and self.bytes + tokens.nbytes + query.nbytes <= self.limit:
+                    self._cached[key] = (_in_main_memory(tokens), _in_main_memory(query))
+                    self.bytes += tokens.nbytes + query.nbytes
+                yield tokens, query
 
     def _forget_others(self, model: PromptedClassifier, images: Images | Files, state: tuple[object, ...]) -> None:
         """Empties the cache where it is of another model or other images, or of this model in another state."""
@@ -100,6 +104,7 @@ def predict(
     cache: PrefixCache | None = None,
     folder: Path | None = None,
     say: Callable[[str], None] = lambda text: None,
+    workers: Workers = "auto",
 ) -> Predictions:
     """Clean predictions, in order: the test view, no noise, no margin, no dropout. On several processes each
     predicts its share and all get the whole. Leaves the model in eval mode. Raises DataError for an image file that
@@ -110,7 +115,7 @@ def predict(
     """
     model.eval()
     if folder and model.pool is None:
-        cached = features(model, images, folder=folder, batch_size=batch_size, say=say).to(
+        cached = features(model, images, folder=folder, batch_size=batch_size, say=say, workers=workers).to(
             next(model.parameters()).device
         )
         each_head = {name: logits.cpu() for name, logits in _head_logits(model, cached).items()}
@@ -119,8 +124,8 @@ def predict(
     cache = cache or PrefixCache(limit=0)
     parts: dict[str, list[Tensor]] = {}
     with _naming_memory(batch_size):
-        for rows in _local_rows(images).split(batch_size):
-            tokens, query = cache.get(model, images, rows)
+        batches = _local_rows(images).split(batch_size)
+        for tokens, query in cache.prefixes(model, images, batches, workers=workers):
             output = model.tail(tokens, query=query)
             parts.setdefault("logits", []).append(output.logits.float())
             if output.ids is not None:
@@ -171,6 +176,7 @@ def features(
     folder: Path | None = None,
     batch_size: int = 128,
     say: Callable[[str], None] = lambda text: None,
+    workers: Workers = "auto",
 ) -> Tensor:
     """The features [N D'] of the test views under the shared prompt, if there is one (LPT's queries).
 
@@ -186,8 +192,8 @@ def features(
         assert cached is not None
         return cached
     batches = _local_rows(images).split(batch_size)
-    with _naming_memory(batch_size):
-        parts = [model.query(model.prefix(_views(model, images, rows))) for rows in batches]
+    with _naming_memory(batch_size), views_ahead(model, images, batches, workers=workers) as ahead:
+        parts = [model.query(model.prefix(views)) for views in ahead]
     computed = all_gather_rows(torch.cat(parts), len(images)).cpu()
     if file and rank_and_world()[0] == 0:
         write_atomic(file, to_bytes({"features": computed}, lpt_features={"shape": list(computed.shape)}))
@@ -228,6 +234,7 @@ def evaluate(
     group_rule: str | None = None,
     batch_size: Positive = 128,
     cache: PrefixCache | None = None,
+    workers: Workers = "auto",
 ) -> dict[str, Any]:
     """The metrics of `report.json` on the test set of a task, or on images of its classes.
 
@@ -252,7 +259,7 @@ def evaluate(
         rule = model.group_rule or usual_group_rule(training_counts(counts, len(model.classes)))
         check_labels("evaluate: images", images, len(model.classes))
     counts = training_counts(counts, len(model.classes))
-    predictions = predict(model, images, batch_size=batch_size, cache=cache)
+    predictions = predict(model, images, batch_size=batch_size, cache=cache, workers=workers)
     return measure(model, predictions, counts, group_rule=group_rule or rule)
 
 
@@ -272,13 +279,27 @@ def measure(
     return metrics
 
 
-def _views(model: PromptedClassifier, images: Images | Files, rows: Tensor) -> Tensor:
-    """Test views [B 3 S S] of `rows` of `images`, on the model's device and in its precision."""
+def _in_main_memory(tensor: Tensor) -> Tensor:
+    """A copy from where a GPU takes it back while it works."""
+    return tensor.cpu().pin_memory() if tensor.is_cuda else tensor
+
+
+@contextlib.contextmanager
+def views_ahead(
+    model: PromptedClassifier, images: Images | Files, batches: Sequence[Tensor], *, workers: Workers = "auto"
+) -> Iterator[Iterator[Tensor]]:
+    """Test views [B 3 S S] of each batch of rows of `images`, on the model's device and in its precision. Files are
+    decoded while the device works on the batches before. Raises DataError for one that cannot be."""
     device, backbone = next(model.parameters()).device, model.backbone
-    content = images.take(rows)
-    if isinstance(content, Tensor):
-        return backbone.preprocess.test(content.to(device, non_blocking=True), dtype=backbone.dtype)
-    return backbone.preprocess.normalized(backbone.preprocess.cut(content).to(device), dtype=backbone.dtype)
+    preprocess = backbone.preprocess
+    if isinstance(images, Images):
+        pixels = (images.take(rows).to(device, non_blocking=True) for rows in batches)
+        yield (preprocess.test(content, dtype=backbone.dtype) for content in pixels)
+        return
+    files, number, pinned = (images.take(rows) for rows in batches), sum(map(len, batches)), device.type == "cuda"
+    with cut_ahead(files, preprocess, images=number, workers=workers, pinned=pinned) as made:
+        cut = (one.checked().to(device, non_blocking=True) for one in made)
+        yield (preprocess.normalized(views, dtype=backbone.dtype) for views in cut)
 
 
 def _identity(model: PromptedClassifier, images: Images | Files) -> str:
@@ -287,6 +308,8 @@ def _identity(model: PromptedClassifier, images: Images | Files) -> str:
     backbone = model.backbone
     device = next(model.parameters()).device.type
     facts = (backbone.fingerprint, backbone.dtype, device, torch.__version__, backbone.preprocess.test_view)
+    if isinstance(images, Files):
+        facts = (*facts, backbone.preprocess.cutter)
     digest.update(repr(facts).encode())
     digest.update(f"{backbone.name} {type(model.shared).__name__}".encode())
     for name, value in sorted(model.learned_state().items()):

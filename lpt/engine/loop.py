@@ -7,15 +7,14 @@ and the next one is asked for.
 import contextlib
 import math
 import signal
-from collections.abc import Generator, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lpt.engine.batches import Batch, DrawnBatch, Progress, draw, to_views
+from lpt.engine.batches import Batch, DrawnBatch, Progress, drawn_ahead, to_views
 from lpt.engine.clock import Clock
 from lpt.engine.optim import lr_at
 from lpt.engine.phase import LossTerms, Phase, Recipe, TunableModel
@@ -65,11 +64,13 @@ def run_phase(phase: Phase, model: TunableModel, session: Session) -> None:
     clock, first = Clock(before=state.seconds_before, spent=state.spent_before), state.step
     model.train()
     here = naming_lack_of_memory(lambda: f"in step {state.step} of {phase.name} ({images_per_step(phase)} images)")
-    with session.stop.while_steps_run(), here, contextlib.closing(drawn_ahead(phase, session, first)) as batches:
+    ahead = batches_ahead(phase, session, first, pinned=state.device.type == "cuda")
+    with session.stop.while_steps_run(), here, ahead as batches:
         for _ in range(first, phase.steps):
             with clock.charge("wait"):
                 progress, drawn = next(batches)
             with clock.charge("views"):
+                progress.move_to(state.device)
                 views = to_views(drawn, session.preprocess, state.device, session.dtype)
             with clock.charge("compute"):
                 result = train_step(state, session, views, progress, clock)
@@ -168,23 +169,21 @@ def end_epoch(state: PhaseState, session: Session, progress: Progress, clock: Cl
     state.sums = {}
 
 
-def drawn_ahead(
-    phase: Phase, session: Session, first: int
-) -> Generator[tuple[Progress, dict[str, DrawnBatch]], None, None]:
-    """The batches of steps `first`.. of the phase; while the device works on one, a thread draws the next."""
+def batches_ahead(
+    phase: Phase, session: Session, first: int, *, pinned: bool = False
+) -> contextlib.AbstractContextManager[Iterator[tuple[Progress, dict[str, DrawnBatch]]]]:
+    """The batches of steps `first`.. of the phase, a few of them made while the device works on one."""
     rank, world = rank_and_world()
     start = Progress(phase.name, first, phase.steps, phase.steps_per_epoch, session.seed, rank, world)
-
-    def drawn(progress: Progress) -> dict[str, DrawnBatch]:
-        return draw(phase.streams, progress, session.images, session.preprocess)
-
-    with ThreadPoolExecutor(1) as thread:
-        waiting = thread.submit(drawn, start)
-        for step in range(first, phase.steps):
-            batch = waiting.result()
-            if step + 1 < phase.steps:
-                waiting = thread.submit(drawn, replace(start, step=step + 1))
-            yield replace(start, step=step), batch
+    return drawn_ahead(
+        phase.streams,
+        (replace(start, step=step, ready={}) for step in range(first, phase.steps)),
+        session.images,
+        session.preprocess,
+        number=phase.steps - first,
+        workers=session.workers,
+        pinned=pinned,
+    )
 
 
 def images_per_step(phase: Phase) -> int:

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lpt.data.loader import Workers
 from lpt.data.preprocess import Preprocess
 from lpt.data.task import Files, Images
-from lpt.engine.batches import ImageSource, InOrder, Progress, Stream, draw, to_views
+from lpt.engine.batches import ImageSource, InOrder, Progress, Stream, drawn_ahead, to_views
 from lpt.engine.checkpoint import Checkpoint, DamagedCheckpoint, load_checkpoint, save_checkpoint, unreadable
 from lpt.engine.evaluate import feature_problem, features
 from lpt.engine.history import History
@@ -71,6 +72,8 @@ class Session:
     pseudo_labels: Path | None = None
     """Where a method that labels images by itself writes what it thought of each."""
     count_flops: bool = True
+    workers: Workers = "auto"
+    """Processes that make views of files, and strong views."""
     stop: Stop = field(default_factory=Stop)
     on_start: Callable[[], None] = lambda: None
     """Called before anything is computed or written, when the method has accepted its settings. It may be called
@@ -87,7 +90,7 @@ class Session:
         """The features [N D'] of the test views of `images` under `model` as it is now, computed once in a run."""
 
         def compute() -> Tensor:
-            return features(model, images, folder=self.feature_cache, say=self.log)
+            return features(model, images, folder=self.feature_cache, say=self.log, workers=self.workers)
 
         return self.once(name, images, compute, problem=_problem_with(len(images), model.backbone.feature_width))
 
@@ -164,14 +167,22 @@ class Session:
         steps = -(-total // size)
         in_order = {name: Stream(InOrder(total, size), images, strong)}
         parts, flops = [], 0
-        for step in range(steps):
-            progress = Progress(name, step, steps, steps, self.seed, rank, world)
-            drawn = draw(in_order, progress, images, self.preprocess)
-            views = to_views(drawn, self.preprocess, device, self.dtype)[name].views
-            with counting_flops(self.count_flops and step == 0) as counted:
-                parts.append(model.feature(views))
-            flops = flops or counted() // size * world * total
-            self.on_step(name, step + 1, steps, "")
+        ahead = drawn_ahead(
+            in_order,
+            (Progress(name, step, steps, steps, self.seed, rank, world) for step in range(steps)),
+            images,
+            self.preprocess,
+            number=steps,
+            workers=self.workers,
+            pinned=device.type == "cuda",
+        )
+        with ahead as batches:
+            for progress, drawn in batches:
+                views = to_views(drawn, self.preprocess, device, self.dtype)[name].views
+                with counting_flops(self.count_flops and progress.step == 0) as counted:
+                    parts.append(model.feature(views))
+                flops = flops or counted() // size * world * total
+                self.on_step(name, progress.step + 1, steps, "")
         self.costs[name] = Cost(images=total, flops=flops)
         return all_gather_rows(torch.cat(parts), steps * size)[:total].cpu()
 

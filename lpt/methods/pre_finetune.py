@@ -54,7 +54,14 @@ def tune(
 
     def both() -> Iterator[Phase]:
         images = balanced(
-            task.train, len(task.classes), per_class, views, augmenter, seed=session.seed, originals=include_original
+            task.train,
+            len(task.classes),
+            per_class,
+            views,
+            augmenter,
+            seed=session.seed,
+            originals=include_original,
+            workers=session.workers,
         )
         yield stage(
             session,

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from lpt.errors import LptError
 
+FEW_KEYS = 256
+"""Up to which all keys are compared with all."""
+
 
 def match(queries: Tensor, keys: Tensor, topk: int) -> tuple[Tensor, Tensor]:
     """The `topk` keys of largest cosine, ties to the smallest index. → (similarity [B k], ids [B k]).
@@ -23,11 +26,21 @@ def match(queries: Tensor, keys: Tensor, topk: int) -> tuple[Tensor, Tensor]:
     """
     unit_queries = F.normalize(queries.float(), dim=1, eps=1e-12)
     unit_keys = F.normalize(keys.float(), dim=1, eps=1e-12)
-    # Equal keys must score equally to the bit, which columns of one matrix product need not: score each once.
-    distinct, column = unit_keys.detach().unique(dim=0, return_inverse=True)
-    scores = (unit_queries.detach() @ distinct.T)[:, column]
+    scores = _scores(unit_queries.detach(), unit_keys.detach())
     ids = scores.sort(dim=1, descending=True, stable=True).indices[:, :topk]
     return (unit_queries @ unit_keys.T).gather(1, ids), ids
+
+
+def _scores(unit_queries: Tensor, unit_keys: Tensor) -> Tensor:
+    """The cosines [B K]. Equal keys score equally to the bit, which columns of one matrix product need not: each has
+    the score of the first that it is equal to."""
+    if len(unit_keys) > FEW_KEYS:
+        distinct, column = unit_keys.unique(dim=0, return_inverse=True)
+        return (unit_queries @ distinct.T)[:, column]
+    # `unique` waits for a GPU, since its result may have any size; this is done in every step of a training.
+    equal = (unit_keys[:, None] == unit_keys).all(2)
+    first = equal.to(torch.uint8).argmax(1)
+    return (unit_queries @ unit_keys.T)[:, first]
 
 
 class KeyIndex:
