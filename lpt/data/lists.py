@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lpt.data.longtail import GroupRule, count_fingerprint
+from lpt.data.pack import is_pack, open_pack
 from lpt.data.task import Files, Task, hold_out
 from lpt.data.texts import cleaned, read_text
 from lpt.errors import DataError, quoted
@@ -81,6 +82,9 @@ def own_lists(
     and serves audits alone. Without `val`, `val_per_class` training images of each class are held out.
     Raises DataError.
     """
+    if root is not None and is_pack(root):
+        split = {"seed": seed, "val_per_class": val_per_class, "group_rule": group_rule, "unlabeled": unlabeled}
+        return open_pack(root, "lists", split)
     root_folder = _existing_root("lists", root)
     paths = {"train": train, "val": val, "test": test}
     lists = {role: read_list(Path(path)) for role, path in paths.items() if path}
@@ -104,6 +108,8 @@ def _published(
 ) -> Task:
     """The published split `name`. Classes are called after their folders, WordNet ids or numbers, unless a file has
     their names. Raises DataError where the lists hold anything else."""
+    if root is not None and is_pack(root):
+        return open_pack(root, name, {"group_rule": group_rule})
     root_folder, published = _existing_root(name, root), PUBLISHED[name]
     folder = Path(lists_folder) if lists_folder else root_folder
     list_of = {"train": "train", "val": "val", "test": "test"}
