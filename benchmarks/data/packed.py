@@ -145,9 +145,10 @@ def _counts(published: Any, divisor: int) -> list[int]:
     low, high = published.smallest, published.largest
     shapes = [(low + (high - low) * np.exp(-s * x) * (1 - x)).astype(int) for s in steepness]
     counts = min(shapes, key=lambda shape: abs(int(shape.sum()) - total)).clip(min=low)
-    rest = np.arange(abs(total - int(counts.sum()))) % published.classes
-    counts += np.sign(total - int(counts.sum())) * np.bincount(rest, minlength=published.classes)
-    return counts.clip(min=low).tolist()
+    rest, large = total - int(counts.sum()), np.flatnonzero(counts > counts.mean())
+    if len(large):  # what is too few or too many, shared by the larger classes
+        counts[large] += np.sign(rest) * np.bincount(np.arange(abs(rest)) % len(large), minlength=len(large))
+    return counts.tolist()
 
 
 def _write_lists(published: Any, counts: list[int], folder: Path) -> None:
