@@ -148,7 +148,7 @@ def _counts(published: Any, divisor: int) -> list[int]:
     rest, large = total - int(counts.sum()), np.flatnonzero(counts > counts.mean())
     if len(large):  # what is too few or too many, shared by the larger classes
         counts[large] += np.sign(rest) * np.bincount(np.arange(abs(rest)) % len(large), minlength=len(large))
-    return counts.tolist()
+    return counts.clip(min=low).tolist()
 
 
 def _write_lists(published: Any, counts: list[int], folder: Path) -> None:
