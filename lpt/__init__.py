@@ -7,28 +7,90 @@ Five lines are a program:
     model = lpt.tune(task, backbone, method="lpt", epochs=(4, 4), optimizer="adamw", lr=(5e-3, 2e-3))
     print(lpt.evaluate(model, task))
     lpt.save_prompt("cifar100_lt.safetensors", model, method="lpt", counts=task.counts)
+
+A name is imported when it is first asked for: torch takes seconds to load.
 """
 
-from importlib.metadata import version
+import importlib
+from importlib.machinery import PathFinder
+from typing import TYPE_CHECKING, Any
 
 from lpt import moved
-from lpt.config import load_config as load_config
-from lpt.data import Images as Images
-from lpt.data import Task as Task
-from lpt.data import load_task as load_task
-from lpt.engine.evaluate import evaluate as evaluate
-from lpt.engine.phase import Phase as Phase
-from lpt.engine.phase import Recipe as Recipe
-from lpt.engine.session import Session as Session
-from lpt.errors import LptError as LptError
-from lpt.model.backbones import load_backbone as load_backbone
-from lpt.model.backbones.base import Backbone as Backbone
-from lpt.model.classifier import PromptedClassifier as PromptedClassifier
-from lpt.prompt_file import load_prompt as load_prompt
-from lpt.prompt_file import read_prompt as read_prompt
-from lpt.prompt_file import save_prompt as save_prompt
-from lpt.run import tune as tune
+from lpt.errors import LptError
 
-__version__ = version("lpt")
+if TYPE_CHECKING:
+    from lpt.config import load_config
+    from lpt.data import Images, Task, load_task
+    from lpt.engine.evaluate import evaluate
+    from lpt.engine.phase import Phase, Recipe
+    from lpt.engine.session import Session
+    from lpt.model.backbones import load_backbone
+    from lpt.model.backbones.base import Backbone
+    from lpt.model.classifier import PromptedClassifier
+    from lpt.prompt_file import load_prompt, read_prompt, save_prompt
+    from lpt.run import tune
+
+    __version__: str
+
+__all__ = [
+    "Backbone",
+    "Images",
+    "LptError",
+    "Phase",
+    "PromptedClassifier",
+    "Recipe",
+    "Session",
+    "Task",
+    "evaluate",
+    "load_backbone",
+    "load_config",
+    "load_prompt",
+    "load_task",
+    "read_prompt",
+    "save_prompt",
+    "tune",
+]
+
+HOMES = {
+    "Backbone": "model.backbones.base",
+    "Images": "data",
+    "Phase": "engine.phase",
+    "PromptedClassifier": "model.classifier",
+    "Recipe": "engine.phase",
+    "Session": "engine.session",
+    "Task": "data",
+    "evaluate": "engine.evaluate",
+    "load_backbone": "model.backbones",
+    "load_config": "config",
+    "load_prompt": "prompt_file",
+    "load_task": "data",
+    "read_prompt": "prompt_file",
+    "save_prompt": "prompt_file",
+    "tune": "run",
+}
+"""Where each public name is at home, as the imports for type checkers have it."""
+
+
+def __getattr__(name: str) -> Any:
+    if name in HOMES:
+        value = getattr(importlib.import_module(f"lpt.{HOMES[name]}"), name)
+    elif name == "__version__":
+        from importlib.metadata import version
+
+        value = version("lpt")
+    elif not name.startswith("_") and PathFinder.find_spec(f"lpt.{name}", __path__):
+        # `import lpt` was enough for lpt.model.classifier and the others that the public names are at home in.
+        for home in HOMES.values():
+            importlib.import_module(f"lpt.{home}")
+        value = importlib.import_module(f"lpt.{name}")
+    else:
+        raise AttributeError(f"module 'lpt' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *HOMES, "__version__"})
+
 
 moved.install()

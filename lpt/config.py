@@ -17,7 +17,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from lpt.data import DATA, LOCATION_SETTINGS
 from lpt.data.preprocess import MAX_VIEW, Transform
 from lpt.errors import ConfigError, check_kind, did_you_mean, quoted
-from lpt.methods import METHODS
 from lpt.model.backbones.clip_text import TEMPLATE
 from lpt.settings import Seed, settings_of, validated
 
@@ -273,6 +272,8 @@ def _data_section(given: Any) -> tuple[dict[str, Any], list[str]]:
 
 def _method_section(given: Any, section: str = "method") -> tuple[dict[str, Any], list[str]]:
     """The method, and those inside it."""
+    from lpt.methods import METHODS  # the methods are a third of what there is to import, and predictions need none
+
     settings, mistakes = _named_section(section, given, {name: method.build for name, method in METHODS.items()})
     inner = METHODS[settings["name"]].inner if settings else None
     if inner and isinstance(settings.get(inner), dict):

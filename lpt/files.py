@@ -6,14 +6,15 @@ import os
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor
 
 from lpt.errors import DiskError, quoted
+
+if TYPE_CHECKING:  # torch takes seconds to load, and what a file says of itself needs none of it
+    from torch import Tensor
 
 # A header is parsed whole before it can be looked at, and takes a kilobyte of memory for each tensor that it names.
 MAX_HEADER = 4 * 2**20
@@ -42,12 +43,14 @@ def write_atomic(path: Path, content: bytes) -> None:
         raise DiskError(path, error) from error
 
 
-def to_bytes(tensors: Mapping[str, Tensor], **header: Any) -> bytes:
+def to_bytes(tensors: "Mapping[str, Tensor]", **header: Any) -> bytes:
     """A safetensors file, the same bytes for the same tensors.
 
     `header` is at most one keyword. Its value stands in the metadata as JSON under its name, with a seal: a SHA-256
     over itself and the tensors. (Two names would come in an order by chance.)
     """
+    from safetensors.torch import save
+
     stored = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     metadata: dict[str, str] = {}
     for name, content in header.items():
@@ -55,8 +58,17 @@ def to_bytes(tensors: Mapping[str, Tensor], **header: Any) -> bytes:
     return save(stored, metadata=metadata or None)
 
 
-def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+def read_tensors(path: Path) -> "tuple[dict[str, str], dict[str, Tensor]]":
     """(metadata, tensors) of a safetensors file. Raises ValueError with a short reason for whatever is wrong."""
+    return _read(path, "pt")
+
+
+def read_arrays(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
+    """The same without torch. Raises ValueError for numbers of a type that numpy does not have, too."""
+    return _read(path, "np")
+
+
+def _read(path: Path, framework: str) -> tuple[dict[str, str], dict[str, Any]]:
     try:
         other = other_format(path)
         if other:
@@ -65,18 +77,23 @@ def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
             header_size = int.from_bytes(file.read(8), "little")
         if header_size > MAX_HEADER:
             raise ValueError(f"a header of {header_size:,} bytes, {MAX_HEADER:,} are the most")
-        with safe_open(path, framework="pt") as opened:
+        with safe_open(path, framework=framework) as opened:
             names = list(opened.keys())
             if len(names) > MAX_TENSORS:
                 raise ValueError(f"{len(names):,} tensors, {MAX_TENSORS:,} are the most")
+            for name in names:
+                stored = opened.get_slice(name)
+                if len(stored.get_shape()) > MAX_AXES:
+                    raise ValueError(f"{name} has {len(stored.get_shape())} axes, {MAX_AXES} are the most")
+                if framework == "np" and stored.get_dtype() not in NUMPY_TYPES:
+                    raise ValueError(f"{name} is stored as {stored.get_dtype()}, which numpy does not have")
             tensors = {name: opened.get_tensor(name) for name in names}
-            metadata = opened.metadata() or {}
-        for name, value in tensors.items():
-            if value.dim() > MAX_AXES:
-                raise ValueError(f"{name} has {value.dim()} axes, {MAX_AXES} are the most")
-        return metadata, tensors
+            return opened.metadata() or {}, tensors
     except (SafetensorError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(quoted(error) or type(error).__name__) from None
+
+
+NUMPY_TYPES = ("BOOL", "U8", "I8", "U16", "I16", "F16", "U32", "I32", "F32", "U64", "I64", "F64", "C64")
 
 
 BEGINNINGS = {
@@ -130,16 +147,32 @@ def why_not_downloaded(error: BaseException) -> str:
     return quoted(error) or type(error).__name__
 
 
-def is_intact(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bool:
+def is_intact(header: Mapping[str, Any], tensors: "Mapping[str, Tensor | np.ndarray]") -> bool:
     """Whether `header`, with its seal, and `tensors` are what was sealed."""
     sealed = {key: value for key, value in header.items() if key != "sha256"}
     return header.get("sha256") == seal(sealed, tensors)
 
 
-def seal(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over the header as JSON and name, type, shape and bytes of every tensor, in hex."""
+def seal(header: Mapping[str, Any], tensors: "Mapping[str, Tensor | np.ndarray]") -> str:
+    """SHA-256 over the header as JSON and name, type, shape and bytes of every tensor, in hex.
+
+    Arrays of the same numbers have the same seal as tensors.
+    """
     digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for name, value in sorted(tensors.items()):
-        digest.update(f"\0{name}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
-        digest.update(value.flatten().view(torch.uint8).numpy().data)
+        digest.update(f"\0{name}\0{dtype_name(value)}\0{tuple(value.shape)}\0".encode())
+        digest.update(_bytes_of(value))
     return digest.hexdigest()
+
+
+def dtype_name(value: "Tensor | np.ndarray") -> str:
+    """What torch calls the type of its numbers."""
+    return f"torch.{value.dtype}" if isinstance(value, np.ndarray) else str(value.dtype)
+
+
+def _bytes_of(value: "Tensor | np.ndarray") -> memoryview:
+    if isinstance(value, np.ndarray):
+        return np.ascontiguousarray(value).reshape(-1).view(np.uint8).data
+    import torch
+
+    return value.flatten().view(torch.uint8).numpy().data

@@ -20,6 +20,7 @@ from pydantic import Field
 from lpt.data.image_hashes import image_draws
 from lpt.data.lists import read_unlabeled, with_slashes
 from lpt.data.longtail import usual_group_rule
+from lpt.data.pack import is_pack, open_pack
 from lpt.data.packed import Packed, read_packed, read_packed_file
 from lpt.data.parquet import read_hub
 from lpt.data.parts import FORMS, FolderPart, find_parts, role_called, role_in_path, same_inside
@@ -148,6 +149,8 @@ def _load(
         root = os.path.dirname(table) or "."
     if root is None:
         raise DataError("data.root is missing: give a folder with one folder of images for each class")
+    if is_pack(root) and not table:
+        return open_pack(root, "folder", {**split._asdict(), "unlabeled": unlabeled})
     contents = Contents()
     try:
         _read_parts(contents, root, unlabeled, columns, table, on_mistake)

@@ -15,10 +15,9 @@ import torch
 from lpt.data.preprocess import decoded
 from lpt.data.task import Files, Images, Task
 from lpt.errors import DataError
+from lpt.terms import HASH_BYTES
+from lpt.terms import unpacked as unpacked
 
-HASH_BYTES = 5
-"""40 bits of SHA-256: beside 115,846 training images another is taken for one of them once in ten million times, and
-they take 772 kB in a header."""
 UNREADABLE = -1
 
 
@@ -92,12 +91,3 @@ def packed(hashes: np.ndarray) -> str:
     """Hashes as text for a JSON header: each once, in order, base64."""
     known = np.unique(hashes[hashes != UNREADABLE])
     return base64.b64encode(b"".join(int(value).to_bytes(HASH_BYTES, "big") for value in known)).decode()
-
-
-def unpacked(text: str) -> np.ndarray:
-    """The inverse of `packed`. Raises ValueError for a text that is none."""
-    content = base64.b64decode(text, validate=True)
-    if len(content) % HASH_BYTES:
-        raise ValueError(f"{len(content)} bytes are no hashes of {HASH_BYTES}")
-    parts = (content[i : i + HASH_BYTES] for i in range(0, len(content), HASH_BYTES))
-    return np.array([int.from_bytes(part, "big") for part in parts], dtype=np.int64)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lpt.data.longtail import GroupRule, count_fingerprint
+from lpt.data.pack import is_pack, open_pack
 from lpt.data.task import Files, Task, hold_out
 from lpt.data.texts import cleaned, read_text
 from lpt.errors import DataError, quoted
@@ -41,19 +42,25 @@ PUBLISHED = {
 }
 
 
-def imagenet_lt(root: str | None = None, *, lists: str | None = None, group_rule: GroupRule = "lt20") -> Task:
+def imagenet_lt(
+    root: str | None = None, *, lists: str | None = None, classes: str | None = None, group_rule: GroupRule = "lt20"
+) -> Task:
     """ImageNet-LT (Liu 2019, OLTR): `root` holds ImageNet's train/ and val/, `lists` (or root) ImageNet_LT_*.txt."""
-    return _published("imagenet-lt", root, lists, group_rule)
+    return _published("imagenet-lt", root, lists, classes, group_rule)
 
 
-def places_lt(root: str | None = None, *, lists: str | None = None, group_rule: GroupRule = "lt20") -> Task:
+def places_lt(
+    root: str | None = None, *, lists: str | None = None, classes: str | None = None, group_rule: GroupRule = "lt20"
+) -> Task:
     """Places-LT (Liu 2019, OLTR): `root` holds Places365's images, `lists` (or root) Places_LT_*.txt."""
-    return _published("places-lt", root, lists, group_rule)
+    return _published("places-lt", root, lists, classes, group_rule)
 
 
-def inat2018(root: str | None = None, *, lists: str | None = None, group_rule: GroupRule = "lt20") -> Task:
+def inat2018(
+    root: str | None = None, *, lists: str | None = None, classes: str | None = None, group_rule: GroupRule = "lt20"
+) -> Task:
     """iNaturalist 2018: `root` holds train_val2018/, `lists` (or root) iNaturalist18_train.txt and _val.txt."""
-    return _published("inat2018", root, lists, group_rule)
+    return _published("inat2018", root, lists, classes, group_rule)
 
 
 def own_lists(
@@ -75,6 +82,9 @@ def own_lists(
     and serves audits alone. Without `val`, `val_per_class` training images of each class are held out.
     Raises DataError.
     """
+    if root is not None and is_pack(root):
+        split = {"seed": seed, "val_per_class": val_per_class, "group_rule": group_rule, "unlabeled": unlabeled}
+        return open_pack(root, "lists", split)
     root_folder = _existing_root("lists", root)
     paths = {"train": train, "val": val, "test": test}
     lists = {role: read_list(Path(path)) for role, path in paths.items() if path}
@@ -93,15 +103,20 @@ def own_lists(
     )
 
 
-def _published(name: str, root: str | None, lists_folder: str | None, group_rule: GroupRule) -> Task:
-    """The published split `name`. Raises DataError where the lists hold anything else."""
+def _published(
+    name: str, root: str | None, lists_folder: str | None, classes_file: str | None, group_rule: GroupRule
+) -> Task:
+    """The published split `name`. Classes are called after their folders, WordNet ids or numbers, unless a file has
+    their names. Raises DataError where the lists hold anything else."""
+    if root is not None and is_pack(root):
+        return open_pack(root, name, {"group_rule": group_rule})
     root_folder, published = _existing_root(name, root), PUBLISHED[name]
     folder = Path(lists_folder) if lists_folder else root_folder
     list_of = {"train": "train", "val": "val", "test": "test"}
     if not published.val:  # iNaturalist's val list is its test set
         list_of = {"train": "train", "test": "val"}
     lists = {role: read_list(folder / f"{published.lists}_{word}.txt") for role, word in list_of.items()}
-    task = _task(name, root_folder, lists, variant="published", group_rule=group_rule)
+    task = _task(name, root_folder, lists, variant="published", classes_file=classes_file, group_rule=group_rule)
     counts = task.counts
     sizes = (len(task.train), len(task.val) if task.val else 0, len(task.test))
     published_sizes = (published.train, published.val, published.test)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from lpt.errors import DataError, quoted
+from lpt.terms import GroupRule as GroupRule
 
 GROUPS = ("many", "medium", "few")
-GroupRule = Literal["lt20", "le20", "thirds"]
 Profile = Literal["exponential", "step"]
 MOST_IMAGES = 10**12
 """Of a class: more can only be a mistake."""

@@ -27,10 +27,10 @@ from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from lpt.errors import DataError, UndecodableImage, quoted
+from lpt.terms import MAX_VIEW as MAX_VIEW
+from lpt.terms import Pixels
 
 Transform = Literal["timm", "lift", "lpt"]
-Cutter = Literal["pillow", "torch"]
-"""Whose code decodes and resamples files: prompt files of before are Pillow's."""
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "PPM", "JPEG2000", "HEIF")
 """What is read where this Pillow can, HEIF with pillow-heif. It would read more, PostScript by running a program."""
 HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
@@ -44,8 +44,6 @@ MAX_SIDE = 2**16
 """Pixels of its longer side."""
 MAX_SCANS = 100
 """Scans of a progressive JPEG, each of which goes over the whole image."""
-MAX_VIEW = 1024
-"""Pixels of a view's side: attention over many more patches than that has would never end."""
 USUAL_MIN_SIDE = 540
 """`min_side` of views of 224 pixels: what a check decodes an image to that is too large as it is."""
 DECODE_ALONE_ABOVE = 2**24
@@ -63,7 +61,7 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 
 
 @dataclass(frozen=True)
-class Preprocess:
+class Preprocess(Pixels):
     """What a backbone expects of its pixels, and the views that training draws.
 
     Training view: random resized crop (area in [`min_area`, 1], aspect ratio in [3/4, 4/3] of the image's own, then
@@ -72,18 +70,6 @@ class Preprocess:
     Both go from the stored pixels to S × S in one antialiased resampling, the one of PIL and of torchvision's
     `Resize`: a product with one matrix for the rows and one for the columns of each image.
     """
-
-    size: int = 224
-    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
-    std: tuple[float, ...] = (0.5, 0.5, 0.5)
-    interpolation: str = "bicubic"
-    crop_ratio: float = 1.0
-    min_area: float = 0.7
-    flip: bool = True
-    square: bool = False
-    """Whether the test view is resized to a square whatever the image's shape, as LPT's code does."""
-    cutter: Cutter = "torch"
-    """Whose code cuts views out of files. Images in memory do not depend on it."""
 
     def with_(self, **changes: Any) -> "Preprocess":
         return replace(self, **changes)

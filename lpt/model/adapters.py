@@ -6,15 +6,14 @@ its bits. Shapes: tokens [B N D].
 
 import copy
 from collections.abc import Collection
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lpt.model.backbones.base import Backbone
-
-Kind = Literal["bias", "norm", "adaptformer", "lora", "full"]
+from lpt.terms import AdapterKind as Kind
 
 KINDS = {
     "bias": "every bias of the backbone (Zaken 2022, BitFit)",

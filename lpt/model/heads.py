@@ -4,11 +4,12 @@ Shapes: feature [B D'], joint [B J] (the space of images and texts), weight [C D
 """
 
 from collections.abc import Callable, Collection
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from lpt.terms import Fusion as Fusion
 
 
 class CosineHead(nn.Module):
@@ -82,9 +83,6 @@ class NeighbourHead(nn.Module):
         shares = torch.zeros(len(feature), self.num_classes, device=feature.device)
         shares.scatter_add_(1, self.labels[nearest], votes)
         return shares.clamp(min=1e-6).log()
-
-
-Fusion = Literal["scale", "zscore", "prob", "daso"]
 
 
 class FusedHead(nn.Module):

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from lpt.data.preprocess import Preprocess
 from lpt.device import PRECISIONS, pick_device, pick_precision
 from lpt.errors import ConfigError, PromptFileError, quoted
 from lpt.memory import check_serving
@@ -38,7 +39,7 @@ def open_prompt(
             f"prompt file {path} is for {quoted(backbone_name)}: give backbone.name if you want that made"
         )
     backbone = load_backbone(backbone_name, weights=weights, image_size=header.backbone.image_size)
-    backbone.preprocess = header.preprocess
+    backbone.preprocess = Preprocess(**vars(header.preprocess))
     backbone = backbone.to(PRECISIONS[pick_precision(precision or header.precision, torch_device)])
     what = f"prompt file {path} on {backbone.name}"
     check_serving(backbone, classes=len(header.classes), batch_size=at_once, device=torch_device, what=what)

@@ -7,9 +7,9 @@ feature [B D'], joint [B J], the space that images and texts share.
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -175,6 +175,38 @@ def read_prototypes(path: Path) -> dict[str, Tensor]:
     if not bool(torch.isfinite(rows).all()):
         raise BackboneError(f"prototypes.weights {path}: its prototypes hold numbers that are not finite")
     return {str(name): row for name, row in zip(names, rows, strict=True)}
+
+
+Built = TypeVar("Built", bound=nn.Module)
+
+
+def without_numbers(build: Callable[[], Built]) -> Built:
+    """The module that `build` makes, for `fill`: nothing is drawn at random only to be overwritten."""
+    with torch.device("meta"):
+        module = build()
+    stored = module.state_dict()
+    tensors = (*module.named_parameters(), *module.named_buffers())
+    # What is in no file is computed by the module itself, and lost on the meta device.
+    return module if all(name in stored for name, _ in tensors) else build()
+
+
+def fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copies all of `tensors` into a module of `without_numbers`: the file that they are of may change later."""
+    with_memory(module).load_state_dict(tensors)
+
+
+def with_memory(module: Built) -> Built:
+    """A module of `without_numbers` with memory for its tensors, whatever that holds."""
+    for part in module.modules():
+        # Not `to_empty`, which imports a library for symbols in the first place, for a third of a second.
+        for name, parameter in part.named_parameters(recurse=False):
+            if parameter.is_meta:
+                memory = torch.empty(parameter.shape, dtype=parameter.dtype)
+                part.register_parameter(name, nn.Parameter(memory, requires_grad=parameter.requires_grad))
+        for name, buffer in part.named_buffers(recurse=False):
+            if buffer.is_meta:
+                part.register_buffer(name, torch.empty(buffer.shape, dtype=buffer.dtype))
+    return module
 
 
 def fingerprint_of(tensors: Iterable[tuple[str, Tensor]]) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lpt.data.preprocess import Preprocess
 from lpt.errors import BackboneError, did_you_mean
-from lpt.model.backbones.base import fingerprint_of
+from lpt.model.backbones.base import fingerprint_of, with_memory, without_numbers
 from lpt.model.backbones.clip_text import TEMPLATE, TextTower
 from lpt.model.backbones.timm_vit import (
     TimmViT,
@@ -219,7 +219,8 @@ def _own_tower(name: str, config: Mapping[str, Any], path: Path | None) -> tuple
     from timm.models.vision_transformer import VisionTransformer
 
     vision: Any = CLIPVisionCfg(**config["vision_cfg"])
-    vit = VisionTransformer(
+    build = partial(
+        VisionTransformer,
         img_size=vision.image_size,
         patch_size=vision.patch_size,
         num_classes=0,
@@ -232,8 +233,9 @@ def _own_tower(name: str, config: Mapping[str, Any], path: Path | None) -> tuple
         pre_norm=True,
         norm_layer=partial(nn.LayerNorm, eps=1e-5),
         act_layer="quick_gelu" if config["quick_gelu"] else "gelu",
-        weight_init="" if path is None else "skip",  # timm leaves memory as it finds it where a file will fill it
+        weight_init="" if path is None else "skip",
     )
+    vit = build() if path is None else with_memory(without_numbers(build))
     projection = torch.randn(vision.width, config["embed_dim"]) * vision.width**-0.5
     wanted = {_open_clip_name(key): value for key, value in vit.state_dict().items()}
     # open_clip's have no axis for the batch (views: what is copied into them is copied into the tower).
@@ -260,7 +262,8 @@ def _timm_tower(name: str, config: Mapping[str, Any], path: Path | None) -> tupl
     from open_clip.timm_model import TimmModel
 
     vision: Any = CLIPVisionCfg(**config["vision_cfg"])
-    tower: Any = TimmModel(
+    build = partial(
+        TimmModel,
         vision.timm_model_name,
         config["embed_dim"],
         image_size=vision.image_size,
@@ -268,6 +271,7 @@ def _timm_tower(name: str, config: Mapping[str, Any], path: Path | None) -> tupl
         proj=vision.timm_proj,
         proj_bias=vision.timm_proj_bias,
     )
+    tower: Any = build() if path is None else with_memory(without_numbers(build))
     refuse_unserved_module(name, tower.trunk, SUPPORTED)
     _fill({f"visual.{key}": value for key, value in tower.state_dict().items()}, path, name)
     # timm's own classifier may be the projection, or open_clip adds one behind the trunk.

@@ -12,7 +12,8 @@ from safetensors import safe_open
 
 from lpt.data.preprocess import Preprocess
 from lpt.errors import BackboneError
-from lpt.model.backbones.base import fingerprint_of
+from lpt.model.backbones.base import fill, fingerprint_of, without_numbers
+from lpt.model.backbones.plain_vit import PlainViT
 from lpt.model.backbones.timm_vit import TimmViT, read_weights
 
 FILE = Path(__file__).parent / "nano.safetensors"
@@ -21,7 +22,8 @@ PREPROCESS = Preprocess(size=32, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 
 
 def architecture() -> Any:
-    """An untrained ViT of 8 blocks of width 128, for 64 patches and CLS: 1.6 million parameters."""
+    """nano as timm builds it, untrained, for whoever trains it: 8 blocks of width 128 over 64 patches and CLS, 1.6
+    million parameters."""
     from timm.models.vision_transformer import VisionTransformer
 
     return VisionTransformer(
@@ -40,8 +42,8 @@ def load(*, image_size: int | None = None) -> TimmViT:
     size = image_size or PREPROCESS.size  # in pixels
     if size % PATCH:
         raise BackboneError(f"backbone.image_size {size} is not a multiple of the patch size {PATCH} of nano")
-    vit = architecture()
-    vit.load_state_dict({name: value.float() for name, value in read_weights(FILE).items()})
+    vit = without_numbers(lambda: PlainViT(image_size=PREPROCESS.size, patch_size=PATCH, width=128, depth=8, heads=4))
+    fill(vit, {name: value.float() for name, value in read_weights(FILE).items()})
     fingerprint = fingerprint_of(vit.named_parameters())  # before positions are resampled to another size
     if size != PREPROCESS.size:
         vit.set_input_size((size, size))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lpt.data.preprocess import Preprocess
 from lpt.errors import BackboneError, did_you_mean, quoted
 from lpt.files import read_tensors, why_not_downloaded
-from lpt.model.backbones.base import Backbone, KeyValue, Prompt, fingerprint_of
+from lpt.model.backbones.base import Backbone, KeyValue, Prompt, fill, fingerprint_of, without_numbers
 
 SUPPORTED = (
     "plain timm VisionTransformer models: vit_*, deit_*, deit3_*, vit_*_dinov2, vit_*_reg4_dinov2, "
@@ -146,10 +146,10 @@ def load(name: str, *, weights: Path | None = None, image_size: int | None = Non
     if weights is None:
         _refuse_unpublished(name)
         with quiet("timm"), download_errors(f"timm:{name}", "timm"):
-            vit = timm.create_model(name, pretrained=True, num_classes=0)
+            vit = timm.create_model(name, pretrained=True, num_classes=0, weight_init="skip")
     else:
         with quiet("timm"):
-            vit = timm.create_model(architecture, pretrained=False, num_classes=0)
+            vit = without_numbers(lambda: timm.create_model(architecture, num_classes=0, weight_init="skip"))
     refuse_unserved_module(f"timm:{name}", vit)
     if weights is not None:
         _load_weights(vit, weights, architecture)
@@ -261,7 +261,7 @@ def _load_weights(vit: nn.Module, path: Path, architecture: str) -> None:
         if not name.startswith(("head.", "head_dist.")):
             tensors[name] = value.float()
     check_fit(vit.state_dict(), tensors, path, architecture)
-    vit.load_state_dict(tensors)
+    fill(vit, tensors)
 
 
 def check_fit(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor], path: Path, architecture: str) -> None:

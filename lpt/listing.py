@@ -1,0 +1,79 @@
+"""What `lpt list` says, read from the source: importing the methods would import torch, which takes seconds."""
+
+import ast
+from functools import cache
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent
+
+
+def tables() -> dict[str, dict[str, str]]:
+    """By kind of thing, what is said of each by its name."""
+    return {
+        "methods": _first_lines(PACKAGE / "methods/__init__.py", "METHODS"),
+        "backbones": ast.literal_eval(_assigned(PACKAGE / "model/backbones/__init__.py", "FAMILIES")),
+        "data": _first_lines(PACKAGE / "data/__init__.py", "DATA"),
+        "losses": ast.literal_eval(_assigned(PACKAGE / "losses.py", "LOSSES")),
+        "configs": {str(path): first_line(path.read_text(errors="replace")).lstrip("# ") for path in _configs()},
+    }
+
+
+def first_line(text: str | None) -> str:
+    lines = (text or "").strip().splitlines()
+    return lines[0] if lines else ""
+
+
+def _first_lines(path: Path, table: str) -> dict[str, str]:
+    """The first line of what each function in a `table` of functions, or of calls with one, says of itself.
+
+    Of a function `tune` that is what its page says: it is the only one there.
+    """
+    homes = _imported(path)
+    lines = {}
+    entries = _assigned(path, table)
+    assert isinstance(entries, ast.Dict)
+    for key, value in zip(entries.keys, entries.values, strict=True):
+        function = value.args[0] if isinstance(value, ast.Call) else value
+        if isinstance(function, ast.Attribute):  # page.function
+            assert isinstance(function.value, ast.Name)
+            home, name = ".".join(homes[function.value.id]), function.attr
+        else:
+            assert isinstance(function, ast.Name)
+            home, name = homes[function.id]
+        page = _parsed(PACKAGE.parent / (home.replace(".", "/") + ".py"))
+        lines[ast.literal_eval(key or function)] = first_line(_docstring(page, name))
+    return lines
+
+
+def _docstring(page: ast.Module, name: str) -> str | None:
+    if name == "tune":
+        return ast.get_docstring(page)
+    (function,) = (node for node in page.body if isinstance(node, ast.FunctionDef) and node.name == name)
+    return ast.get_docstring(function)
+
+
+def _imported(path: Path) -> dict[str, tuple[str, str]]:
+    """Name → (module, name there) of `from module import name` in a file."""
+    imports = [node for node in _parsed(path).body if isinstance(node, ast.ImportFrom)]
+    return {alias.asname or alias.name: (node.module or "", alias.name) for node in imports for alias in node.names}
+
+
+def _assigned(path: Path, name: str) -> ast.expr:
+    """What a file assigns to `name`."""
+    for node in _parsed(path).body:
+        targets = [node.target] if isinstance(node, ast.AnnAssign) else getattr(node, "targets", [])
+        value = getattr(node, "value", None)
+        if value and any(isinstance(target, ast.Name) and target.id == name for target in targets):
+            return value
+    raise AssertionError(f"{path} assigns nothing to {name}")
+
+
+@cache
+def _parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_bytes())
+
+
+def _configs() -> list[Path]:
+    """The configs of this folder, or else those of the checkout that lpt runs from."""
+    here = Path("configs")
+    return sorted((here if here.is_dir() else PACKAGE.parent / "configs").rglob("*.yaml"))

@@ -1,0 +1,22 @@
+"""The benchmarks of packs and of long lists, as they are run, on little."""
+
+from benchmarks.data import packed
+
+
+def test_packs_are_compared_with_their_files():
+    rows = packed.packed(quick=True)
+    assert [row["unit"] for row in rows if "ratio" in row] == [
+        "training views/s of a pack against its files, warm",
+        "training views/s of a pack against its files, cold",
+    ]
+    assert all(row.get("ratio", row.get("value")) > 0 for row in rows)
+
+
+def test_long_lists_have_as_many_rows_as_were_published():
+    from lpt.data.lists import PUBLISHED
+
+    for published in PUBLISHED.values():
+        counts = packed._counts(published, 1)
+        assert (len(counts), sum(counts)) == (published.classes, published.train) and min(counts) >= published.smallest
+    rows = packed.startup_lists(quick=True)
+    assert len(rows) == 6 and all(row["value"] >= 0 for row in rows)
