@@ -20,7 +20,7 @@ from lpt.data.image_hashes import image_hashes, packed
 from lpt.data.task import Task
 from lpt.device import PRECISIONS, peak_memory, versions
 from lpt.engine.batches import Progress
-from lpt.engine.evaluate import Predictions, PrefixCache, evaluate, measure, predict
+from lpt.engine.evaluate import Predictions, PrefixCache, best_class, evaluate, measure, predict
 from lpt.engine.history import History
 from lpt.engine.lock import locked
 from lpt.engine.loop import follow
@@ -289,11 +289,11 @@ def write_results(setup: Setup, folder: RunFolder, session: Session, results: Re
         "seconds": round(spent, 1),
         "peak_memory_bytes": peak_memory(setup.device),
     }
-    top = results.model.probabilities(results.predictions.logits).max(1)
+    confidence, predicted_class = best_class(results.model, results.predictions.logits)
     predicted = {
         "labels": results.predictions.labels,
-        "predicted": top.indices,
-        "confidence": top.values.float(),
+        "predicted": predicted_class,
+        "confidence": confidence,
     }
     write_atomic(out / "predictions.safetensors", to_bytes(predicted))
     write_atomic(out / "report.md", markdown(report, classes=classes, command=command_of(out)).encode())
