@@ -4,7 +4,9 @@ Shapes: views [B 3 S S] uint8.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,46 +15,94 @@ from torch import Tensor
 
 from lpt.data.preprocess import File, Preprocess
 from lpt.data.task import remarks
-from lpt.data.walk import as_text, joined, walk
+from lpt.data.walk import RelativePath, Walk, as_text, joined, walk_by_folder
 from lpt.engine.evaluate import no_answer
 from lpt.errors import DataError, quoted, short
 from lpt.memory import naming_lack_of_memory
 from lpt.model.classifier import PromptedClassifier
 
+Content = str | Path | bytes
+"""Where an image is, or its encoded bytes."""
+
+
+class Answer(NamedTuple):
+    """What a model says of one image: numbers of its most probable classes, the best first, and their probabilities;
+    or why it says nothing."""
+
+    classes: Sequence[int] = ()
+    probabilities: Sequence[float] = ()
+    error: str | None = None
+
 
 def predict_files(
-    model: PromptedClassifier, paths: Sequence[Path], *, topk: int = 5, batch_size: int = 32
+    model: PromptedClassifier, paths: Iterable[Path], *, topk: int = 5, batch_size: int = 32
 ) -> Iterator[dict[str, Any]]:
     """For each image `{"image", "classes", "probabilities"}`, or `{"image", "error"}` where it cannot be read.
 
     Classes are the `topk` most probable ones, the best first.
     """
+    for file, answer in answers(model, (as_file(path) for path in paths), topk=topk, batch_size=batch_size):
+        if answer.error is not None:
+            yield {"image": file.name, "error": answer.error}
+        else:
+            names = [short(model.classes[k]) for k in answer.classes]
+            yield {"image": file.name, "classes": names, "probabilities": list(answer.probabilities)}
+
+
+def as_file(path: Path) -> File:
+    """An image file under a name that can be shown and written anywhere."""
+    return File(as_text(str(path)), path)
+
+
+def answers(
+    model: PromptedClassifier, files: Iterable[File], *, topk: int, batch_size: int = 32
+) -> Iterator[tuple[File, Answer]]:
+    """Each of `files` with what the model says of it, in order. A batch is held at a time, and the next one decoded
+    while the model works on it."""
     device, preprocess = next(model.parameters()).device, model.backbone.preprocess
     topk = min(topk, len(model.classes))
-    for start in range(0, len(paths), batch_size):
-        batch_paths = paths[start : start + batch_size]
-        answers: list[dict[str, Any]] = [{"image": as_text(str(path))} for path in batch_paths]
-        views, errors = _test_views(preprocess, batch_paths)
-        for i, error in errors.items():
-            answers[i]["error"] = error
-        readable = [answer for answer in answers if "error" not in answer]
-        if views is not None:
-            where = f"in a prediction of {len(views)} images"
-            with torch.no_grad(), naming_lack_of_memory(lambda where=where: where):
-                batch = preprocess.normalized(views.to(device), dtype=model.backbone.dtype)
-                best = model.probabilities(model(batch).logits).topk(topk)
-            for answer, values, ids in zip(readable, best.values.tolist(), best.indices.tolist(), strict=True):
-                if not all(map(math.isfinite, values)):
-                    answer["error"] = no_answer(answer["image"])
-                    continue
-                answer["classes"] = [short(model.classes[i]) for i in ids]
-                answer["probabilities"] = values
-        yield from answers
+    for batch, views, errors in _cut_ahead(preprocess, _batches(files, batch_size)):
+        good = iter(_top(model, preprocess, views.to(device), topk) if views is not None else ())
+        for i, file in enumerate(batch):
+            answer = Answer(error=errors[i]) if i in errors else next(good)
+            if not all(map(math.isfinite, answer.probabilities)):
+                answer = Answer(error=no_answer(file.name))
+            yield file, answer
 
 
-def _test_views(preprocess: Preprocess, paths: Sequence[Path]) -> tuple[Tensor | None, dict[int, str]]:
+@torch.no_grad()
+def _top(model: PromptedClassifier, preprocess: Preprocess, views: Tensor, topk: int) -> list[Answer]:
+    where = f"in a prediction of {len(views)} images"
+    with naming_lack_of_memory(lambda: where):
+        batch = preprocess.normalized(views, dtype=model.backbone.dtype)
+        best = model.probabilities(model(batch).logits.float()).topk(topk)
+    return [Answer(*both) for both in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
+
+
+def _batches(files: Iterable[File], size: int) -> Iterator[list[File]]:
+    files = iter(files)
+    while batch := list(islice(files, size)):
+        yield batch
+
+
+Cut = tuple[Sequence[File], Tensor | None, dict[int, str]]
+
+
+def _cut_ahead(preprocess: Preprocess, batches: Iterator[list[File]]) -> Iterator[Cut]:
+    """Each batch with `_test_views` of it; the next is being made when one is handed over."""
+    with ThreadPoolExecutor(1, thread_name_prefix="next batch") as thread:
+        waiting = None
+        for batch in batches:
+            coming = thread.submit(lambda batch=batch: (batch, *_test_views(preprocess, batch)))
+            if waiting is not None:
+                yield waiting.result()
+            waiting = coming
+        if waiting is not None:
+            yield waiting.result()
+
+
+def _test_views(preprocess: Preprocess, files: Sequence[File]) -> tuple[Tensor | None, dict[int, str]]:
     """(views of the files that can be decoded, None where none can, the error of each other by its index)."""
-    files = [File(as_text(str(path)), path) for path in paths]
     try:
         return preprocess.cut(files), {}
     except DataError:  # at least one file is broken, which does not say whether others are: decode them one by one
@@ -74,6 +124,22 @@ class ImageFiles(NamedTuple):
     remarks: list[str]
 
 
+class Met(NamedTuple):
+    """An image that was met: the file or folder that was asked for, and the path below it, empty for a file."""
+
+    asked: Path
+    below: RelativePath = ()
+
+    @property
+    def path(self) -> Path:
+        return self.asked.joinpath(*self.below)
+
+    @property
+    def name(self) -> RelativePath:
+        """What it is called wherever the folder lies."""
+        return self.below or (self.asked.name,)
+
+
 def image_files(paths: Sequence[Path]) -> list[Path]:
     """The images of `find_images`."""
     return find_images(paths).paths
@@ -84,20 +150,38 @@ def find_images(paths: Sequence[Path]) -> ImageFiles:
     images, which cannot be read. Raises DataError for a path that is not there, and for a folder without images."""
     files: list[Path] = []
     left_out: dict[str, list[str]] = {}
+    for path in paths:  # of one folder in order of name, whatever the depth
+        files += [met.path for met in sorted(meet_images([path], left_out))]
+    return ImageFiles(files, said_of(left_out))
+
+
+def meet_images(paths: Sequence[Path], left_out: dict[str, list[str]]) -> Iterator[Met]:
+    """The images of `find_images`, folder by folder, for more of them than are to be held at once. Fills `left_out`
+    with every other file, by why it is none."""
     for path in paths:
         if path.is_dir():
-            walked = walk(path)
-            lost_links = walked.left_out.get("lost_links", [])
-            names = {reason: [joined(name) for name in below] for reason, below in walked.left_out.items()}
-            if not walked.images and not lost_links:
-                reasons = [text for _, text in remarks(names, most=1)]
-                raise DataError("; ".join([f"folder {quoted(path)} holds no image", *reasons]))
-            files += [path.joinpath(*name) for name in sorted([*walked.images, *lost_links])]
-            for reason, below in names.items():
-                left_out.setdefault(reason, []).extend(as_text(str(path / name)) for name in below)
+            yield from _images_below(path, left_out)
         elif path.exists() or path.is_symlink():
-            files.append(path)
+            yield Met(path)
         else:
             raise DataError(f"image {quoted(path)} does not exist")
-    said = [f"{'warning' if remark.is_problem else 'note'}: {text}" for remark, text in remarks(left_out, most=1)]
-    return ImageFiles(files, said)
+
+
+def _images_below(path: Path, left_out: dict[str, list[str]]) -> Iterator[Met]:
+    walked, number = Walk(), 0
+    lost_links = walked.left_out.setdefault("lost_links", [])
+    for images in walk_by_folder(path, walked):
+        number += len(images) + len(lost_links)
+        yield from (Met(path, below) for below in sorted([*images, *lost_links]))
+        lost_links.clear()
+    names = {reason: [joined(name) for name in below] for reason, below in walked.left_out.items()}
+    if not number:
+        reasons = [text for _, text in remarks(names, most=1)]
+        raise DataError("; ".join([f"folder {quoted(path)} holds no image", *reasons]))
+    for reason, below in names.items():
+        left_out.setdefault(reason, []).extend(as_text(str(path / name)) for name in below)
+
+
+def said_of(left_out: dict[str, list[str]]) -> list[str]:
+    """A sentence on each kind of file that is no image."""
+    return [f"{'warning' if remark.is_problem else 'note'}: {text}" for remark, text in remarks(left_out, most=1)]
