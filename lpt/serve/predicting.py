@@ -158,12 +158,20 @@ def find_images(paths: Sequence[Path]) -> ImageFiles:
 def meet_images(paths: Sequence[Path], left_out: dict[str, list[str]]) -> Iterator[Met]:
     """The images of `find_images`, folder by folder, for more of them than are to be held at once. Fills `left_out`
     with every other file, by why it is none."""
+    check_there(paths)
     for path in paths:
         if path.is_dir():
             yield from _images_below(path, left_out)
-        elif path.exists() or path.is_symlink():
-            yield Met(path)
         else:
+            yield Met(path)
+
+
+def check_there(paths: Sequence[Path]) -> None:
+    """Raises DataError for no path at all, and for one that is not there."""
+    if not paths:
+        raise DataError("no image is given: name files or folders")
+    for path in paths:
+        if not path.exists() and not path.is_symlink():
             raise DataError(f"image {quoted(path)} does not exist")
 
 
