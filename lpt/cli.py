@@ -187,15 +187,17 @@ def predict(
         raise typer.Exit(1)
 
 
-def _paths_and_settings(words: Sequence[Path]) -> tuple[list[Path], dict[str, Any]]:
-    """What of the `words` of a command are paths of images, and what are settings of `backbone` and `train`."""
+def _paths_and_settings(
+    words: Sequence[Path], *, sections: Sequence[str] = ("backbone", "train")
+) -> tuple[list[Path], dict[str, Any]]:
+    """What of the `words` of a command are paths of images, and what are settings of `sections`."""
     from lpt.config import nested
     from lpt.serve.opening import check_loading
     from lpt.serve.predicting import check_there
 
     texts = [str(path) for path in words]
     settings = nested([t for t in texts if _is_setting(t)])
-    check_loading(settings, sections=("backbone", "train"))
+    check_loading(settings, sections=sections)
     paths = [Path(t) for t in texts if not _is_setting(t)]
     check_there(paths)
     return paths, settings
@@ -262,6 +264,54 @@ def _streaming(out: Path) -> Iterator[Any]:
 
 def _say_aside(text: str) -> None:
     print(text, file=sys.stderr)
+
+
+@app.command("pseudo-label")
+def pseudo_label(
+    prompt: Annotated[Path, typer.Argument(help="a prompt file")],
+    unlabeled: Annotated[
+        list[Path], typer.Argument(help="image files or folders; data.root=DIR, backbone.weights=FILE as in train")
+    ],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="write labels there: FILE.parquet or FILE.jsonl")],
+    precision: Annotated[float, typer.Option(help="the share of labels that is to be right")] = 0.95,
+    held_out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="class folders to find thresholds on; default: of its own data")
+    ] = None,
+    prior: Annotated[
+        str, typer.Option(help="how frequent classes are: images (estimated of them), held-out, or training")
+    ] = "images",
+    topk: Annotated[int, typer.Option(min=1, help="classes in the lists of each row")] = 5,
+    batch_size: Annotated[int, typer.Option(min=1, help="images that go through the model together")] = 32,
+    shard: Annotated[str, typer.Option(metavar="i/n", help="one of n shares of the images")] = "1/1",
+    resume: Annotated[bool, typer.Option("--resume", help="go on where a process has ended")] = False,
+) -> None:
+    """One label for each image, or `unsure`, right as often as --precision says.
+
+    Each class has a threshold, found on held-out images of known class. FILE.json says the thresholds, and the
+    precision and coverage to be expected of classes with many, some and few training images.
+    """
+    from lpt.serve.pseudo_labeling import Wanted, report_lines
+    from lpt.serve.pseudo_labeling import pseudo_label as write_labels
+    from lpt.serve.streaming import Shard
+
+    paths, settings = _paths_and_settings(unlabeled, sections=("backbone", "train", "data"))
+    wanted = Wanted(precision=precision, prior=prior, held_out=held_out, topk=topk)  # type: ignore[arg-type]
+    share = Shard.parsed(shard)
+    with _streaming(out) as stop:
+        report = write_labels(
+            prompt,
+            paths,
+            out,
+            settings,
+            wanted=wanted,
+            batch_size=batch_size,
+            shard=share,
+            resume=resume,
+            say=_say_aside,
+            stop=stop,
+        )
+    for line in report_lines(report):
+        print(line)
 
 
 @app.command()

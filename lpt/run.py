@@ -129,7 +129,7 @@ class RunFolder:
     def __init__(self, out: Path, setup: Setup, *, resume: bool, until_closed: contextlib.ExitStack) -> None:
         self.out, self.setup, self.resume = out, setup, resume
         self.checkpoints = out / "checkpoints"
-        self.pseudo_labels = out / "pseudo_labels.parquet"
+        self.pseudo_labels = out / "pseudo_labels"
         self.history = History(out / "history.jsonl" if setup.is_main else None)
         self.best = Best(self.checkpoints, setup.run_hash, writes=setup.is_main)
         self._until_closed, self._taken = until_closed, False
@@ -328,9 +328,11 @@ def write_prompt(setup: Setup, path: Path, results: Results) -> None:
 
 def summarize_pseudo_labels(path: Path, task: Task) -> dict[str, Any] | None:
     """What the last round of pseudo-labels was like, if there was one."""
-    if not path.exists() or task.unlabeled is None:
+    last = read_last_round(path, task.classes) if task.unlabeled is not None else None
+    if last is None:
         return None
-    notes, number = read_last_round(path, task.classes)
+    assert task.unlabeled is not None
+    notes, number = last
     labels = task.unlabeled.labels
     true_counts = torch.bincount(labels, minlength=len(task.classes)) if bool((labels >= 0).all()) else None
     return {"round": number, **diagnose(notes, notes["truth"], task.counts, true_counts)}

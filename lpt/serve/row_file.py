@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -116,22 +116,28 @@ class RowFile:
             self.errors += errors
             self._waiting = []
 
-    def finish(self) -> None:
-        """Joins the parts: the file is there, and whole."""
+    def finish(self, change: Callable[[Row], Row] | None = None) -> None:
+        """Joins the parts, with `change` of each row: the file is there, and whole."""
         self.flush()
         temporary = self.partial / f".{self.path.name}.tmp"
         if self.path.suffix == ".parquet":
-            self._join_parquet(temporary)
+            self._join_parquet(temporary, change)
         else:
             with temporary.open("wb") as joined:
                 for part, _, _ in self._parts():
-                    with part.open("rb") as file:
-                        shutil.copyfileobj(file, joined)
+                    joined.write(
+                        self._encoded([change(row) for row in self._read(part)]) if change else part.read_bytes()
+                    )
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(self.path)
 
-    def _join_parquet(self, path: Path) -> None:
+    def each(self) -> Iterator[Row]:
+        """All rows that are in parts, in order."""
+        for part, _, _ in self._parts():
+            yield from self._read(part)
+
+    def _join_parquet(self, path: Path, change: Callable[[Row], Row] | None) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -139,10 +145,20 @@ class RowFile:
         parts = [part for part, _, _ in self._parts()]
         with pq.ParquetWriter(path, schema) as writer:
             for i in range(0, len(parts), PARTS_AT_ONCE):
-                tables = [self._read(part) for part in parts[i : i + PARTS_AT_ONCE]]
+                tables = [self._read_table(part) for part in parts[i : i + PARTS_AT_ONCE]]
+                if change:
+                    tables = [self._table([change(row) for row in table.to_pylist()]) for table in tables]
                 writer.write_table(pa.concat_tables(tables).cast(schema))
 
-    def _read(self, part: Path) -> Any:
+    def _read(self, part: Path) -> list[Row]:
+        if self.path.suffix == ".parquet":
+            return self._read_table(part).to_pylist()
+        try:
+            return [json.loads(line) for line in part.read_bytes().decode().split("\n")[:-1]]
+        except ValueError as error:
+            raise self._damaged(f"{part.name} cannot be read ({quoted(error)})") from None
+
+    def _read_table(self, part: Path) -> Any:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -153,15 +169,19 @@ class RowFile:
 
     def _encoded(self, rows: list[Row]) -> bytes:
         if self.path.suffix == ".parquet":
-            import pyarrow as pa
             import pyarrow.parquet as pq
 
-            columns = {name: [row.get(name) for row in rows] for name in self.schema.names}
             buffer = io.BytesIO()
-            pq.write_table(pa.table(columns, schema=self.schema), buffer)
+            pq.write_table(self._table(rows), buffer)
             return buffer.getvalue()
         lines = [json.dumps({k: v for k, v in row.items() if v is not None}, ensure_ascii=False) for row in rows]
         return "".join(line + "\n" for line in lines).encode()
+
+    def _table(self, rows: list[Row]) -> Any:
+        import pyarrow as pa
+
+        columns = {name: [row.get(name) for row in rows] for name in self.schema.names}
+        return pa.table(columns, schema=self.schema)
 
     def _parts(self) -> list[tuple[Path, int, int]]:
         """Every part, its number of rows and of errors, in order. Raises LptError where one is missing."""

@@ -114,8 +114,12 @@ def write_answers(
     resume: bool,
     say: Say,
     stop: Stop,
+    at_start: Callable[[], None] = lambda: None,
+    at_end: Callable[[], Callable[[Row], Row] | None] = lambda: None,
 ) -> Written:
-    """A row for each image that `paths` lead to, in the file that `writing` is; goes on after the rows that it has."""
+    """A row for each image that `paths` lead to, in the file that `writing` is; goes on after the rows that it has.
+    `at_start` is called before the model sees them; when all rows are there they become what the function that `at_end`
+    returns makes of them."""
     with writing.opened(resume=resume):
         if writing.is_whole:
             say(f"{writing.path} is there, and whole")
@@ -124,6 +128,7 @@ def write_answers(
         if not images.exists():
             for line in images.write(paths, shard):
                 say(line)
+        at_start()
         before = writing.rows
         say(f"{images.number} images" + (f", {before} of them done before" if before else ""))
         errors = 0
@@ -135,9 +140,9 @@ def write_answers(
                     more = "; others are rows of the file, and not said" if errors == ERRORS_SAID else ""
                     say(f"error: {quoted(answer.error, 4096)}{more}")
                 if stop.asked:
-                    writing.flush()
                     break
-        writing.finish()
+            writing.flush()
+        writing.finish(at_end())
         return Written(writing.rows, writing.errors)
 
 
