@@ -99,9 +99,8 @@ def test_a_killed_process_ends_in_the_same_labels(made, tmp_path, capsys, monkey
         out = tmp_path / f"{i}.jsonl"
         with monkeypatch.context() as patch:
             if patched == "row_of":  # among the images
-                numbers = iter(range(10**6))
 
-                def stops(*given, **also):
+                def stops(*given, numbers=iter(range(10**6)), **also):  # noqa: B008 - one for all calls
                     if next(numbers) == 250:
                         os.kill(os.getpid(), signal.SIGTERM)
                     return streaming.row_of(*given, **also)

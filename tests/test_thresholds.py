@@ -5,9 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from lpt.serve.thresholds import HeldOut, choose, class_shares, interval, thresholds, weights
-
-GROUPS = ("many", "medium", "few")
+from lpt.serve.thresholds import HeldOut, choose, class_shares, expected, interval, thresholds, weights
 
 
 def made(rng, number_of_each, *, noise=1.6):
@@ -40,7 +38,8 @@ def test_a_threshold_is_the_smallest_with_which_own_and_group_images_are_right_o
         enough = []
         for step in np.unique(held_out.confidence[in_group]):
             own, images = share((held_out.predicted == k) & (held_out.confidence >= step))
-            of_group, _ = share(in_group & (held_out.confidence >= step))
+            of_group, others = share(in_group & (held_out.confidence >= step))
+            of_group *= others / (others + 1)
             if (images * own + 10 * of_group) / (images + 10) >= wanted[group_of[k]]:
                 enough.append(step)
         assert found == min(enough, default=math.inf)
@@ -67,22 +66,27 @@ def test_what_is_expected_is_what_comes_of_images_with_other_frequencies(each):
     # Much nearer than what is held out, where each class is as frequent.
     off = np.abs(shares - long_tail / long_tail.sum()).sum()
     assert off < 0.3 * np.abs(1 / classes - long_tail / long_tail.sum()).sum()
-    chosen = choose(plain(predicted, confidence, truth, shares=shares), group_of, 0.95, GROUPS)
-    is_kept = sure >= chosen.thresholds[pool]
-    for name, inside in [(n, group_of[pool] == i) for i, n in enumerate(GROUPS)] + [("all", np.ones(len(pool), bool))]:
-        expected = chosen.expected[name]
-        assert expected["precision"]["estimate"] >= 0.95 and expected["kept"] <= expected["images"]
-        precision, coverage = (pool == right)[inside & is_kept].mean(), is_kept[inside].mean()
-        assert expected["precision"]["low"] - 0.02 < precision < expected["precision"]["high"] + 0.02, name
-        assert expected["coverage"]["low"] - 0.04 < coverage < expected["coverage"]["high"] + 0.04, name
+    held_out = plain(predicted, confidence, truth, shares=shares)
+    chosen = choose(held_out, group_of, 0.95)
+    is_sure = sure >= chosen.thresholds[pool]
+    for classes in (group_of == 0, group_of == 1, group_of == 2, group_of >= 0):
+        inside = classes[pool]
+        found = expected(held_out, chosen, classes, int(inside.sum()), int((inside & is_sure).sum()))
+        assert found["precision"]["estimate"] >= 0.95 and found["held_out_kept"] <= found["held_out_images"]
+        precision, coverage = (pool == right)[inside & is_sure].mean(), is_sure[inside].mean()
+        assert found["precision"]["low"] - 0.01 < precision < found["precision"]["high"] + 0.01
+        assert found["coverage"]["low"] - 0.06 < coverage < found["coverage"]["high"] + 0.06
 
 
 def test_a_group_of_nothing_is_unknown_and_an_unreachable_precision_labels_nothing():
     predicted, confidence, truth = made(np.random.default_rng(2), np.full(6, 10), noise=8)
-    chosen = choose(plain(predicted, confidence, truth), np.array([0, 0, 0, 2, 2, 2]), 0.9999, GROUPS)
-    assert np.isinf(chosen.thresholds).all()
-    assert chosen.expected["medium"] == {"images": 0, "kept": 0, "precision": None, "coverage": None}
-    assert chosen.expected["all"]["precision"] is None and chosen.expected["all"]["coverage"]["estimate"] == 0
+    held_out, group_of = plain(predicted, confidence, truth), np.array([0, 0, 0, 2, 2, 2])
+    chosen = choose(held_out, group_of, 0.9999)
+    assert np.isinf(chosen.thresholds).all() and not chosen.kept.any()
+    nothing = {"precision": None, "coverage": None, "held_out_images": 0, "held_out_kept": 0}
+    assert expected(held_out, chosen, group_of == 1, 5, 0) == nothing
+    found = expected(held_out, chosen, group_of >= 0, 5, 0)
+    assert found["precision"] is None and found["coverage"]["estimate"] == 0
 
 
 def test_wilsons_interval_holds_the_truth_as_often_as_it_says():
@@ -95,6 +99,8 @@ def test_wilsons_interval_holds_the_truth_as_often_as_it_says():
         assert 0.91 <= hits / 400 <= 0.99
     same = interval(np.array([True, False]).repeat(5), np.ones(10))
     assert interval(np.array([True, False]).repeat(5), np.full(10, 7.0)) == pytest.approx(same)
-    wide = interval(np.array([True, False]).repeat(5), np.array([5.0, 1.0]).repeat(5))
-    assert wide["high"] - wide["low"] > same["high"] - same["low"] and wide["estimate"] == pytest.approx(5 / 6)
+    wide = interval(np.array([True, False, True, False, True, False]), np.array([9.0, 9.0, 1.0, 1.0, 1.0, 1.0]))
+    assert wide["estimate"] == pytest.approx(11 / 22) and wide["high"] - wide["low"] > same["high"] - same["low"]
     assert interval(np.empty(0), np.empty(0)) is None
+    few = interval(np.arange(100) < 95, np.ones(100), among=20)  # of twenty others chance decides more
+    assert few["low"] < interval(np.arange(100) < 95, np.ones(100))["low"] and few["estimate"] == 0.95

@@ -8,6 +8,7 @@ how frequent each class is may differ, and is estimated.
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +30,7 @@ from lpt.serve.opening import check_loading, open_prompt
 from lpt.serve.predicting import Answer
 from lpt.serve.row_file import Row, RowFile, check_out
 from lpt.serve.streaming import Say, Shard, file_sha256, images_of_job, row_of, row_schema, write_answers
-from lpt.serve.thresholds import Chosen, HeldOut, choose, class_shares, weights
+from lpt.serve.thresholds import HeldOut, choose, class_shares, expected, weights
 
 UNSURE = "unsure"
 """In the place of a label; `sure` tells it from a class of that name."""
@@ -174,7 +175,7 @@ class Labeling:
                 pool[number_of[row["class"]]] += 1
         held_out, shares = self._weighed(pool)
         group_of = self._groups()
-        chosen = choose(held_out, group_of, self.wanted.precision, GROUPS)
+        chosen = choose(held_out, group_of, self.wanted.precision)
         limits = chosen.thresholds
         labeled = np.zeros(len(names), dtype=np.int64)
 
@@ -187,7 +188,8 @@ class Labeling:
         for row in map(label, self.writing.each()):
             if row.get("sure"):
                 labeled[number_of[row["class"]]] += 1
-        report = self._report(chosen, shares, group_of, pool, labeled)
+        expected_of = partial(expected, held_out, chosen)
+        report = self._report(chosen.thresholds, expected_of, shares, group_of, pool, labeled)
         write_atomic(report_of(self.writing.path), json.dumps(report, indent=1).encode())
         return label
 
@@ -217,10 +219,16 @@ class Labeling:
         return group_of
 
     def _report(
-        self, chosen: Chosen, shares: np.ndarray, group_of: np.ndarray, pool: np.ndarray, labeled: np.ndarray
+        self,
+        limits: np.ndarray,
+        expected_of: Callable[[np.ndarray, int, int], dict[str, Any]],
+        shares: np.ndarray,
+        group_of: np.ndarray,
+        pool: np.ndarray,
+        labeled: np.ndarray,
     ) -> dict[str, Any]:
         groups: dict[str, Any] = {}
-        for name, expected in chosen.expected.items():
+        for name in (*GROUPS, "all"):
             inside = group_of == GROUPS.index(name) if name in GROUPS else np.ones(len(group_of), dtype=bool)
             images, number = int(pool[inside].sum()), int(labeled[inside].sum())
             groups[name] = {
@@ -228,15 +236,9 @@ class Labeling:
                 "images": images,
                 "labeled": number,
                 "coverage": number / images if images else None,
-                "expected": {
-                    "precision": expected["precision"],
-                    "coverage": expected["coverage"],
-                    "held_out_images": expected["images"],
-                    "held_out_kept": expected["kept"],
-                },
+                "expected": expected_of(inside, images, number),
             }
         names = self.model.classes
-        limits = [float(limit) if np.isfinite(limit) else None for limit in chosen.thresholds]
         return {
             "precision": self.wanted.precision,
             "prior": self.wanted.prior,
@@ -245,7 +247,9 @@ class Labeling:
             "errors": self.writing.errors,
             "unsure": int(pool.sum() - labeled.sum()),
             "groups": groups,
-            "thresholds": dict(zip(names, limits, strict=True)),
+            "thresholds": {
+                name: float(limit) if np.isfinite(limit) else None for name, limit in zip(names, limits, strict=True)
+            },
             "class_shares": dict(zip(names, shares.tolist(), strict=True)),
             "labeled": dict(zip(names, labeled.tolist(), strict=True)),
         }

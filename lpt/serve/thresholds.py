@@ -4,7 +4,6 @@ Shapes: held-out images [N], classes [C], candidates [T]. Groups are those of th
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -72,7 +71,8 @@ def thresholds(held_out: HeldOut, group_of: np.ndarray, precision: np.ndarray) -
     infinite where there is none.
 
     What is right of class k from t on is (n_k r_k + m r_g) / (n_k + m): r_k of its own n_k images and r_g of those of
-    its group, weighted, with n_k = (Σw)²/Σw² and m = 10. `group_of` [C] is the number of each class's group.
+    its group and one more that is wrong, weighted, with n_k = (Σw)²/Σw² and m = 10. `group_of` [C] is the number of
+    each class's group.
     """
     found = np.full(len(group_of), math.inf)
     order = np.argsort(held_out.predicted, kind="stable")
@@ -82,7 +82,8 @@ def thresholds(held_out: HeldOut, group_of: np.ndarray, precision: np.ndarray) -
         rows = np.flatnonzero(group_of[held_out.predicted] == group)
         inside = held_out.subset(rows if len(rows) else np.arange(len(held_out.truth)))
         steps = np.unique(np.quantile(inside.confidence, np.linspace(0, 1, CANDIDATES), method="nearest"))
-        groups[group] = steps, _shares_from(inside, steps)[0]
+        of_group, images = _shares_from(inside, steps)
+        groups[group] = steps, of_group * images / (images + 1)
     for k, group in enumerate(group_of.tolist()):
         steps, of_group = groups[group]
         of_class, images = _shares_from(held_out.subset(order[bounds[k] : bounds[k + 1]]), steps)
@@ -104,15 +105,14 @@ def _shares_from(held_out: HeldOut, steps: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 class Chosen(NamedTuple):
-    """`thresholds` [C], and by group, and of `all`, what is to be expected: `images` that are predicted to be of it,
-    those of them that are `kept`, and of these the `precision` and the `coverage`, each as `interval` has it."""
+    """`thresholds` [C], and which held-out images [N] are sure enough for thresholds that were found without them."""
 
     thresholds: np.ndarray
-    expected: dict[str, dict[str, Any]]
+    kept: np.ndarray
 
 
-def choose(held_out: HeldOut, group_of: np.ndarray, precision: float, groups: Sequence[str]) -> Chosen:
-    """Thresholds for a wanted `precision`, and what comes of them. `group_of` [C] are numbers of `groups`.
+def choose(held_out: HeldOut, group_of: np.ndarray, precision: float, groups: int = 3) -> Chosen:
+    """Thresholds for a wanted `precision`. `group_of` [C] are numbers below `groups`.
 
     Each fifth of the held-out images is judged by thresholds that were found on the others, since thresholds look
     better than they are on the images that they were found on. For the same reason a group's may have to be stricter:
@@ -120,30 +120,33 @@ def choose(held_out: HeldOut, group_of: np.ndarray, precision: float, groups: Se
     keep to `precision`.
     """
     group = group_of[held_out.predicted]
-    masks = {name: group == number for number, name in enumerate(groups)}
-    wanted, settled = np.full(len(groups), precision), np.zeros(len(groups), dtype=bool)
+    wanted, settled = np.full(groups, precision), np.zeros(groups, dtype=bool)
     kept = np.zeros(len(group), dtype=bool)
     for share in STRICTER:
         wanted = np.where(settled, wanted, 1 - (1 - precision) * share)
         judged = _judged(held_out, group_of, wanted)
-        for number, mask in enumerate(masks.values()):
-            if not settled[number]:
-                kept[mask] = judged[mask]
-                right = interval(held_out.is_right[mask & kept], held_out.weight[mask & kept])
-                settled[number] = right is None or right["estimate"] >= precision
+        for number in np.flatnonzero(~settled).tolist():
+            kept[group == number] = judged[group == number]
+            rows = kept & (group == number)
+            weight = held_out.weight[rows]
+            settled[number] = not rows.any() or weight @ held_out.is_right[rows] >= precision * weight.sum()
         if settled.all():
             break
-    masks["all"] = np.ones(len(group), dtype=bool)
-    expected = {
-        name: {
-            "images": int(mask.sum()),
-            "kept": int((mask & kept).sum()),
-            "precision": interval(held_out.is_right[mask & kept], held_out.weight[mask & kept]),
-            "coverage": interval(kept[mask], held_out.weight[mask]),
-        }
-        for name, mask in masks.items()
+    return Chosen(thresholds(held_out, group_of, wanted), kept)
+
+
+def expected(held_out: HeldOut, chosen: Chosen, inside: np.ndarray, pool: int, labeled: int) -> dict[str, Any]:
+    """What is to be expected of `pool` images that are predicted to be of classes `inside` [C], and of the `labeled`
+    ones of them: `precision` and `coverage` as `interval` has them, and how many held-out images say so. The coverage
+    of these thresholds is known once the images are labeled; the expected one is that of thresholds found like them."""
+    mask = inside[held_out.predicted]
+    sure = mask & chosen.kept
+    return {
+        "precision": interval(held_out.is_right[sure], held_out.weight[sure], among=labeled),
+        "coverage": interval(chosen.kept[mask], held_out.weight[mask], among=pool),
+        "held_out_images": int(mask.sum()),
+        "held_out_kept": int(sure.sum()),
     }
-    return Chosen(thresholds(held_out, group_of, wanted), expected)
 
 
 def _judged(held_out: HeldOut, group_of: np.ndarray, precision: np.ndarray) -> np.ndarray:
@@ -158,15 +161,25 @@ def _judged(held_out: HeldOut, group_of: np.ndarray, precision: np.ndarray) -> n
     return kept
 
 
-def interval(is_so: np.ndarray, weight: np.ndarray) -> dict[str, float] | None:
-    """A weighted share with Wilson's 95 % interval for n = (Σw)²/Σw²; None of no image.
+def interval(is_so: np.ndarray, weight: np.ndarray, *, among: int = 0) -> dict[str, float] | None:
+    """A weighted share r, and Wilson's 95 % interval for the share among other images: that many, or any number. None
+    of no image.
+
+    It is of n images, 1/n = 1/n_held + 1/`among`, n_held being the smaller of (Σw)²/Σw² and what the variance of the
+    share says, r (1 - r) (Σw)²/Σ(w (x - r))²: where what is wrong weighs more, fewer images have to be believed.
 
     >>> {key: round(value, 3) for key, value in interval(np.arange(10) < 9, np.ones(10)).items()}
     {'estimate': 0.9, 'low': 0.596, 'high': 0.982}
     """
     if not len(is_so):
         return None
-    share, n = float(weight @ is_so / weight.sum()), float(weight.sum() ** 2 / (weight @ weight))
+    share = float(weight @ is_so / weight.sum())
+    spread = float(np.square(weight * (is_so - share)).sum())
+    n = float(weight.sum() ** 2 / (weight @ weight))
+    if spread > 0:
+        n = min(n, share * (1 - share) * float(weight.sum() ** 2) / spread)
+    if among:
+        n = 1 / (1 / n + 1 / among)
     center = (share + Z**2 / (2 * n)) / (1 + Z**2 / n)
     half = Z / (1 + Z**2 / n) * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
     return {"estimate": share, "low": max(0.0, center - half), "high": min(1.0, center + half)}
