@@ -32,6 +32,7 @@ STORED_SPELLING = {("la_on", "labeled"): "labelled"}
 LATER_SETTINGS = {"split_column": None, "split_by": "position"}
 """Settings of `data:` that came after run folders were written, and what a run of before has in their place: with that
 its hash is the one of before."""
+WorkerCount = Literal["auto"] | Annotated[int, Field(ge=0, le=1024)]
 
 
 class BackboneSettings(BaseModel):
@@ -83,7 +84,7 @@ class TrainSettings(BaseModel):
     tf32: bool = False
     """Whether a GPU may round the factors of fp32 matrix products to 10 bits (TF32): several times as fast, and other
     numbers. Off as torch has it; products in bf16 do not depend on it."""
-    workers: Literal["auto"] | Annotated[int, Field(ge=0, le=1024)] = "auto"
+    workers: WorkerCount = "auto"
     """Processes that decode files and make strong views: what this machine has for this process, 0 for threads alone.
     No number depends on it."""
 

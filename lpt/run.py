@@ -20,7 +20,7 @@ from lpt.data.image_hashes import hashes_to_store
 from lpt.data.task import Task
 from lpt.device import PRECISIONS, peak_memory, versions
 from lpt.engine.batches import Progress
-from lpt.engine.evaluate import Predictions, PrefixCache, evaluate, measure, predict
+from lpt.engine.evaluate import Predictions, PrefixCache, best_class, evaluate, measure, predict
 from lpt.engine.history import History
 from lpt.engine.lock import locked
 from lpt.engine.loop import follow
@@ -158,7 +158,7 @@ class RunFolder:
     def __init__(self, out: Path, setup: Setup, *, resume: bool, until_closed: contextlib.ExitStack) -> None:
         self.out, self.setup, self.resume = out, setup, resume
         self.checkpoints = out / "checkpoints"
-        self.pseudo_labels = out / "pseudo_labels.parquet"
+        self.pseudo_labels = out / "pseudo_labels"
         self.history = History(out / "history.jsonl" if setup.is_main else None)
         self.best = Best(self.checkpoints, setup.run_hash, writes=setup.is_main)
         self._until_closed, self._taken = until_closed, False
@@ -326,11 +326,11 @@ def write_results(setup: Setup, folder: RunFolder, session: Session, results: Re
         "seconds": round(spent, 1),
         "peak_memory_bytes": peak_memory(setup.device),
     }
-    top = results.model.probabilities(results.predictions.logits).max(1)
+    confidence, predicted_class = best_class(results.model, results.predictions.logits)
     predicted = {
         "labels": results.predictions.labels,
-        "predicted": top.indices,
-        "confidence": top.values.float(),
+        "predicted": predicted_class,
+        "confidence": confidence,
     }
     write_atomic(out / "predictions.safetensors", to_bytes(predicted))
     write_atomic(out / "report.md", markdown(report, classes=classes, command=command_of(out)).encode())
@@ -365,9 +365,11 @@ def write_prompt(setup: Setup, path: Path, results: Results) -> None:
 
 def summarize_pseudo_labels(path: Path, task: Task) -> dict[str, Any] | None:
     """What the last round of pseudo-labels was like, if there was one."""
-    if not path.exists() or task.unlabeled is None:
+    last = read_last_round(path, task.classes) if task.unlabeled is not None else None
+    if last is None:
         return None
-    notes, number = read_last_round(path, task.classes)
+    assert task.unlabeled is not None
+    notes, number = last
     labels = task.unlabeled.labels
     true_counts = torch.bincount(labels, minlength=len(task.classes)) if bool((labels >= 0).all()) else None
     return {"round": number, **diagnose(notes, notes["truth"], task.counts, true_counts)}

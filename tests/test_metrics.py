@@ -1,4 +1,6 @@
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -13,6 +15,8 @@ from lpt.metrics import (
     mean_of_present,
     negative_log_likelihood,
     per_class_accuracy,
+    row_slices,
+    scores,
     summarize,
 )
 
@@ -164,3 +168,33 @@ def test_geometric_and_harmonic_means():
     assert harmonic_mean(zero, floor=0.01) == pytest.approx(2 / 101)
     nothing = torch.full((2,), math.nan)
     assert geometric_mean(nothing) is None and harmonic_mean(nothing) is None
+
+
+def test_metrics_of_parts_are_those_of_the_whole(monkeypatch):
+    p, y = random_case("random")
+    counts = torch.tensor([300, 200, 50, 30, 9, 4])
+    whole = summarize(p.float(), y, counts)
+    monkeypatch.setattr("lpt.metrics.NUMBERS_AT_ONCE", 7 * 6)
+    assert len(list(row_slices(*p.shape))) == 58 and summarize(p.float(), y, counts) == whole
+    assert torch.equal(p, random_case("random")[0])  # double precision is not written into
+    assert [len(column) for column in scores(p[:0], y[:0])] == [0, 0, 0, 0]
+    monkeypatch.setattr("lpt.metrics.NUMBERS_AT_ONCE", 1)  # less than a row
+    assert summarize(p.float(), y, counts) == whole
+
+
+MEASURED = """
+import resource, sys, torch
+from lpt.metrics import summarize
+probabilities = torch.full((4000, 8142), 1 / 8142)
+labels = torch.arange(4000)
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+summarize(probabilities[:300], labels[:300], torch.ones(8142, dtype=torch.long))
+before = peak()
+summarize(probabilities, labels, torch.ones(8142, dtype=torch.long))
+print((peak() - before) / probabilities.nbytes)
+"""
+
+
+def test_metrics_take_no_copy_of_what_they_are_about():
+    share = float(subprocess.run([sys.executable, "-c", MEASURED], capture_output=True, text=True, check=True).stdout)
+    assert share < 0.3  # in double precision a copy would be 2

@@ -124,7 +124,7 @@ def test_two_processes_are_one(two, tmp_path, name):
     assert {"memory/state/queue"} <= one.keys() or name != "daso"
     for part, value in one.items():
         torch.testing.assert_close(first[part], value, rtol=1e-3, atol=1e-5, msg=lambda m, p=part: p + m)
-    told = [pq.read_table(place / "pseudo_labels.parquet").to_pylist() for place in (two / name, tmp_path / "one")]
+    told = [pq.read_table(place / "pseudo_labels").to_pylist() for place in (two / name, tmp_path / "one")]
     for mine, theirs in zip(*told, strict=True):
         for column in ("image", "truth", "round", "step", "label", "kept"):
             assert mine[column] == theirs[column]

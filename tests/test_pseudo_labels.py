@@ -3,9 +3,11 @@
 import math
 import random
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 
+from lpt.errors import TrainingError
 from lpt.report.pseudo_labels import diagnose, read_last_round, write_round
 
 CLASSES = ("ant", "bee", "cat", "dog", "eel", "fox")
@@ -98,10 +100,10 @@ def write(path, noted, truth, number):
     write_round(path, noted, number=number, ids=ids, truth=truth, classes=CLASSES)
 
 
-def test_a_table_holds_what_was_noted_and_gives_the_last_round_back(tmp_path):
-    import pyarrow.parquet as pq
-
-    path = tmp_path / "run" / "pseudo_labels.parquet"
+def test_a_table_holds_what_was_noted_and_gives_the_last_round_back(tmp_path, monkeypatch):
+    path = tmp_path / "run" / "pseudo_labels"
+    assert read_last_round(path, CLASSES) is None
+    monkeypatch.setattr("lpt.report.pseudo_labels.ROWS_AT_ONCE", 7)
     (first, truth), (second, _) = a_round(unknown=True), a_round(30, seed=1, first=6)
     write(path, first, truth, 1)
     write(path, second, truth, 2)
@@ -120,18 +122,56 @@ def test_a_table_holds_what_was_noted_and_gives_the_last_round_back(tmp_path):
     assert number == 2 and torch.equal(found.pop("truth"), truth[second["rows"]])
     assert found.keys() == second.keys() - {"rows"}
     assert all(torch.equal(value, second[name]) for name, value in found.items())
-    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    assert sorted(file.name for file in path.iterdir()) == ["round-00001.parquet", "round-00002.parquet"]
+    with pytest.raises(TrainingError, match="none of the 2"):
+        read_last_round(path, CLASSES[:2])
 
 
-def test_a_round_takes_the_place_of_what_is_there_from_its_first_step_on(tmp_path):
-    import pyarrow.parquet as pq
-
+def test_a_round_takes_the_place_of_what_is_there_of_it_and_of_later_ones(tmp_path):
     rounds = [a_round(30, seed=k, first=3 * k) for k in range(4)]
     for k, (noted, truth) in enumerate(rounds):
-        write(tmp_path / "whole.parquet", noted, truth, k + 1)
+        write(tmp_path / "whole", noted, truth, k + 1)
     for k in (0, 1, 2, 1, 2, 3):  # after the third round it went on from the first
         noted = rounds[k][0]
         again = {name: noted[name] for name in sorted(noted)}  # as a checkpoint gives them
-        write(tmp_path / "again.parquet", again if k else noted, rounds[k][1], k + 1)
-    tables = [pq.read_table(tmp_path / name) for name in ("whole.parquet", "again.parquet")]
+        write(tmp_path / "again", again if k else noted, rounds[k][1], k + 1)
+        assert max(pq.read_table(tmp_path / "again")["round"].to_pylist()) == k + 1
+    tables = [pq.read_table(tmp_path / name) for name in ("whole", "again")]
     assert tables[0].equals(tables[1])
+
+
+def test_the_one_file_of_older_runs_is_read_and_gone_on_with(tmp_path):
+    rounds = [a_round(30, seed=k, first=3 * k) for k in range(4)]
+    for k, (noted, truth) in enumerate(rounds):
+        write(tmp_path / "whole", noted, truth, k + 1)
+    old = tmp_path / "run.parquet"
+    pq.write_table(pq.read_table(tmp_path / "whole").slice(0, 90), old)
+    found, number = read_last_round(tmp_path / "run", CLASSES)
+    assert number == 3 and torch.equal(found["label"], rounds[2][0]["label"])
+    for k in (2, 3):  # its last round is taken again
+        write(tmp_path / "run", *rounds[k], k + 1)
+        assert not old.exists() and read_last_round(tmp_path / "run", CLASSES)[1] == k + 1
+    assert pq.read_table(tmp_path / "run").equals(pq.read_table(tmp_path / "whole"))
+
+
+def test_memory_does_not_grow_with_the_rounds(tmp_path):
+    """Of a round before nothing is read."""
+    noted, truth = a_round()
+    write(tmp_path / "run", noted, truth, 1)
+    (tmp_path / "run" / "round-00001.parquet").write_bytes(b"cannot be read")
+    write(tmp_path / "run", noted, truth, 2)
+    assert read_last_round(tmp_path / "run", CLASSES)[1] == 2
+
+
+def test_duckdb_reads_a_run_in_one_query(tmp_path):
+    duckdb = pytest.importorskip("duckdb", reason="duckdb is not installed")
+    for k in range(3):
+        write(tmp_path / "run", *a_round(30, seed=k, first=3 * k), k + 1)
+    rows = duckdb.sql(
+        f"""select round, count(*) filter (kept and label = truth) / count(*) filter (kept and truth is not null)
+        from '{tmp_path}/run/*.parquet' group by round order by round"""
+    ).fetchall()
+    for k, (number, precision) in enumerate(rows):
+        noted, truth = a_round(30, seed=k, first=3 * k)
+        assert number == k + 1
+        assert precision == pytest.approx(diagnose(noted, truth[noted["rows"]], COUNTS, None)["precision"])

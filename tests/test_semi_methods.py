@@ -274,7 +274,7 @@ def test_a_killed_run_ends_in_the_same_bits_and_the_same_table(clip, tmp_path, m
     kept, expected = fit.memory.tensors, undisturbed.memory.tensors
     assert all(torch.equal(kept[name], value) for name, value in expected.items()) and kept.keys() == expected.keys()
     assert ("queue" in kept) == (method == "daso")
-    tables = [pq.read_table(tmp_path / name / "pseudo_labels.parquet") for name in ("whole", "killed")]
+    tables = [pq.read_table(tmp_path / name / "pseudo_labels") for name in ("whole", "killed")]
     assert tables[0].equals(tables[1]) and len(tables[0]) == 6 * 4
     again = semi(method, clip, folder=tmp_path / "killed", **settings)  # all is finished: nothing trains
     assert not again[1].losses and again[1].costs == fit.costs

@@ -18,6 +18,14 @@ def test_notes_are_kept_in_order_until_they_are_taken():
     assert memory.take_notes() == {}
 
 
+def test_many_notes_are_few_tensors_in_their_order():
+    memory = StepMemory()
+    for step in range(1000):
+        memory.note(rows=torch.arange(step % 3) + 10 * step)
+    assert len(memory._notes["rows"]) < 64
+    assert memory.take_notes()["rows"].tolist() == [10 * step + i for step in range(1000) for i in range(step % 3)]
+
+
 def test_a_note_has_no_graph():
     memory = StepMemory()
     memory.note(loss=torch.ones(2, requires_grad=True) * 2)

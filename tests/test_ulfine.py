@@ -402,7 +402,7 @@ def test_a_killed_run_ends_in_the_same_bits_and_the_same_table(clip, tmp_path, c
     kept, expected = fit.memory.stored(), undisturbed.memory.stored()
     assert kept.keys() == expected.keys() and all(torch.equal(kept[name], expected[name]) for name in kept)
     assert bool(kept) == ("weight_ema" in changes)
-    tables = [pq.read_table(place / "pseudo_labels.parquet") for place in (tmp_path / "whole", folder)]
+    tables = [pq.read_table(place / "pseudo_labels") for place in (tmp_path / "whole", folder)]
     assert tables[0].equals(tables[1]) and len(tables[0]) == 7 * 4
     assert fit.costs == undisturbed.costs
 
@@ -429,10 +429,10 @@ def test_a_kill_between_the_table_and_the_checkpoint_leaves_no_row_twice(clip, t
     monkeypatch.setattr(phase_state, "save_checkpoint", dying)
     with pytest.raises(Killed):
         ulfine(clip, folder=tmp_path / "killed", **settings)
-    assert pq.read_table(tmp_path / "killed" / "pseudo_labels.parquet")["round"].to_pylist() == 8 * [1] + 8 * [2]
+    assert pq.read_table(tmp_path / "killed" / "pseudo_labels")["round"].to_pylist() == 8 * [1] + 8 * [2]
     monkeypatch.setattr(phase_state, "save_checkpoint", save)
     ulfine(clip, folder=tmp_path / "killed", **settings)
-    tables = [pq.read_table(tmp_path / name / "pseudo_labels.parquet") for name in ("whole", "killed")]
+    tables = [pq.read_table(tmp_path / name / "pseudo_labels") for name in ("whole", "killed")]
     assert tables[0].equals(tables[1])
 
 

@@ -149,7 +149,7 @@ def test_a_round_tells_what_it_kept_and_which_classes_it_lacks(clip, tmp_path):
     import pyarrow.parquet as pq
 
     _, fit, said = semi("ulfine", clip, folder=tmp_path, steps=7, rounds=3, tau=0.5, lr=0.02)
-    rows = pq.read_table(tmp_path / "pseudo_labels.parquet").to_pylist()
+    rows = pq.read_table(tmp_path / "pseudo_labels").to_pylist()
     ids, classes = {}, [f"class {k}" for k in range(4)]
     for id_, label in zip(semi_task().unlabeled.ids, semi_task().unlabeled.labels.tolist(), strict=True):
         ids[id_] = f"class {label}"
@@ -211,7 +211,7 @@ def test_a_run_reports_heads_cost_and_pseudo_labels_and_its_prompt_file_evaluate
     assert report["heads"].keys() == {"linear", "similarity"} and 0 <= report["heads"]["linear"]["accuracy"] <= 1
     assert report["cost"]["steps"] == 6 and report["cost"]["images"] == 6 * 3 * 4 and report["cost"]["flops"] > 1e6
     told = report["pseudo_labels"]
-    rows = [row for row in pq.read_table(tmp_path / "run" / "pseudo_labels.parquet").to_pylist() if row["round"] == 3]
+    rows = [row for row in pq.read_table(tmp_path / "run" / "pseudo_labels").to_pylist() if row["round"] == 3]
     assert told["round"] == 3 and told["images"] == len(rows) == 8 and told["true"] == [4, 5, 3, 3]
     assert told["kept"] == sum(row["kept"] for row in rows)
     right = [row["similarity_label"] == row["truth"] for row in rows]
@@ -232,7 +232,7 @@ def test_a_run_reports_heads_cost_and_pseudo_labels_and_its_prompt_file_evaluate
 def test_what_was_not_done_is_not_reported(tower, photos, tmp_path):
     report = run.train(resolve(raw(tower, photos, "fixmatch", lambda_u=0)), tmp_path / "run")
     assert not report.keys() & {"watched", "pseudo_labels", "heads"}
-    assert not (tmp_path / "run" / "pseudo_labels.parquet").exists() and report["cost"]["images"] == 24
+    assert not (tmp_path / "run" / "pseudo_labels").exists() and report["cost"]["images"] == 24
 
 
 @pytest.mark.parametrize(
@@ -256,7 +256,7 @@ def test_a_run_killed_within_a_round_ends_with_the_same_files(tower, photos, tmp
     for report in (whole, again):
         del report["seconds"], report["peak_memory_bytes"]
     assert again == whole
-    tables = [pq.read_table(tmp_path / name / "pseudo_labels.parquet") for name in ("whole", "killed")]
+    tables = [pq.read_table(tmp_path / name / "pseudo_labels") for name in ("whole", "killed")]
     assert tables[0].equals(tables[1])
     files = [load_file(tmp_path / name / "prompt.safetensors") for name in ("whole", "killed")]
     assert all(torch.equal(value, files[1][name]) for name, value in files[0].items())

@@ -17,7 +17,7 @@ from benchmarks.reliability.row import Row
 from lpt.device import versions
 from lpt.files import write_atomic
 
-THEMES = ("kills", "faults", "hostile", "numbers", "processes", "large", "determinism")
+THEMES = ("kills", "faults", "hostile", "numbers", "processes", "large", "determinism", "answers")
 """Modules of this package; each has `rows(quick) -> list[Row]`."""
 
 

@@ -158,10 +158,10 @@ def differences(one: Path, two: Path) -> list[str]:
     ]
     if histories[0] != histories[1]:
         found.append("history.jsonl")
-    tables = [folder / "pseudo_labels.parquet" for folder in (one, two)]
+    tables = [folder / "pseudo_labels" for folder in (one, two)]
     there = [table.exists() for table in tables]
     if there[0] != there[1] or (all(there) and not pq.read_table(tables[0]).equals(pq.read_table(tables[1]))):
-        found.append("pseudo_labels.parquet")
+        found.append("pseudo_labels")
     return found
 
 

@@ -6,7 +6,7 @@ A file is an image by its suffix, or else by its first bytes. Every other file i
 import os
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -65,6 +65,20 @@ def walk(top: str | Path, *, without: str | Path | None = None, on_mistake: Call
     """All files below `top`, but for the folder `without`. Links are followed, unless they lead back to a folder that
     they lie in. `on_mistake` is given a sentence for each folder that cannot be read. Raises DataError."""
     walked = Walk()
+    for images in walk_by_folder(top, walked, without=without, on_mistake=on_mistake):
+        walked.images += images
+    return walked
+
+
+def walk_by_folder(
+    top: str | Path,
+    walked: Walk,
+    *,
+    without: str | Path | None = None,
+    on_mistake: Callable[[str], object] = refuse,
+) -> Iterator[list[RelativePath]]:
+    """`walk` for more images than are to be held at once: yields those of each folder, and puts the rest of what it
+    meets into `walked`."""
     passed_over = os.path.realpath(without) if without else None
     waiting = [Folder((), os.path.realpath(top), ())]
     names_of: Counter[str] = Counter()
@@ -80,7 +94,7 @@ def walk(top: str | Path, *, without: str | Path | None = None, on_mistake: Call
             continue
         try:
             with os.scandir(os.path.join(str(top), *here.path)) as opened:
-                entries = sorted(opened, key=lambda entry: entry.name)
+                met, inside = _entries(opened, here)
         except OSError as error:
             on_mistake(
                 f"folder {quoted(error.filename)} cannot be read ({error.strerror}): give yourself the right, or move "
@@ -88,9 +102,20 @@ def walk(top: str | Path, *, without: str | Path | None = None, on_mistake: Call
             )
             continue
         walked.folders.append(here.path)
-        inside = [folder for entry in entries if (folder := _take(walked, entry, here))]
+        for reason, paths in met.left_out.items():
+            walked.left_out.setdefault(reason, []).extend(paths)
         waiting += reversed(inside)
-    return walked
+        yield met.images
+
+
+def _entries(opened: Iterable["os.DirEntry[str]"], here: Folder) -> tuple[Walk, list[Folder]]:
+    """What lies in the folder `here`, in order of name, and the folders to enter. Entries are looked at as they come: a
+    folder may hold millions, each several times as large as its name."""
+    met = Walk()
+    inside = [folder for entry in opened if (folder := _take(met, entry, here))]
+    for paths in (met.images, *met.left_out.values()):
+        paths.sort()
+    return met, sorted(inside)
 
 
 def _take(walked: Walk, entry: "os.DirEntry[str]", here: Folder) -> Folder | None:

@@ -17,12 +17,12 @@ from torch import Tensor
 from lpt.data.loader import Workers, cut_ahead
 from lpt.data.longtail import training_counts, usual_group_rule
 from lpt.data.task import Files, Images, Task, check_labels
-from lpt.engine.processes import all_agree, all_gather_rows, rank_and_world
+from lpt.engine.processes import GatheredRows, all_agree, all_gather_rows, rank_and_world
 from lpt.errors import DataError, TrainingError, check_kind, quoted
 from lpt.files import is_intact, read_tensors, to_bytes, write_atomic
 from lpt.memory import naming_lack_of_memory
-from lpt.metrics import summarize
-from lpt.model.classifier import PromptedClassifier
+from lpt.metrics import Scores, row_slices, scores, summarize_scores
+from lpt.model.classifier import Output, PromptedClassifier
 from lpt.model.heads import FusedHead
 from lpt.model.matching import key_usage
 from lpt.settings import Positive, checked_arguments
@@ -121,20 +121,61 @@ def predict(
         each_head = {name: logits.cpu() for name, logits in _head_logits(model, cached).items()}
         logits = model.classify(cached).float().cpu()
         return _checked(Predictions(logits, images.labels, None, each_head), model, images)
+    gathered = GatheredRows(len(images), next(model.parameters()).device)
+    for output in _outputs(model, images, batch_size, cache, workers):
+        heads = {f"head/{name}": logits for name, logits in _head_logits(model, output.feature).items()}
+        ids = {} if output.ids is None else {"ids": output.ids}
+        gathered.add({"logits": output.logits.float(), **ids, **heads})
+    whole = gathered.whole()
+    heads = {name.removeprefix("head/"): logits for name, logits in whole.items() if name.startswith("head/")}
+    return _checked(Predictions(whole["logits"], images.labels, whole.get("ids"), heads), model, images)
+
+
+class TopPredictions(NamedTuple):
+    """The `k` most probable classes [N k], the best first, their probabilities [N k], and labels [N]."""
+
+    classes: Tensor
+    probabilities: Tensor
+    labels: Tensor
+
+
+@torch.no_grad()
+def predict_top(
+    model: PromptedClassifier,
+    images: Images | Files,
+    *,
+    topk: Positive = 1,
+    batch_size: Positive = 128,
+    workers: Workers = "auto",
+) -> TopPredictions:
+    """As `predict`, for those who ask for the best classes alone: of the others nothing is kept."""
+    model.eval()
+    topk = min(topk, len(model.classes))
+    gathered = GatheredRows(len(images), next(model.parameters()).device)
+    for output in _outputs(model, images, batch_size, None, workers):
+        best = model.probabilities(output.logits.float()).topk(topk)
+        gathered.add({"probabilities": best.values, "classes": best.indices})
+    whole = gathered.whole()
+    if bad := (~torch.isfinite(whole["probabilities"]).all(1)).nonzero().flatten().tolist():
+        raise TrainingError(no_answer(images.ids[bad[0]]))
+    return TopPredictions(whole["classes"], whole["probabilities"], images.labels)
+
+
+def _outputs(
+    model: PromptedClassifier, images: Images | Files, batch_size: int, cache: PrefixCache | None, workers: Workers
+) -> Iterator[Output]:
+    """What the model says of this process's rows, batch by batch."""
     cache = cache or PrefixCache(limit=0)
-    parts: dict[str, list[Tensor]] = {}
     with _naming_memory(batch_size):
         batches = _local_rows(images).split(batch_size)
         for tokens, query in cache.prefixes(model, images, batches, workers=workers):
-            output = model.tail(tokens, query=query)
-            parts.setdefault("logits", []).append(output.logits.float())
-            if output.ids is not None:
-                parts.setdefault("ids", []).append(output.ids)
-            for name, logits in _head_logits(model, output.feature).items():
-                parts.setdefault(f"head/{name}", []).append(logits)
-    whole = {name: all_gather_rows(torch.cat(values), len(images)).cpu() for name, values in parts.items()}
-    heads = {name.removeprefix("head/"): logits for name, logits in whole.items() if name.startswith("head/")}
-    return _checked(Predictions(whole["logits"], images.labels, whole.get("ids"), heads), model, images)
+            yield model.tail(tokens, query=query)
+
+
+def best_class(model: PromptedClassifier, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """(the largest probability [N], its class [N]) of logits [N C], whose probabilities are never there at once."""
+    tops = [model.probabilities(logits[rows]).max(1) for rows in row_slices(*logits.shape)]
+    return torch.cat([top.values for top in tops]).float(), torch.cat([top.indices for top in tops])
 
 
 def _naming_memory(batch_size: int) -> contextlib.AbstractContextManager[None]:
@@ -152,9 +193,11 @@ def no_answer(image: str) -> str:
 def _checked(predictions: Predictions, model: PromptedClassifier, images: Images | Files) -> Predictions:
     """The same. Raises TrainingError with the first image whose probabilities are not finite, and the number of them,
     those of each head by itself too."""
-    probabilities = [model.probabilities(predictions.logits)]
-    probabilities += [logits.softmax(1) for logits in predictions.head_logits.values()]
-    finite = torch.stack([torch.isfinite(each.sum(1)) for each in probabilities]).all(0)
+    finite = torch.ones(len(predictions.logits), dtype=torch.bool)
+    for rows in row_slices(*predictions.logits.shape):
+        finite[rows] &= torch.isfinite(model.probabilities(predictions.logits[rows]).sum(1))
+        for logits in predictions.head_logits.values():
+            finite[rows] &= torch.isfinite(logits[rows].softmax(1).sum(1))
     if bad := (~finite).nonzero().flatten().tolist():
         others = f" (one of {len(bad)} of {len(images)})" if len(bad) > 1 else ""
         raise TrainingError(no_answer(f"{images.ids[bad[0]]}{others}"))
@@ -268,15 +311,23 @@ def measure(
 ) -> dict[str, Any]:
     """The metrics of predictions that `model` has made."""
     labels, each_head = predictions.labels, predictions.head_logits
-    metrics = summarize(model.probabilities(predictions.logits), labels, counts, group_rule=group_rule)
+    scored = _scores(model.probabilities, predictions.logits, labels)
+    metrics = summarize_scores(scored, labels, counts, group_rule=group_rule)
     if each_head:  # the ablation of their fusion
         metrics["heads"] = {}
         for name, logits in each_head.items():
-            alone = summarize(logits.softmax(1), labels, counts, group_rule=group_rule)
+            scored = _scores(lambda rows: rows.softmax(1), logits, labels)
+            alone = summarize_scores(scored, labels, counts, group_rule=group_rule)
             metrics["heads"][name] = {key: alone[key] for key in HEAD_METRICS}
     if predictions.ids is not None and model.pool is not None:
         metrics["key_usage"] = key_usage(predictions.ids, len(model.pool.keys))
     return metrics
+
+
+def _scores(probabilities: Callable[[Tensor], Tensor], logits: Tensor, labels: Tensor) -> Scores:
+    """Each image's scores; the probabilities of all [N C] are never there at once."""
+    parts = [scores(probabilities(logits[rows]), labels[rows]) for rows in row_slices(*logits.shape)]
+    return Scores.joined(parts or [scores(logits, labels)])
 
 
 def _in_main_memory(tensor: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ class Session:
     run_hash: str = ""
     """What checkpoints must agree with."""
     pseudo_labels: Path | None = None
-    """Where a method that labels images by itself writes what it thought of each."""
+    """The folder where a method that labels images by itself writes what it thought of each."""
     count_flops: bool = True
     workers: Workers = "auto"
     """Processes that make views of files, and strong views."""

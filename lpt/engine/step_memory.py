@@ -11,6 +11,8 @@ from torch import Tensor
 
 from lpt.engine.processes import all_gather_rows, rank_and_world
 
+PARTS = 64
+
 
 class StepMemory:
     """`tensors` are the method's own state by name, the same on every process. `note` keeps rows until the end of the
@@ -23,7 +25,10 @@ class StepMemory:
     def note(self, **rows: Tensor) -> None:
         """Keeps these rows [B ...] of this step, without their graph, until `take_notes`."""
         for name, values in rows.items():
-            self._notes.setdefault(name, []).append(values.detach())
+            parts = self._notes.setdefault(name, [])
+            parts.append(values.detach())
+            if len(parts) >= PARTS:  # a tensor of few rows takes as much memory as a hundred rows
+                self._notes[name] = _merged(parts)
 
     def take_notes(self) -> dict[str, Tensor]:
         """All rows since the last time on the CPU, of all processes in the order of the global batches, and forgets
@@ -52,3 +57,14 @@ class StepMemory:
         local = {name: torch.cat(parts) for name, parts in self._notes.items()}
         _, world = rank_and_world()
         return {name: all_gather_rows(rows, len(rows) * world) for name, rows in local.items()}
+
+
+def _merged(parts: list[Tensor]) -> list[Tensor]:
+    """The same rows in few tensors: the last ones in one, with those before that are no longer than it. So each row is
+    copied a few times, however many there are."""
+    last = [parts.pop()]
+    rows = len(last[0])
+    while parts and (len(parts) >= PARTS // 2 or len(parts[-1]) <= rows):
+        rows += len(parts[-1])
+        last.append(parts.pop())
+    return [*parts, torch.cat(last[::-1])]

@@ -3,11 +3,10 @@
 Shapes: rows [R] of one round, a pseudo-label each; classes [C].
 """
 
-import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -15,66 +14,136 @@ from torch import Tensor
 
 from lpt.data.longtail import shot_groups
 from lpt.errors import TrainingError, quoted
-from lpt.files import write_atomic
+from lpt.files import atomic_file
 from lpt.metrics import calibration_error
 from lpt.report.quoting import for_spreadsheet
 
 BINS = 10
 """Of the histogram of confidences, from 0 to 1."""
 
+ROWS_AT_ONCE = 2**16
 FIRST_COLUMNS = ("step", "label", "confidence", "kept")
 
 
 def write_round(
-    path: Path, noted: Mapping[str, Tensor], *, number: int, ids: Sequence[str], truth: Tensor, classes: Sequence[str]
+    folder: Path, noted: Mapping[str, Tensor], *, number: int, ids: Sequence[str], truth: Tensor, classes: Sequence[str]
 ) -> None:
-    """Appends round `number` to the Parquet file at `path`, in place of what is there from its first step on.
+    """Writes round `number` as a Parquet file of its own into `folder`, whose files read as one dataset, in place of
+    what is there of it and of later ones: a run that was killed takes their steps again.
 
     `noted` holds, each [R], `rows` (indices into the unlabeled images), `step`, `label`, `confidence`, `kept`, and of
     every head `NAME_label` and `NAME_confidence`. `ids` and `truth` are of all unlabeled images, -1 where unknown. The
-    file's columns: image, truth (null where unknown), round, step, label, confidence, kept, and those of the heads.
-    Names that a spreadsheet would take for formulas begin with an apostrophe there.
+    columns: image, truth (null where unknown), round, step, label, confidence, kept, and those of the heads. Names that
+    a spreadsheet would take for formulas begin with an apostrophe there.
     """
+    _split_old_file(folder, before=number)
+    for path in _rounds(folder):
+        if _number_of(path) > number:
+            path.unlink()
+    _write(_file_of(folder, number), _tables(noted, number, ids, truth, classes))
+
+
+def _tables(
+    noted: Mapping[str, Tensor], number: int, ids: Sequence[str], truth: Tensor, classes: Sequence[str]
+) -> Iterator[Any]:
+    """The rows of a round, some at a time: names take many times the memory of what they are noted by."""
     import pyarrow as pa
+
+    names = pa.array([*(for_spreadsheet(name) for name in classes), None], pa.string())  # label -1 is the last: unknown
+    # Sorted, because a checkpoint gives back the heads' columns in another order
+    columns = [*FIRST_COLUMNS, *sorted(noted.keys() - {*FIRST_COLUMNS, "rows"})]
+    for start in range(0, max(1, len(noted["rows"])), ROWS_AT_ONCE):
+        part = {name: values[start : start + ROWS_AT_ONCE] for name, values in noted.items()}
+
+        def named(labels: Tensor) -> Any:
+            return names.take(pa.array((labels % len(names)).numpy()))
+
+        table = {
+            "image": pa.array([for_spreadsheet(ids[int(row)]) for row in part["rows"].tolist()], pa.string()),
+            "truth": named(truth[part["rows"]]),
+            "round": pa.array(np.full(len(part["rows"]), number), pa.int32()),
+        }
+        for name in columns:
+            table[name] = named(part[name]) if name.endswith("label") else pa.array(part[name].numpy())
+        yield pa.table(table)
+
+
+def _write(path: Path, tables: Iterable[Any]) -> None:
+    """A Parquet file with a group of rows for each of `tables`, whole or not at all."""
     import pyarrow.parquet as pq
 
-    names = np.array(
-        [*(for_spreadsheet(name) for name in classes), None], dtype=object
-    )  # label -1 is the last entry: unknown
-    images = [for_spreadsheet(ids[int(row)]) for row in noted["rows"]]
-    columns = {
-        "image": pa.array(images, pa.string()),
-        "truth": pa.array(names[truth[noted["rows"]].numpy()], pa.string()),
-        "round": pa.array(np.full(len(noted["rows"]), number), pa.int32()),
-    }
-    # Sorted, because a checkpoint gives back the heads' columns in another order
-    for name in [*FIRST_COLUMNS, *sorted(noted.keys() - {*FIRST_COLUMNS, "rows"})]:
-        values = noted[name].numpy()
-        columns[name] = pa.array(names[values], pa.string()) if name.endswith("label") else pa.array(values)
-    table = pa.table(columns)
-    if path.exists():
-        earlier = _read(path)  # a run that was killed has rows of steps that are now taken again
-        table = pa.concat_tables([earlier.filter(earlier["step"].to_numpy() < int(noted["step"].min())), table])
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer)
-    write_atomic(path, buffer.getvalue())
+    with atomic_file(path) as file:
+        writer = None
+        for table in tables:
+            writer = writer or pq.ParquetWriter(file, table.schema)
+            writer.write_table(table)
+        if writer:
+            writer.close()
 
 
-def read_last_round(path: Path, classes: Sequence[str]) -> tuple[dict[str, Tensor], int]:
-    """What `write_round` was given last, but for `rows`, with `truth` (-1 where unknown); and the round's number."""
+def _rounds(folder: Path) -> list[Path]:
+    return sorted(folder.glob("round-*.parquet"), key=_number_of)
+
+
+def _file_of(folder: Path, number: int) -> Path:
+    return folder / f"round-{number:05d}.parquet"
+
+
+def _number_of(path: Path) -> int:
+    digits = path.stem.removeprefix("round-")
+    return int(digits) if digits.isascii() and digits.isdigit() else 0
+
+
+def old_file(folder: Path) -> Path:
+    """Where runs of before have all rounds in one file."""
+    return folder.with_name(f"{folder.name}.parquet")
+
+
+def _split_old_file(folder: Path, *, before: int) -> None:
+    """Makes of the one file that a run had when it was begun a file for each round `before` this one."""
+    path = old_file(folder)
+    if not path.is_file():
+        return
     table = _read(path)
     rounds = table["round"].to_numpy()
-    number = int(rounds.max())
-    last = table.filter(rounds == number)
-    label_of: dict[str | None, int] = {name: k for k, name in enumerate(classes)}  # as lpt 0.1 wrote them
-    label_of |= {for_spreadsheet(name): k for k, name in enumerate(classes)} | {None: -1}
+    for number in np.unique(rounds[rounds < before]).tolist():
+        _write(_file_of(folder, number), [table.filter(rounds == number)])
+    path.unlink()
+
+
+def read_last_round(folder: Path, classes: Sequence[str]) -> tuple[dict[str, Tensor], int] | None:
+    """What `write_round` was given last, but for `rows`, with `truth` (-1 where unknown); and the round's number. None
+    where there is no round; of a run of before its one file is read."""
+    if rounds := _rounds(folder):
+        last = _read(rounds[-1])
+        number = _number_of(rounds[-1])
+    elif old_file(folder).is_file():
+        table = _read(old_file(folder))
+        numbers = table["round"].to_numpy()
+        number = int(numbers.max())
+        last = table.filter(numbers == number)
+    else:
+        return None
     noted: dict[str, Tensor] = {}
     for name in last.column_names:
         if name == "truth" or name.endswith("label"):
-            noted[name] = torch.tensor([label_of[class_name] for class_name in last[name].to_pylist()])
+            noted[name] = _labels(last[name], classes)
         elif name not in ("image", "round"):
             noted[name] = torch.from_numpy(last[name].to_numpy().copy())
     return noted, number
+
+
+def _labels(column: Any, classes: Sequence[str]) -> Tensor:
+    """The classes [R] that a column names, -1 where it is null."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    names = pa.array([*map(for_spreadsheet, classes), *classes], pa.string())  # the second as lpt 0.1 wrote them
+    index = cast(Any, pc).index_in(column, value_set=names)
+    if index.null_count > column.null_count:
+        raise TrainingError(f"pseudo-labels name a class that is none of the {len(classes)}: delete them")
+    labels = index.fill_null(-1).to_numpy()
+    return torch.from_numpy(np.where(labels < 0, -1, labels % len(classes)).astype(np.int64))
 
 
 def _read(path: Path) -> Any:
@@ -82,7 +151,7 @@ def _read(path: Path) -> Any:
     import pyarrow.parquet as pq
 
     try:
-        return pq.read_table(path)
+        return pq.ParquetFile(path).read()
     except (pa.ArrowException, OSError) as error:
         raise TrainingError(f"{path} cannot be read ({quoted(error)}): delete it, what it held is lost") from None
 

@@ -35,16 +35,17 @@ def evaluate_prompt(
     """
     header, _ = read_prompt(path)
     loading = check_loading(settings, sections=("data", "backbone", "train"))
+    workers = loading.pop("workers")
     task = _load_task(header, settings.get("data", {}))
-    task, trained_on, remark = _without_training_images(task, header)
-    images, unmatched = _match_classes(task, header.classes, path)
+    task, trained_on, remark = without_training_images(task, header)
+    images, unmatched = match_classes(task, header.classes, path)
     model, _ = open_prompt(path, **loading, at_once=min(PREDICTED_AT_ONCE, len(images)))
     for line in [*task.summary_lines(), *_matching_lines(task, header.classes, len(images), unmatched)]:
         say(line)
     if remark:
         say(f"warning: {remark}")
     began = time.perf_counter()
-    predictions = predict(model, images)
+    predictions = predict(model, images, workers=workers)
     if unmatched["absent_from_data"]:
         absent = [header.classes.index(name) for name in unmatched["absent_from_data"]]
         for logits in (predictions.logits, *predictions.head_logits.values()):
@@ -87,6 +88,32 @@ def _load_task(header: Header, given: Mapping[str, Any]) -> Task:
     return task
 
 
+def held_out_of(header: Header, given: Mapping[str, Any]) -> tuple[Task, str, bool]:
+    """(the task that `given` means, with labeled images that were not trained on as its test part; what these are;
+    whether that is certain): the held-out part where there is one, else the test part."""
+    return _held_out_of(_load_task(header, given), header)
+
+
+def held_out_in(folder: Path, header: Header) -> tuple[Task, str, bool, int]:
+    """As `held_out_of`, of all images in class folders but for those that were trained on, whose number is the last; of
+    the folder that was trained on, its held-out or test part."""
+    task = load_task(**check_data({"name": "folder", "root": str(folder)}))
+    if _was_trained_on(task, header):
+        return *_held_out_of(task, header), 0
+    task, trained_on, _ = without_training_images(_tested_on_all_images(task), header)
+    return task, "given as held out", header.trained_on is not None, trained_on
+
+
+def _held_out_of(task: Task, header: Header) -> tuple[Task, str, bool]:
+    is_same = _was_trained_on(task, header)
+    # Held out now and not in training: a part that is no part of the training images as they were.
+    if task.val is not None and (is_same or _was_trained_on(replace(task, val=None), header)):
+        return replace(task, test=task.val, val=None), f"held out of {task.name}", True
+    is_known = is_same or (header.trained_on is not None and can_be_hashed(task.test))
+    is_official = task.test_is_official and task.name == header.data.get("name")
+    return without_training_images(task, header)[0], f"test images of {task.name}", is_known or is_official
+
+
 def _was_trained_on(task: Task, header: Header) -> bool:
     """Whether the prompt file's run had this split of labeled images; the unlabeled ones need not be at hand."""
     labeled_sha256 = replace(task, unlabeled=None).manifest()["sha256"]
@@ -95,6 +122,7 @@ def _was_trained_on(task: Task, header: Header) -> bool:
 
 def _tested_on_all_images(task: Task) -> Task:
     """A folder without parts of its own, with training, held-out and test images as the test part."""
+    # `folder` makes Files of every kind of folder.
     assert isinstance(task.train, Files) and isinstance(task.test, Files)
     images = task.train.plus(task.test)
     if task.val:  # the settings in the prompt file can hold images out of the training part
@@ -103,7 +131,7 @@ def _tested_on_all_images(task: Task) -> Task:
     return replace(task, test=images, val=None, facts={**task.facts, "test_part": "all images are tested on"})
 
 
-def _without_training_images(task: Task, header: Header) -> tuple[Task, int, str]:
+def without_training_images(task: Task, header: Header) -> tuple[Task, int, str]:
     """(the task without test images that the prompt file was trained on, how many these were, what is said of it).
 
     The split that the prompt file was trained with holds none. Raises DataError where nothing is left to test on.
@@ -128,7 +156,7 @@ def _without_training_images(task: Task, header: Header) -> tuple[Task, int, str
     return replace(task, test=test), left_out, f"{left_out} test images were trained on, and are left out"
 
 
-def _match_classes(
+def match_classes(
     task: Task, prompt_classes: Sequence[str], path: str | Path
 ) -> tuple[Images | Files, dict[str, list[str]]]:
     """(test images of the classes that the prompt file knows, labeled in its order, the names that only one side has or

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from lpt.config import WorkerCount
 from lpt.data.preprocess import Preprocess
 from lpt.device import PRECISIONS, pick_device, pick_precision
 from lpt.errors import ConfigError, PromptFileError, quoted
@@ -63,10 +64,12 @@ class ComputeSettings(BaseModel):
 
     precision: Literal["auto", "fp32", "bf16"] | None = None
     device: str = "auto"
+    workers: WorkerCount = "auto"
 
 
 def check_loading(settings: Mapping[str, Any], *, sections: Sequence[str]) -> dict[str, Any]:
-    """The arguments of `open_prompt` that the sections `backbone` and `train` give, of which `sections` are known here.
+    """The arguments of `open_prompt` that the sections `backbone` and `train` give, of which `sections` are known here,
+    and `workers`, the processes that decode files.
 
     Raises ConfigError with every mistake at once.
     """

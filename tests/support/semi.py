@@ -125,7 +125,7 @@ def semi(
         seed=seed,
         history=History(folder / "history.jsonl" if folder and main else None),
         checkpoints=folder / "checkpoints" if folder else None,
-        pseudo_labels=folder / "pseudo_labels.parquet" if folder else None,
+        pseudo_labels=folder / "pseudo_labels" if folder else None,
         checkpoint_seconds=0.0,
         log=said.append,
     )
