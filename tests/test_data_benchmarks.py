@@ -1,6 +1,23 @@
 """The benchmarks of packs and of long lists, as they are run, on little."""
 
+import importlib
+
+import pytest
+
 from benchmarks.data import packed
+from benchmarks.data.__main__ import CHECKS, rows_of
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_every_check_is_a_function(check):
+    module, _, function = CHECKS[check].partition(":")
+    assert callable(getattr(importlib.import_module(f"benchmarks.data.{module}"), function))
+
+
+def test_rows_say_what_and_where_they_were_measured():
+    (of_probabilities, of_logits) = rows_of("metrics-memory", quick=True)
+    assert of_probabilities["ratio"] < 1.5 > of_logits["ratio"]
+    assert {"check", "ratio", "unit", "seconds", "commit", "cores", "versions"} <= set(of_logits)
 
 
 def test_packs_are_compared_with_their_files():

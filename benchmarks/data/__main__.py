@@ -23,8 +23,14 @@ CHECKS = {
     "decode-train": "views:decode_train",
     "decode-test": "views:decode_test",
     "strong-views": "views:strong_views",
+    "packed": "packed:packed",
     "overlap": "overlap:overlap",
     "noise-8": "noise:noise",
+    "metrics-memory": "metrics:metrics_memory",
+    "predict-memory": "predict:predict_memory",
+    "startup-help": "startup:startup_help",
+    "startup-predict": "startup:startup_predict",
+    "startup-lists": "packed:startup_lists",
 }
 """A function of a module of this package for each check: `quick` -> rows, each with `ratio` or `value`, and `unit`."""
 

@@ -1,7 +1,7 @@
 """Images a second from a pack and from the files it was made of; and what a published set costs before its first image.
 
-Photos are 500 x 375 JPEGs, about as ImageNet's. A turn asks for random batches, as training does, of each of the two in
-turn. Cold is after the kernel was asked to forget the files (`posix_fadvise`); a disk with a cache of its own may not.
+A turn asks for random batches, as training does, of each of the two in turn. Cold is after the kernel was asked to
+forget the files (`posix_fadvise`); a disk with a cache of its own may not.
 The dry run has all rows of a published set and none of its images: made-up names, a tail between the published numbers.
 """
 
@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
-ROOT = Path(__file__).parents[2]
+from benchmarks.data.photos import fill
+from benchmarks.data.turns import ROOT
 
 
 def packed(*, quick: bool = False) -> list[dict[str, Any]]:
@@ -27,7 +28,9 @@ def packed(*, quick: bool = False) -> list[dict[str, Any]]:
 
     images, turns = (60, 1) if quick else (1500, 5)
     with tempfile.TemporaryDirectory() as folder:
-        photos = _photos(Path(folder, "photos"), images)
+        photos = Path(folder, "photos")
+        fill(photos, images, classes=10)
+        os.sync()
         whole = load_task("folder", root=str(photos))
         began = time.perf_counter()
         head = pack(whole, Path(folder, "pack"), side=256, settings={})
@@ -51,23 +54,6 @@ def packed(*, quick: bool = False) -> list[dict[str, Any]]:
             unit = f"training views/s of a pack against its files, {state}"
             rows.append({"ratio": round(best["packed"] / best["files"], 2), "unit": unit})
         return rows
-
-
-def _photos(root: Path, number: int) -> Path:
-    """JPEGs with something at every scale: 100 kB each, as photos have."""
-    from PIL import Image
-
-    rng = np.random.default_rng(0)
-    for i in range(number):
-        pixels = np.zeros((375, 500, 3))
-        for grain, weight in ((125, 0.5), (25, 0.25), (5, 0.15), (1, 0.1)):
-            coarse = rng.integers(0, 255, (375 // grain + 1, 500 // grain + 1, 3), dtype=np.uint8)
-            pixels += weight * np.asarray(Image.fromarray(coarse).resize((500, 375), Image.Resampling.BICUBIC))
-        path = root / f"class {i % 10}" / f"{i}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels.astype(np.uint8)).save(path, quality=90)
-    os.sync()
-    return root
 
 
 def _forget(place: Path) -> None:

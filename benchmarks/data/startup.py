@@ -5,19 +5,16 @@ the machine does can only add to it.
 """
 
 import contextlib
-import io
 import os
 import subprocess
 import sys
-import tarfile
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
-BEFORE = "6d4ee50"
-"""The commit that others are compared with."""
+from benchmarks.data.turns import BEFORE, ROOT, checkout
+
 LIGHT = {"help": ("--help",), "list": ("list",), "inspect": ("inspect", "{prompt}")}
 
 
@@ -65,12 +62,7 @@ def _subjects() -> Iterator[tuple[str, str, Path]]:
 
     import lpt
 
-    archive = subprocess.run(["git", "-C", str(ROOT), "archive", BEFORE], capture_output=True)
-    if archive.returncode:
-        raise SystemExit(f"commit {BEFORE} is not in this clone, fetch it: {archive.stderr.decode().strip()}")
-    with tempfile.TemporaryDirectory() as folder:
-        with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as files:
-            files.extractall(Path(folder, "before"), filter="data")
+    with checkout() as before, tempfile.TemporaryDirectory() as folder:
         prompt, image = Path(folder, "prompt.safetensors"), Path(folder, "image.png")
         Image.frombytes("RGB", (64, 48), bytes(range(256)) * 36).save(image)
         pixels = torch.arange(8 * 3 * 32 * 32).view(8, 3, 32, 32).to(torch.uint8)
@@ -78,4 +70,4 @@ def _subjects() -> Iterator[tuple[str, str, Path]]:
         task = lpt.Task("two", ("a", "b"), images, images)
         model = lpt.tune(task, lpt.load_backbone("nano"), method="class_mean")
         lpt.save_prompt(prompt, model, method="class_mean", counts=task.counts)
-        yield str(prompt), str(image), Path(folder, "before")
+        yield str(prompt), str(image), before
