@@ -31,6 +31,7 @@ def write(path, number, *, job="a", dies_after=None, resume=True, rows=()):
                 if done == dies_after:
                     raise Killed
                 writing.add(row(i))
+                writing.keep()
             writing.finish()
     return writing
 

@@ -146,7 +146,7 @@ def test_a_relative_list_is_not_gone_on_with_from_another_folder(prompt, photos,
 
     with monkeypatch.context() as patched:
         patched.setattr(streaming, "row_of", fails)
-        code, _, aside = lpt(capsys, "predict", prompt, "photos", "--out", tmp_path / "rows.jsonl")
+        code, _, aside = lpt(capsys, "predict", prompt, "photos", "--batch-size", 5, "--out", tmp_path / "rows.jsonl")
     assert code == 2 and "cannot be written (No space left on device)" in aside and "--resume" in aside
     monkeypatch.chdir(photos.parent.parent)
     aside = lpt(capsys, "predict", prompt, tmp_path / "photos", "--out", tmp_path / "rows.jsonl", "--resume")[2]

@@ -9,9 +9,8 @@ import yaml
 
 from lpt import run
 from lpt.config import resolve
-from lpt.data import load_task
+from lpt.data import load_task, loader
 from lpt.data.preprocess import Preprocess
-from lpt.engine import batches
 from lpt.engine.clock import Clock
 from lpt.engine.history import History
 from lpt.engine.session import Cost
@@ -72,7 +71,7 @@ def test_unlabelled_images_may_be_files(clip, tmp_path):
 @pytest.mark.parametrize("method", ["ulfine", "fixmatch"])
 def test_on_cached_features_the_objective_is_the_same_up_to_the_views(clip, method, monkeypatch):
     monkeypatch.setattr(Preprocess, "train", lambda self, images, chance, dtype: self.test(images, dtype=dtype))
-    monkeypatch.setattr(batches, "augmented", lambda images, seeds, augmenter: images // 2)
+    monkeypatch.setattr(loader, "augmented", lambda images, seeds, augmenter: images // 2)
     settings = {"steps": 5, "rounds": 1, "lr": 0.1, "tau": 0.5, "tuning": "head", "strong_views": 2}
     plain, fit, _ = semi(method, clip, **settings)
     cached, again, _ = semi(method, clip, cached_views=3, **settings)

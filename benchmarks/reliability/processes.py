@@ -219,10 +219,14 @@ def _telling(out: Path) -> Iterator[None]:
     sent = {"calls": 0, "bytes": 0}
     whole = str(out.resolve())
 
-    def drawn(streams: Any, progress: Any, *rest: Any) -> Any:
-        found = draw(streams, progress, *rest)
+    @contextlib.contextmanager
+    def drawn(*given: Any, **settings: Any) -> Iterator[Any]:
+        with ahead(*given, **settings) as batches:
+            yield (noted(*one) for one in batches)
+
+    def noted(progress: Any, found: Any) -> Any:
         rows[f"{progress.phase}/{progress.step}"] = {name: of.rows.tolist() for name, of in found.items()}
-        return found
+        return progress, found
 
     def counted(real: Any, which: int) -> Any:
         def call(*given: Any, **rest: Any) -> Any:
@@ -236,7 +240,7 @@ def _telling(out: Path) -> Iterator[None]:
         if event == "open" and isinstance(given[0], str | Path) and (given[2] or 0) & (os.O_WRONLY | os.O_RDWR):
             wrote.extend([str(given[0])] if str(Path(given[0]).absolute()).startswith(whole + os.sep) else [])
 
-    draw, loop.draw = loop.draw, drawn
+    ahead, loop.drawn_ahead = loop.drawn_ahead, drawn
     torch.distributed.all_reduce = counted(torch.distributed.all_reduce, 0)
     torch.distributed.all_gather = counted(torch.distributed.all_gather, 1)
     sys.addaudithook(opened)

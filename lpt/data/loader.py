@@ -93,12 +93,12 @@ class Made(NamedTuple):
     """Views [B 3 S S] of an order, and what is wrong with the images, by their places in it, that have none."""
 
     views: Tensor
-    errors: dict[int, str]
+    errors: dict[int, DataError]
 
     def checked(self) -> Tensor:
         """The views. Raises DataError where one is missing."""
         for error in self.errors.values():
-            raise DataError(error)
+            raise error
         return self.views
 
 
@@ -201,14 +201,14 @@ def _in_threads(order: Order, pinned: bool) -> Made:
 def _made(order: Order, at: Tensor | None = None) -> Made:
     """What an order comes to. `at` [3] is told the image that is being made, for whoever finds this process dead."""
     views: list[Tensor | None] = []
-    errors: dict[int, str] = {}
+    errors: dict[int, DataError] = {}
     for i in range(len(order)):
         if at is not None:
             at[2] = i
         try:
             views.append(order.view(i))
         except DataError as error:
-            errors[i] = str(error)
+            errors[i] = error
             views.append(None)
     whole = next((view for view in views if view is not None), None)
     if whole is None:
@@ -225,7 +225,7 @@ def _together(parts: Sequence[Made], pinned: bool) -> Made:
         return parts[0]
     rows = [len(part.views) for part in parts]
     views = torch.empty(sum(rows), *parts[0].views.shape[1:], dtype=torch.uint8, pin_memory=pinned)
-    errors: dict[int, str] = {}
+    errors: dict[int, DataError] = {}
     first = 0
     for part, number in zip(parts, rows, strict=True):
         views[first : first + number] = part.views

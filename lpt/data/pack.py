@@ -25,7 +25,7 @@ RECORDS, PLAN = ".packing", "plan.json"
 """What there is beside the shards until all of them are read back."""
 FORMAT = 1
 ROLES = ("train", "val", "test", "unlabeled")
-SPLIT_SETTINGS = ("seed", "test_share", "val_per_class")
+SPLIT_SETTINGS = ("seed", "test_share", "val_per_class", "split_by")
 """Settings of `data:` that move images from part to part: a pack has the split that it was made with."""
 
 

@@ -89,7 +89,7 @@ def answers(
                 views = views[[i for i in range(len(batch)) if i not in errors]]
             good = iter(_top(model, preprocess, views.to(device, non_blocking=True), topk) if len(views) else ())
             for i, file in enumerate(batch):
-                answer = Answer(error=errors[i]) if i in errors else next(good)
+                answer = Answer(error=str(errors[i])) if i in errors else next(good)
                 if not all(map(math.isfinite, answer.probabilities)):
                     answer = Answer(error=no_answer(file.name))
                 yield file, answer

@@ -100,8 +100,11 @@ class RowFile:
             )
 
     def add(self, row: Row) -> None:
-        """The next row. Every so often the rows so far are written."""
+        """The next row, which a kill may take until `keep` or `flush` is called."""
         self._waiting.append(row)
+
+    def keep(self) -> None:
+        """Writes the rows so far, if there are many of them or the last ones were written long ago."""
         if len(self._waiting) >= ROWS_A_PART or time.monotonic() - self._since > SECONDS_A_PART:
             self.flush()
 

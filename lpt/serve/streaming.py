@@ -137,21 +137,25 @@ def write_answers(
         say(f"{images.number} images" + (f", {before} of them done before" if before else ""))
         errors = 0
         with stop.while_steps_run():
-            for file, answer in answers(
+            answered = answers(
                 model,
                 images.read(after=before),
                 number=images.number - before,
                 topk=topk,
                 batch_size=batch_size,
                 workers=workers,
-            ):
+            )
+            for number, (file, answer) in enumerate(answered, start=1):
                 writing.add(row(file, answer))
                 errors += answer.error is not None
                 if answer.error is not None and errors <= ERRORS_SAID:
                     more = "; others are rows of the file, and not said" if errors == ERRORS_SAID else ""
                     say(f"error: {quoted(answer.error, 4096)}{more}")
-                if stop.asked:
-                    break
+                # Parts end with batches: the last bits of an answer depend on which images it was given with.
+                if number % batch_size == 0:
+                    writing.keep()
+                    if stop.asked:
+                        break
             writing.flush()
         writing.finish(at_end())
         return Written(writing.rows, writing.errors)
