@@ -1,8 +1,10 @@
 """Where a run computes and in which precision, and what it says of the machine and the libraries."""
 
+import re
 import resource
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 
@@ -62,5 +64,8 @@ def peak_memory(device: torch.device) -> int:
     """Peak bytes of this process: on the GPU where it ran there, else its resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")  # Linux's ru_maxrss begins with what the process had that started this one
+    if status.exists() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
+        return 1024 * int(found[1])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, kilobytes elsewhere

@@ -334,6 +334,23 @@ def jpeg(image, **how):
     return File("x.jpg", buffer.getvalue())
 
 
+def test_views_stay_what_they_are_when_the_next_image_is_decoded():
+    """Also one that is as large as its view, and is not resampled."""
+    first, second = (File(str(i), photo(i, side=224)) for i in range(2))
+    square = Preprocess(size=224, square=True)
+    for preprocess in (square, square.with_(crop_ratio=0.9), square.with_(cutter="pillow")):
+        for chance in (None, torch.full((1, 5), 0.3)):
+            view = preprocess.cut_one(first, chance)
+            before = view.clone()
+            preprocess.cut_one(second, chance)
+            assert torch.equal(view, before)
+    same_size = Image.fromarray(photos(1, 224, 224)[0].permute(1, 2, 0).numpy())
+    view = square.cut_one(jpeg(same_size), None)
+    before = view.clone()
+    square.cut_one(jpeg(same_size.rotate(90)), None)
+    assert torch.equal(view, before)
+
+
 @pytest.mark.parametrize("orientation", range(10))
 def test_a_jpeg_is_decoded_to_the_bytes_that_pillow_gives(orientation):
     """Upright too: 0 and 9 are no orientations."""

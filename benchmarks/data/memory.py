@@ -8,12 +8,17 @@ from typing import Any
 
 from benchmarks.data.turns import ROOT
 
+FIRST = """
+import json, re, sys
+def peak(): return 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
+"""
+"""Of this program alone: ru_maxrss begins with what the process had that started it."""
+
 
 def measured(code: str, *words: str) -> Any:
     """What `code` prints last, as JSON, run on one thread with `words` as its arguments; it may ask `peak()` for the
     most bytes of main memory that it has had."""
-    first = "import json, resource, sys\ndef peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
     around = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-c", first + code, *words], env=around, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", FIRST + code, *words], env=around, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
