@@ -1,5 +1,6 @@
 """Whether `lpt predict --out` takes more memory for more images."""
 
+import io
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ def predict_memory(*, quick: bool = False) -> list[dict[str, Any]]:
             peaks = []
             for number in (few, many):
                 name = f"{each}-{number}"
-                make_links(folder / name, number, each=each)
+                make_files(folder / name, number, each=each)
                 peaks.append(measured(CODE, str(folder), name, f"{name}{suffix}"))
             unit = (
                 f"peak memory at {many:,} over {few:,} images in folders of {each:,}, {suffix[1:]} "
@@ -38,14 +39,15 @@ def predict_memory(*, quick: bool = False) -> list[dict[str, Any]]:
     return rows
 
 
-def make_links(folder: Path, number: int, *, each: int) -> None:
-    """So many names of one small image, `each` in a folder."""
+def make_files(folder: Path, number: int, *, each: int) -> None:
+    """So many times one small image, `each` in a folder."""
     from PIL import Image
 
     folder.mkdir()
-    Image.new("RGB", (32, 32), (200, 90, 10)).save(folder.parent / "one.png")
+    content = io.BytesIO()
+    Image.new("RGB", (32, 32), (200, 90, 10)).save(content, "png")
     for i in range(number):
         path = folder / f"{i // each:04d}" / f"photograph {i:07d}.png"
         if i % each == 0:
             path.parent.mkdir()
-        path.hardlink_to(folder.parent / "one.png")
+        path.write_bytes(content.getvalue())
