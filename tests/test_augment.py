@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from torchvision.transforms import v2
 
+from benchmarks.data.photos import photo
 from lpt.data.augment import augmented
+from lpt.data.preprocess import File, Preprocess
 from tests.support.toy import toy_images
 
 PIXELS = toy_images(torch.arange(3).repeat(4)).pixels
@@ -43,3 +46,19 @@ def test_a_strong_view_is_randaugment_with_a_grey_square_of_up_to_a_quarter_of_t
         assert height == width and different.sum() == height * width
         areas.append(height * width / (size[0] * size[1]))
     assert min(areas) < 0.06 < 0.2 < max(areas) <= 0.28  # a side is rounded to whole pixels
+
+
+@pytest.mark.parametrize("name", ["rand", "trivial"])
+def test_views_stay_near_those_of_torchvisions_operations_on_tensors(name):
+    """In 1/255, as docs/data.md says: a nearest pixel can be another one."""
+    pixels = torch.stack([Preprocess(size=64).cut_one(File(str(i), photo(i)), None) for i in range(48)])
+    found = augmented(pixels, range(48), name)
+    operation = v2.RandAugment(num_ops=2, magnitude=10) if name == "rand" else v2.TrivialAugmentWide()
+    expected = []
+    with torch.random.fork_rng(devices=[]):
+        for seed, image in enumerate(pixels):
+            torch.manual_seed(seed)
+            expected.append(operation(image))
+    difference = (found.float() - torch.stack(expected).float()).abs()
+    assert difference.mean() <= 0.1 and difference.max() <= 255
+    assert (difference.flatten(1).max(1).values <= 1).float().mean() >= 0.75

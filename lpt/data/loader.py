@@ -214,7 +214,13 @@ def _made(order: Order, at: Tensor | None = None) -> Made:
     if whole is None:
         side = 1 if order.preprocess is None else order.preprocess.size
         whole = torch.zeros(3, side, side, dtype=torch.uint8)
-    return Made(torch.stack([torch.zeros_like(whole) if view is None else view for view in views]), errors)
+    filled = [torch.zeros_like(whole) if view is None else view for view in views]
+    if at is None:
+        return Made(torch.stack(filled), errors)
+    # Where they are handed over from, in place of a copy to there.
+    shared: Any = torch.UntypedStorage._new_shared(len(filled) * whole.numel())
+    stacked = torch.empty(0, dtype=torch.uint8).set_(shared, 0, (len(filled), *whole.shape))
+    return Made(torch.stack(filled, out=stacked), errors)
 
 
 def _together(parts: Sequence[Made], pinned: bool) -> Made:
