@@ -219,7 +219,7 @@ def _made(order: Order, at: Tensor | None = None) -> Made:
         return Made(torch.stack(filled), errors)
     # Where they are handed over from, in place of a copy to there.
     shared: Any = torch.UntypedStorage._new_shared(len(filled) * whole.numel())
-    stacked = torch.empty(0, dtype=torch.uint8).set_(shared, 0, (len(filled), *whole.shape))
+    stacked = torch.empty(0, dtype=torch.uint8).set_(shared).view(len(filled), *whole.shape)
     return Made(torch.stack(filled, out=stacked), errors)
 
 
