@@ -16,7 +16,7 @@ def test_every_check_is_a_function(check):
 
 def test_rows_say_what_and_where_they_were_measured():
     (of_probabilities, of_logits) = rows_of("metrics-memory", quick=True)
-    assert of_probabilities["ratio"] < 1.5 > of_logits["ratio"]
+    assert of_probabilities["ratio"] < 2.5 > of_logits["ratio"]  # with one fp64 copy of all it would be 3
     assert {"check", "ratio", "unit", "seconds", "commit", "cores", "versions"} <= set(of_logits)
 
 
