@@ -95,6 +95,7 @@ def test_the_commands_of_the_main_run_run(workplace, monkeypatch, capsys, cifar1
         "predict",
         "inspect",
         "list",
+        "plan",
     ]
     for command in of_the_section:
         assert say_it(monkeypatch, command) == 0, capsys.readouterr().err
