@@ -207,11 +207,10 @@ def _paths_and_settings(
 def _open_prompt(prompt: Path, settings: Mapping[str, Any], *, at_once: int) -> tuple[Any, Any]:
     """(the model of a prompt file, the processes that decode its images), as the sections `backbone` and `train` of
     `settings` have it."""
-    from lpt.serve.opening import check_loading, open_prompt
+    from lpt.serve.opening import check_loading, open_prompt, workers_in
 
     loading = check_loading(settings, sections=("backbone", "train"))
-    workers = loading.pop("workers")
-    return open_prompt(prompt, **loading, at_once=at_once)[0], workers
+    return open_prompt(prompt, **loading, at_once=at_once)[0], workers_in(settings)
 
 
 def _predict_to_file(

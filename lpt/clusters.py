@@ -54,9 +54,9 @@ class Predictor:
         number = len(next(iter(columns.values())))
         top = max(2, self.topk or 0)
         # Threads decode: a machine's other cores are those of other actors.
-        said = answers(self.model, _files(columns), number=number, topk=top, batch_size=self.batch_size, workers=0)
+        answered = answers(self.model, _files(columns), number=number, topk=top, batch_size=self.batch_size, workers=0)
         rows = []
-        for file, answer in said:
+        for file, answer in answered:
             row = row_of(file, answer, self.model.classes, self.topk)
             rows.append({**row, "task": self.task})
         table = {name: [row.get(name) for row in rows] for name in self.schema.names}

@@ -9,6 +9,7 @@ import pytest
 
 from lpt.errors import DataError, LptError
 from lpt.serve import open_prompt, predict_files, row_file, streaming
+from lpt.serve.opening import check_loading, workers_in
 from lpt.serve.predicting import Met, find_images
 from lpt.serve.streaming import Shard, predict_to_file
 from tests.support.command_line import lpt
@@ -154,3 +155,23 @@ def test_a_relative_list_is_not_gone_on_with_from_another_folder(prompt, photos,
     monkeypatch.chdir(tmp_path)
     assert lpt(capsys, "predict", prompt, "photos", "--out", tmp_path / "rows.jsonl", "--resume")[0] == 0
     assert len(rows_of(tmp_path / "rows.jsonl")) == 22
+
+
+def test_workers_are_those_that_are_asked_for_and_change_nothing(prompt, photos, tmp_path, capsys, monkeypatch):
+    from lpt.data import loader
+
+    asked = []
+    usual = loader.workers_of
+    monkeypatch.setattr(loader, "workers_of", lambda wanted, images: asked.append(wanted) or usual(wanted, images))
+    texts = []
+    for workers in (0, 1):
+        out = tmp_path / f"{workers}.jsonl"
+        code, _, aside = lpt(capsys, "predict", prompt, photos, f"train.workers={workers}", "--out", out)
+        assert code == 0, aside
+        texts.append(out.read_text())
+        assert lpt(capsys, "predict", prompt, photos, f"train.workers={workers}")[0] == 1  # one image is broken
+    assert texts[0] == texts[1] and asked == [0, 0, 1, 1]
+    code, _, aside = lpt(capsys, "predict", prompt, photos, "train.workers=-1")
+    assert code == 2 and "train.workers" in aside
+    assert {"workers"}.isdisjoint(check_loading({"train": {"workers": 3}}, sections=("train",)))
+    assert workers_in({"train": {"workers": 3}}) == 3 and workers_in({}) == "auto"

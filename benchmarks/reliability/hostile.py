@@ -39,6 +39,7 @@ from lpt.config import load_config
 from lpt.data import load_task
 from lpt.data.lists import imagenet_lt, own_lists, read_unlabeled
 from lpt.data.preprocess import File, Preprocess
+from lpt.device import peak_memory, used_memory
 from lpt.errors import ConfigError, LptError
 from lpt.model.backbones.base import read_prototypes
 from lpt.model.backbones.timm_vit import check_fit, read_weights
@@ -61,6 +62,7 @@ KINDS = {
     "weights": "backbone weights",
     "table": "metadata and parquet tables",
 }
+CPU = torch.device("cpu")
 GROWTH = 2**30
 SECONDS, WAITS = 2.0, 10.0
 """Of processor time that a file may take, and by the clock, since two workers share the machine with others."""
@@ -324,7 +326,7 @@ class Worker:
         torch.set_num_threads(1)
         self.room, self.trials, self.breaches = room, Trials(folder, room), list[str]()
         _guard(room, self.breaches)
-        self.start = _resident()
+        self.start = used_memory(CPU)
         space = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (space + 6 * GROWTH, resource.RLIM_INFINITY))
 
@@ -382,28 +384,20 @@ class Worker:
         """(seconds, outcome, problem), of which some are that it took too much: `times` what a file may."""
         faulthandler.dump_traceback_later(HANGS, exit=True)
         raised = sys.getrecursionlimit()  # by hypothesis, which would let a reader nest deeper, and so longer
-        began, clock, before = time.process_time(), time.monotonic(), _peak()
+        began, clock, before = time.process_time(), time.monotonic(), peak_memory(CPU)
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             sys.setrecursionlimit(1000)
             outcome, problem = judged(reading, self.room)
             sys.setrecursionlimit(raised)
         seconds, waited = time.process_time() - began, time.monotonic() - clock
-        if _peak() > max(before, self.start + GROWTH):
-            problem = problem or f"memory grew by {(_peak() - self.start) / 2**20:.0f} MB"
+        if peak_memory(CPU) > max(before, self.start + GROWTH):
+            problem = problem or f"memory grew by {(peak_memory(CPU) - self.start) / 2**20:.0f} MB"
         if seconds > times * SECONDS or waited > times * WAITS:
             problem = problem or f"{seconds:.1f} s of the processor, {waited:.1f} by the clock"
         if self.breaches:
             outcome, problem = "lost", self.breaches[-1]
             self.breaches.clear()
         return seconds, outcome, problem
-
-
-def _resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
-
-def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 CHANGING = {f"os.{call}" for call in ("remove", "rename", "mkdir", "rmdir", "link", "symlink", "chmod", "truncate")}

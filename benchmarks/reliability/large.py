@@ -1,7 +1,6 @@
 """Long and large: a list of a million images, ten thousand classes, thousands of steps in level memory."""
 
 import io
-import resource
 import statistics
 import tempfile
 import time
@@ -21,6 +20,7 @@ from lpt.data import DATA, Task
 from lpt.data.lists import own_lists
 from lpt.data.samplers import ClassBalanced
 from lpt.data.task import Files
+from lpt.device import used_memory
 
 STARTS_WITHIN = 20.0
 GROWS_BY = 0.02
@@ -143,15 +143,6 @@ def _watch(began: float, memory: list[int], started: list[float]) -> Callable[[s
     def show(phase: str, step: int, steps: int, text: str) -> None:
         if not started:
             started.append(time.perf_counter() - began)
-        memory.append(_resident())
+        memory.append(used_memory(torch.device("cpu")))
 
     return show
-
-
-def _resident() -> int:
-    """Bytes of this process in memory now; where the system does not say, the most there have been."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return pages * resource.getpagesize()

@@ -15,7 +15,6 @@ import ctypes
 import gc
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import threading
@@ -33,7 +32,7 @@ from benchmarks.accuracy.__main__ import processor
 from benchmarks.data.photos import photo
 from lpt.data.loader import Order, made_ahead
 from lpt.data.preprocess import File, Preprocess, available_cores
-from lpt.device import PRECISIONS, pick_device, pick_precision, versions
+from lpt.device import PRECISIONS, pick_device, pick_precision, used_memory, versions
 from lpt.files import write_atomic
 from lpt.losses import GCL
 from lpt.model.backbones.timm_vit import TimmViT, untrained
@@ -250,12 +249,12 @@ def peak(work: Callable[[], Any], device: torch.device) -> int:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim:
         trim(0)  # what earlier steps freed must not serve this one unseen
-    before, highest, done = resident(), 0, threading.Event()
+    before, highest, done = used_memory(device), 0, threading.Event()
 
     def watch() -> None:
         nonlocal highest
         while not done.is_set():
-            highest = max(highest, resident())
+            highest = max(highest, used_memory(device))
             time.sleep(0.001)
 
     watcher = threading.Thread(target=watch)
@@ -264,15 +263,6 @@ def peak(work: Callable[[], Any], device: torch.device) -> int:
     done.set()
     watcher.join()
     return max(highest - before, 1)
-
-
-def resident() -> int:
-    """Bytes of this process in memory now; its peak so far where the system does not say."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        return pages * resource.getpagesize()
-    except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def product_rate(device: torch.device, dtype: torch.dtype) -> float:

@@ -235,9 +235,9 @@ def _finish(
     names = [" ".join(name.split()) for name in task.classes]
     write_atomic(out / NAMES, "".join(f"{name}\n" for name in names).encode(errors="surrogateescape"))
     shards = [{key: value for key, value in record.items() if key != "rows"} for record in records.values()]
-    whole = {**head, "shards": shards, "index_sha256": _sha256(out / INDEX)}
-    write_atomic(out / HEAD, json.dumps(whole, indent=1).encode())
-    return whole
+    finished = {**head, "shards": shards, "index_sha256": _sha256(out / INDEX)}
+    write_atomic(out / HEAD, json.dumps(finished, indent=1).encode())
+    return finished
 
 
 def _verify(path: Path, record: Mapping[str, Any]) -> None:

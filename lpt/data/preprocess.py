@@ -46,6 +46,8 @@ MAX_SCANS = 100
 """Scans of a progressive JPEG, each of which goes over the whole image."""
 USUAL_MIN_SIDE = 540
 """`min_side` of views of 224 pixels: what a check decodes an image to that is too large as it is."""
+MOST_IN_BUFFER = 2**24
+"""Bytes of a decoded JPEG up to which a thread keeps memory for the next one."""
 DECODE_ALONE_ABOVE = 2**24
 """Pixels above which one image is decoded at a time, whatever the number of workers: memory for one is enough."""
 
@@ -57,6 +59,23 @@ class _Alone:
 
 
 _alone = _Alone()
+
+
+class _DecodingMemory(threading.local):
+    """Memory of a thread that it decodes JPEGs into, one after the other: fresh memory costs a fifth of the time."""
+
+    memory: np.ndarray | None = None
+
+    def buffer(self, size: int) -> np.ndarray | None:
+        """Of at least so many bytes; None above `MOST_IN_BUFFER`."""
+        if size > MOST_IN_BUFFER:
+            return None
+        if self.memory is None or len(self.memory) < size:
+            self.memory = np.empty(size, dtype=np.uint8)
+        return self.memory
+
+
+_decoding = _DecodingMemory()
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 
 
@@ -354,27 +373,9 @@ def _by_libjpeg(image: Image.Image) -> Tensor:
     file.seek(0)
     says = "exif" in image.info or "xmp" in image.info
     upright = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1)) if says else None
-    buffer = _again.buffer(3 * image.width * image.height)
-    whole = torch.from_numpy(simplejpeg.decode_jpeg(file.read(), colorspace="RGB", buffer=buffer)).permute(2, 0, 1)
-    return upright(whole).contiguous() if upright else whole
-
-
-class _Again(threading.local):
-    """Memory that the images of a thread lie in, one after the other: fresh memory costs a fifth of their decoding."""
-
-    memory: np.ndarray | None = None
-
-    def buffer(self, size: int) -> np.ndarray | None:
-        """For so many bytes, None for many."""
-        if size > MOST_IN_BUFFER:
-            return None
-        if self.memory is None or len(self.memory) < size:
-            self.memory = np.empty(size, dtype=np.uint8)
-        return self.memory
-
-
-_again = _Again()
-MOST_IN_BUFFER = 2**24
+    buffer = _decoding.buffer(3 * image.width * image.height)
+    rgb = torch.from_numpy(simplejpeg.decode_jpeg(file.read(), colorspace="RGB", buffer=buffer)).permute(2, 0, 1)
+    return upright(rgb).contiguous() if upright else rgb
 
 
 UPRIGHT: dict[int, Callable[[Tensor], Tensor]] = {

@@ -21,7 +21,7 @@ from lpt.errors import DataError, PromptFileError, quoted, short
 from lpt.memory import PREDICTED_AT_ONCE
 from lpt.methods import described
 from lpt.prompt_file import Header, read_prompt
-from lpt.serve.opening import check_loading, open_prompt
+from lpt.serve.opening import check_loading, open_prompt, workers_in
 
 
 def evaluate_prompt(
@@ -35,7 +35,6 @@ def evaluate_prompt(
     """
     header, _ = read_prompt(path)
     loading = check_loading(settings, sections=("data", "backbone", "train"))
-    workers = loading.pop("workers")
     task = _load_task(header, settings.get("data", {}))
     task, trained_on, remark = without_training_images(task, header)
     images, unmatched = match_classes(task, header.classes, path)
@@ -45,7 +44,7 @@ def evaluate_prompt(
     if remark:
         say(f"warning: {remark}")
     began = time.perf_counter()
-    predictions = predict(model, images, workers=workers)
+    predictions = predict(model, images, workers=workers_in(settings))
     if unmatched["absent_from_data"]:
         absent = [header.classes.index(name) for name in unmatched["absent_from_data"]]
         for logits in (predictions.logits, *predictions.head_logits.values()):

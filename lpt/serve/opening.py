@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from lpt.config import WorkerCount
+from lpt.data.loader import Workers
 from lpt.data.preprocess import Preprocess
 from lpt.device import PRECISIONS, pick_device, pick_precision
 from lpt.errors import ConfigError, PromptFileError, quoted
@@ -68,8 +69,7 @@ class ComputeSettings(BaseModel):
 
 
 def check_loading(settings: Mapping[str, Any], *, sections: Sequence[str]) -> dict[str, Any]:
-    """The arguments of `open_prompt` that the sections `backbone` and `train` give, of which `sections` are known here,
-    and `workers`, the processes that decode files.
+    """The arguments of `open_prompt` that the sections `backbone` and `train` give, of which `sections` are known here.
 
     Raises ConfigError with every mistake at once.
     """
@@ -85,4 +85,10 @@ def check_loading(settings: Mapping[str, Any], *, sections: Sequence[str]) -> di
             mistakes += wrong
     if mistakes:
         raise ConfigError(mistakes)
+    arguments.pop("workers", None)  # `workers_in` has them: a model is the same whoever decodes its images
     return arguments
+
+
+def workers_in(settings: Mapping[str, Any]) -> Workers:
+    """The processes that decode files, of settings that `check_loading` has checked."""
+    return ComputeSettings.model_validate(settings.get("train", {})).workers

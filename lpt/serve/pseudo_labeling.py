@@ -27,7 +27,7 @@ from lpt.files import read_tensors, to_bytes, write_atomic
 from lpt.model.classifier import PromptedClassifier
 from lpt.prompt_file import Header, read_prompt
 from lpt.serve.evaluating import held_out_in, held_out_of, match_classes
-from lpt.serve.opening import check_loading, open_prompt
+from lpt.serve.opening import check_loading, open_prompt, workers_in
 from lpt.serve.predicting import Answer
 from lpt.serve.row_file import Row, RowFile, check_out
 from lpt.serve.streaming import Say, Shard, file_sha256, images_of_job, row_of, row_schema, write_answers
@@ -80,7 +80,7 @@ def pseudo_label(
     check_out(out, resume=resume)
     header, _ = read_prompt(prompt)
     loading = check_loading(settings, sections=("data", "backbone", "train"))
-    workers = loading.pop("workers")
+    workers = workers_in(settings)
     held_out, source = labeled_images(prompt, header, settings.get("data", {}), wanted.held_out, say)
     model, _ = open_prompt(prompt, **loading, at_once=batch_size)
     job = {
