@@ -56,7 +56,7 @@ def test_a_problem_is_made_simple_and_the_files_after_it_are_tried_too(tmp_path,
         return "read"
 
     worker, answers = object.__new__(hostile.Worker), []
-    worker.room, worker.breaches, worker.start = tmp_path, [], hostile._resident()
+    worker.room, worker.breaches, worker.start = tmp_path, [], hostile.used_memory(hostile.CPU)
     worker.trials = SimpleNamespace(image=lambda choose: lambda: at_least(choose, 10**5))
     worker.tell = lambda *answer: answers.append(answer)
     monkeypatch.setattr(hostile, "HANGS", 1.0)
