@@ -1,4 +1,4 @@
-"""The reliability table in small: the quick form of every theme."""
+"""The reliability table in small: the quick form of every theme, the longer ones slow."""
 
 import importlib
 import sys
@@ -14,7 +14,11 @@ from benchmarks.reliability.outputs import problem_with
 PYTHON = sys.executable
 
 
-@pytest.mark.parametrize("theme", THEMES)
+LONG = ("determinism", "kills", "large", "processes")
+"""Themes that take a minute and more also in small. Other tests kill, resume and compare smaller runs."""
+
+
+@pytest.mark.parametrize("theme", [pytest.param(t, marks=[pytest.mark.slow] * (t in LONG)) for t in THEMES])
 def test_nothing_is_lost(theme):
     rows = importlib.import_module(f"benchmarks.reliability.{theme}").rows(quick=True)
     assert not [line(row) for row in rows if not row.passed]
