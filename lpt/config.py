@@ -19,6 +19,7 @@ from lpt.data.preprocess import MAX_VIEW, Transform
 from lpt.errors import ConfigError, check_kind, did_you_mean, quoted
 from lpt.model.backbones.clip_text import TEMPLATE
 from lpt.settings import Seed, settings_of, validated
+from lpt.shipped import file_of
 
 MAX_LETTERS, MAX_VALUES, MAX_DEPTH = 2**16, 100_000, 50
 """Letters and values in a config, and how deep they may be nested."""
@@ -134,9 +135,10 @@ class Config(BaseModel):
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """The config at `path` with `key=value` overrides. Raises ConfigError with every mistake at once."""
+    """The config at `path`, or that of this name which comes with lpt, with `key=value` overrides. Raises ConfigError
+    with every mistake at once."""
     check_kind("config", path, (str, Path), "give the path of a YAML file")
-    return resolve(_read(Path(path)), overrides)
+    return resolve(_read(file_of("config", path)), overrides)
 
 
 def load_config_of_run(path: Path) -> Config:

@@ -1,6 +1,7 @@
 """The exceptions that people see, each one sentence with the thing, the value and the way out."""
 
 import difflib
+import importlib.util
 from collections.abc import Iterable, Sequence
 
 LONGEST_WORD, LONGEST_LINE = 300, 1500
@@ -36,6 +37,10 @@ class UndecodableImage(DataError):
 
 class PromptFileError(LptError):
     """A prompt file that is damaged, foreign, newer than this version, or for another backbone."""
+
+
+class NotInstalled(LptError):
+    """A package that lpt does without until somebody asks for what it gives."""
 
 
 class TrainingError(LptError):
@@ -106,6 +111,12 @@ def check_kind(what: str, given: object, kind: type | tuple[type, ...], way_out:
     """
     if not isinstance(given, kind):
         raise LptError(f"{what} is {quoted(repr(given), 80)}: {way_out}")
+
+
+def require(package: str, *, extra: str, gives: str) -> None:
+    """Raises NotInstalled where `package`, which one of lpt's extras brings and which `gives` something, is absent."""
+    if not importlib.util.find_spec(package):
+        raise NotInstalled(f"{gives} needs {package}, which is not installed: pip install 'lpt[{extra}]'")
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
