@@ -68,7 +68,9 @@ def read_parquet(
 
 def read_hub(root: str, columns: Columns) -> tuple[dict[str, EncodedPart], list[str]]:
     """As `read_parquet`, for a dataset of the Hub. Raises DataError."""
-    require("datasets", extra="hub", gives=f"data.root {quoted(root)}, which is no folder here but a dataset of the Hub,")
+    require(
+        "datasets", extra="hub", gives=f"data.root {quoted(root)}, which is no folder here but a dataset of the Hub,"
+    )
     import datasets
 
     loaded = _quietly(root, lambda: datasets.load_dataset(root))
