@@ -113,10 +113,12 @@ def check_kind(what: str, given: object, kind: type | tuple[type, ...], way_out:
         raise LptError(f"{what} is {quoted(repr(given), 80)}: {way_out}")
 
 
-def require(package: str, *, extra: str, gives: str) -> None:
-    """Raises NotInstalled where `package`, which one of lpt's extras brings and which `gives` something, is absent."""
+def require(package: str, *, extra: str | None, gives: str) -> None:
+    """Raises NotInstalled where `package`, which `gives` something and which one of lpt's extras brings (None: none
+    does), is absent."""
     if not importlib.util.find_spec(package):
-        raise NotInstalled(f"{gives} needs {package}, which is not installed: pip install 'lpt[{extra}]'")
+        install = f"'lpt[{extra}]'" if extra else package
+        raise NotInstalled(f"{gives} needs {package}, which is not installed: pip install {install}")
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
