@@ -23,6 +23,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 OutFile = Annotated[
     Path | None, typer.Option("--out", metavar="FILE", help="write rows there: FILE.parquet or FILE.jsonl")
 ]
+ConfigName = Annotated[Path, typer.Argument(help="a YAML file, or a name of `lpt list configs`: digits_lt/lpt")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", help="for example train.seed=1")]
 
 
@@ -38,9 +39,26 @@ def print_lines(text: str) -> None:
         print(line)
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from lpt import __version__
+
+        print(f"lpt {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="the version, and no more")
+    ] = False,
+) -> None:
+    """What can be said before any command."""
+
+
 @app.command()
 def train(
-    config: Annotated[Path, typer.Argument(help="a YAML config, for example configs/digits_lt/lpt.yaml")],
+    config: ConfigName,
     settings: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="the run's folder; default runs/<data>_<method>")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with the run in --out")] = False,
@@ -55,7 +73,7 @@ def train(
 
 @app.command()
 def plan(
-    config: Annotated[Path, typer.Argument(help="a YAML config, for example configs/digits_lt/lpt.yaml")],
+    config: ConfigName,
     settings: Overrides = None,
     steps: Annotated[int, typer.Option(min=0, help="steps of each phase to time; 0 times none")] = 4,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the plan there")] = None,
@@ -439,7 +457,7 @@ def pack(
 
 @app.command("list")
 def list_(
-    what: Annotated[str | None, typer.Argument(help="methods, backbones, data, losses or configs")] = None,
+    what: Annotated[str | None, typer.Argument(help="methods, backbones, data, losses, configs or suites")] = None,
 ) -> None:
     """What there is."""
     from lpt.errors import did_you_mean
@@ -453,6 +471,14 @@ def list_(
             print(f"{kind}:")
         for name, text in lists[kind].items():
             print(f"  {name}  {text}")
+
+
+@app.command("config")
+def config_(config: ConfigName) -> None:
+    """The text of a config, to start one's own from: lpt config NAME > my.yaml."""
+    from lpt.shipped import file_of
+
+    print_lines(file_of("config", config).read_text(encoding="utf-8").rstrip("\n"))
 
 
 def _is_setting(text: str) -> bool:

@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from lpt.data import DATA, LOCATION_SETTINGS
 from lpt.data.preprocess import MAX_VIEW, Transform
 from lpt.errors import ConfigError, check_kind, did_you_mean, quoted
 from lpt.model.backbones.clip_text import TEMPLATE
 from lpt.settings import Seed, settings_of, validated
+from lpt.shipped import file_of
+from lpt.terms import TrackerName
 
 MAX_LETTERS, MAX_VALUES, MAX_DEPTH = 2**16, 100_000, 50
 """Letters and values in a config, and how deep they may be nested."""
@@ -32,6 +34,7 @@ STORED_SPELLING = {("la_on", "labeled"): "labelled"}
 LATER_SETTINGS = {"split_column": None, "split_by": "position"}
 """Settings of `data:` that came after run folders were written, and what a run of before has in their place: with that
 its hash is the one of before."""
+Trackers = Annotated[list[TrackerName], BeforeValidator(lambda given: [given] if isinstance(given, str) else given)]
 WorkerCount = Literal["auto"] | Annotated[int, Field(ge=0, le=1024)]
 
 
@@ -87,6 +90,8 @@ class TrainSettings(BaseModel):
     workers: WorkerCount = "auto"
     """Processes that decode files and make strong views: what this machine has for this process, 0 for threads alone.
     No number depends on it."""
+    track: Trackers = []
+    """Experiment trackers that are told of the run: [tensorboard], [mlflow, wandb]. No number depends on them."""
 
 
 class Config(BaseModel):
@@ -120,6 +125,7 @@ class Config(BaseModel):
             ("train", "feature_cache"),
             ("train", "checkpoint_seconds"),
             ("train", "workers"),
+            ("train", "track"),
             ("prototypes", "weights"),
             *(("data", place) for place in LOCATION_SETTINGS),
         ):
@@ -134,9 +140,10 @@ class Config(BaseModel):
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """The config at `path` with `key=value` overrides. Raises ConfigError with every mistake at once."""
+    """The config at `path`, or that of this name which comes with lpt, with `key=value` overrides. Raises ConfigError
+    with every mistake at once."""
     check_kind("config", path, (str, Path), "give the path of a YAML file")
-    return resolve(_read(Path(path)), overrides)
+    return resolve(_read(file_of("config", path)), overrides)
 
 
 def load_config_of_run(path: Path) -> Config:

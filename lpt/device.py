@@ -1,7 +1,6 @@
 """Where a run computes and in which precision, and what it says of the machine and the libraries."""
 
 import re
-import resource
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -67,5 +66,11 @@ def peak_memory(device: torch.device) -> int:
     status = Path("/proc/self/status")  # Linux's ru_maxrss begins with what the process had that started this one
     if status.exists() and (peak_line := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
         return 1024 * int(peak_line[1])
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, kilobytes elsewhere

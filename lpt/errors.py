@@ -1,6 +1,7 @@
 """The exceptions that people see, each one sentence with the thing, the value and the way out."""
 
 import difflib
+import importlib.util
 from collections.abc import Iterable, Sequence
 
 LONGEST_WORD, LONGEST_LINE = 300, 1500
@@ -36,6 +37,10 @@ class UndecodableImage(DataError):
 
 class PromptFileError(LptError):
     """A prompt file that is damaged, foreign, newer than this version, or for another backbone."""
+
+
+class NotInstalled(LptError):
+    """A package that lpt does without until somebody asks for what it gives."""
 
 
 class TrainingError(LptError):
@@ -106,6 +111,14 @@ def check_kind(what: str, given: object, kind: type | tuple[type, ...], way_out:
     """
     if not isinstance(given, kind):
         raise LptError(f"{what} is {quoted(repr(given), 80)}: {way_out}")
+
+
+def require(package: str, *, extra: str | None, gives: str) -> None:
+    """Raises NotInstalled where `package`, which `gives` something and which one of lpt's extras brings (None: none
+    does), is absent."""
+    if not importlib.util.find_spec(package):
+        install = f"'lpt[{extra}]'" if extra else package
+        raise NotInstalled(f"{gives} needs {package}, which is not installed: pip install {install}")
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

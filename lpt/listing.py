@@ -2,7 +2,10 @@
 
 import ast
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
+
+from lpt.shipped import shipped
 
 PACKAGE = Path(__file__).parent
 
@@ -14,7 +17,8 @@ def tables() -> dict[str, dict[str, str]]:
         "backbones": ast.literal_eval(_assigned(PACKAGE / "model/backbones/__init__.py", "FAMILIES")),
         "data": _first_lines(PACKAGE / "data/__init__.py", "DATA"),
         "losses": ast.literal_eval(_assigned(PACKAGE / "losses.py", "LOSSES")),
-        "configs": {str(path): first_line(path.read_text(errors="replace")).lstrip("# ") for path in _configs()},
+        "configs": {name: _heading(path) for name, path in shipped("config").items()},
+        "suites": {name: _heading(path) for name, path in shipped("suite").items()},
     }
 
 
@@ -73,7 +77,7 @@ def _parsed(path: Path) -> ast.Module:
     return ast.parse(path.read_bytes())
 
 
-def _configs() -> list[Path]:
-    """The configs of this folder, or else those of the checkout that lpt runs from."""
-    here = Path("configs")
-    return sorted((here if here.is_dir() else PACKAGE.parent / "configs").rglob("*.yaml"))
+def _heading(path: Path) -> str:
+    """The first sentence of the comments that a YAML file begins with."""
+    comments = takewhile(lambda line: line.startswith("# "), path.read_text(encoding="utf-8").splitlines())
+    return " ".join(line.removeprefix("# ") for line in comments).partition(". ")[0].removesuffix(".") + "."

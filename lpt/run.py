@@ -28,6 +28,7 @@ from lpt.engine.processes import naming_lost_peers
 from lpt.engine.selection import Best, watched
 from lpt.engine.session import Log, OnStep, Session, total_cost
 from lpt.engine.stopping import Stop
+from lpt.engine.tracking import Tracking, check_trackers
 from lpt.errors import DataError, LptError, UndecodableImage, check_kind
 from lpt.files import to_bytes, write_atomic
 from lpt.memory import naming_lack_of_memory
@@ -36,7 +37,7 @@ from lpt.model.backbones.base import Backbone
 from lpt.model.classifier import PromptedClassifier
 from lpt.prompt_file import DTYPES, beyond_fp16, save_prompt
 from lpt.report.finished import Rows, command_of, split_of, write_page
-from lpt.report.markdown import markdown
+from lpt.report.markdown import markdown, table
 from lpt.report.pseudo_labels import diagnose, read_last_round
 from lpt.settings import Positive, Seed, checked_arguments
 from lpt.setup import Setup, check_memory
@@ -67,6 +68,7 @@ def train(
         naming_lack_of_memory(lambda: "between the steps"),
         _naming_the_skip(config),
     ):
+        check_trackers(config.train.track)
         check_out(out, resume=resume)  # at once, and again when the folder is locked
         if resume and (note := _split_as_before(config, out)):
             config = config.model_copy(update={"data": {**config.data, "split_by": "position"}})
@@ -76,11 +78,12 @@ def train(
             session = bind(setup, folder, stop, say, show)
             for line in setup.remarks():
                 session.log(line)
-            recipe = build_recipe(setup.config.method, setup.task, setup.backbone, session)
-            model = follow(recipe, session)
-            results = measure_run(setup, folder, session, model)
-            if setup.is_main:
-                write_results(setup, folder, session, results, began)
+            with contextlib.closing(session.tracking) if session.tracking else contextlib.nullcontext():
+                recipe = build_recipe(setup.config.method, setup.task, setup.backbone, session)
+                model = follow(recipe, session)
+                results = measure_run(setup, folder, session, model)
+                if setup.is_main:
+                    write_results(setup, folder, session, results, began)
             setup.accelerator.wait_for_everyone()
     return results.report
 
@@ -218,7 +221,28 @@ def bind(setup: Setup, folder: RunFolder, stop: Stop, say: Log, show: OnStep) ->
         on_start=folder.take,
         on_epoch=EpochMetrics(setup, folder),
     )
-    return replace(session, log=say, on_step=show) if setup.is_main else session
+    if not setup.is_main:
+        return session
+    tracking = track(setup, folder, session) if settings.track else None
+    return replace(session, log=say, on_step=show, tracking=tracking)
+
+
+def track(setup: Setup, folder: RunFolder, session: Session) -> Tracking:
+    """The trackers of a run, which know its settings, and what its numbers depend on beside them."""
+    identity = {
+        "run_hash": setup.run_hash,
+        "split_sha256": setup.manifest["sha256"],
+        "backbone_fingerprint": setup.backbone.fingerprint,
+        "versions": versions(),
+    }
+    return Tracking(
+        setup.config.train.track,
+        folder.out,
+        parameters={**setup.config.model_dump(), **identity},
+        costs=session.costs,
+        device=setup.device,
+        resume=folder.resume,
+    )
 
 
 class EpochMetrics:
@@ -336,6 +360,8 @@ def write_results(setup: Setup, folder: RunFolder, session: Session, results: Re
     write_atomic(out / "report.md", markdown(report, classes=classes, command=command_of(out)).encode())
     write_atomic(out / "report.json", json.dumps(report, indent=1).encode())
     write_page(out, test=setup.task.test)
+    if session.tracking:
+        session.tracking.end(report, table([(report["described"], report)]))
 
 
 def write_prompt(setup: Setup, path: Path, results: Results) -> None:

@@ -1,4 +1,4 @@
-"""Terms that a prompt file and the code that reads it share; none of them needs torch.
+"""Terms that prompt files or configs share with the code that reads them; none of them needs torch.
 
 Shapes: hashes [N] int64.
 """
@@ -19,6 +19,8 @@ Cutter = Literal["pillow", "torch"]
 """Whose code decodes and resamples files: prompt files of before are Pillow's."""
 Fusion = Literal["scale", "zscore", "prob", "daso"]
 """Of which numbers a fused head makes one answer."""
+TrackerName = Literal["tensorboard", "mlflow", "wandb", "trackio"]
+"""Experiment trackers that a run can be told to."""
 HASH_BYTES = 5
 """40 bits of SHA-256: beside 115,846 training images another is taken for one of them once in ten million times, and
 they take 772 kB in a header."""

@@ -5,6 +5,7 @@ import torch
 
 from lpt.data.longtail import long_tail
 from lpt.data.task import Images, Task, hold_out
+from lpt.errors import require
 from lpt.settings import Count, Seed
 
 TEST_PER_CLASS = 60
@@ -16,6 +17,7 @@ def digits_lt(*, imbalance_factor: float = 50, seed: Seed = 0, val_per_class: Co
 
     The class order of the tail is drawn by `seed`, so that the rarest digit is not always the nine.
     """
+    require("sklearn", extra="digits", gives="data.name=digits-lt, the digits of scikit-learn,")
     from sklearn.datasets import load_digits
 
     pixels, labels = map(np.asarray, load_digits(return_X_y=True))

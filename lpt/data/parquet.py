@@ -18,7 +18,7 @@ from lpt.data.tables import (
 )
 from lpt.data.texts import class_names_of
 from lpt.data.walk import RelativePath, joined
-from lpt.errors import DataError, LptError, quoted
+from lpt.errors import DataError, LptError, quoted, require
 from lpt.files import why_not_downloaded
 
 IMAGE_COLUMNS = ("image", "img")
@@ -59,6 +59,7 @@ def read_parquet(
 
     Raises DataError.
     """
+    require("datasets", extra="hub", gives=f"data.root {quoted(root)}, images in parquet files,")
     files_of = files_by_role(root, files, "parquet")
     splits = {role: _read_files(root, paths) for role, paths in files_of.items()}
     called = {role: joined(paths[0]) for role, paths in files_of.items()}
@@ -67,6 +68,9 @@ def read_parquet(
 
 def read_hub(root: str, columns: Columns) -> tuple[dict[str, EncodedPart], list[str]]:
     """As `read_parquet`, for a dataset of the Hub. Raises DataError."""
+    require(
+        "datasets", extra="hub", gives=f"data.root {quoted(root)}, which is no folder here but a dataset of the Hub,"
+    )
     import datasets
 
     loaded = _quietly(root, lambda: datasets.load_dataset(root))

@@ -37,10 +37,13 @@ class Clock:
         """Seconds for `more` steps, if they take as long as the `done` ones of the phase have."""
         return self.whole() / max(done, 1) * more
 
+    def speed(self, images: int) -> float:
+        """Images/s of this process, which has seen so many."""
+        return images / max(self.total(), 1e-9)
+
     def rate(self, images: int, left: float, loss: float) -> str:
         """Loss, images/s and seconds `left`, for people; this process has seen `images`."""
-        speed = images / max(self.total(), 1e-9)
-        return f"loss {loss:.3f}  {speed:.0f} images/s  {left:.0f} s left"
+        return f"loss {loss:.3f}  {self.speed(images):.0f} images/s  {left:.0f} s left"
 
 
 class Charge:

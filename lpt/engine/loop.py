@@ -74,6 +74,10 @@ def run_phase(phase: Phase, model: TunableModel, session: Session) -> None:
                 views = to_views(drawn, session.preprocess, state.device, session.dtype)
             with clock.charge("compute"):
                 result = train_step(state, session, views, progress, clock)
+            images = images_per_step(phase) * (state.step - first)
+            if session.tracking:
+                numbers = {**result.values, "lr": state.lr, "images_per_second": clock.speed(images)}
+                session.tracking.step(phase.name, state.step, phase.steps, numbers)
             if progress.ends_epoch:
                 end_epoch(state, session, progress, clock)
             if result.stop or result.save or state.finished:
@@ -81,8 +85,7 @@ def run_phase(phase: Phase, model: TunableModel, session: Session) -> None:
             if result.stop:
                 all_agree(True)  # nobody leaves before process 0 has saved: a launcher ends the others then
                 raise Stopped(session.stop.asked or signal.SIGTERM)
-            images = images_per_step(phase) * (state.step - first)
-            rates = clock.rate(images, clock.left(state.step, phase.steps - state.step), result.loss)
+            rates = clock.rate(images, clock.left(state.step, phase.steps - state.step), result.values["loss"])
             session.on_step(phase.name, state.step, phase.steps, rates)
         # A signal may have come after the last step had looked for it; all of that step is saved.
         if all_reduce_sum(torch.tensor(session.stop.asked, device=state.device)) > 0:
@@ -92,9 +95,10 @@ def run_phase(phase: Phase, model: TunableModel, session: Session) -> None:
 
 
 class StepResult(NamedTuple):
-    """The mean loss of the step, and whether all processes are to save, or to save and stop, after it."""
+    """What the step has logged, means over processes, its loss among it, and whether all processes are to save, or to
+    save and stop, after it."""
 
-    loss: float
+    values: dict[str, float]
     save: bool
     stop: bool
 
@@ -137,7 +141,7 @@ def train_step(
     state.step = progress.step + 1
     for key, value in values.items():
         state.sums[key] = state.sums.get(key, 0.0) + value
-    return StepResult(values["loss"], save, stop)
+    return StepResult(values, save, stop)
 
 
 def _backward(terms: LossTerms | Iterator[LossTerms]) -> dict[str, Tensor]:
@@ -164,6 +168,8 @@ def end_epoch(state: PhaseState, session: Session, progress: Progress, clock: Cl
     state.model.train()  # an evaluation has left it in eval mode
     if progress.rank == 0:
         session.history.write(phase=phase.name, step=state.step, epoch=progress.epoch + 1, **line, **measured)
+        if session.tracking:
+            session.tracking.epoch(phase.name, state.step, {**line, **measured})
     seconds_left = clock.left(state.step, phase.steps - state.step)
     session.log(_epoch_line(progress, line, measured, seconds_left))
     state.sums = {}

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from lpt.engine.phase import EpochEnd
 from lpt.engine.processes import all_agree, all_gather_rows, rank_and_world
 from lpt.engine.stopping import Stop
 from lpt.model.classifier import PromptedClassifier
+
+if TYPE_CHECKING:
+    from lpt.engine.tracking import Tracking
 
 Log = Callable[[str], None]
 """Takes a line of text for people."""
@@ -81,6 +84,8 @@ class Session:
     on_epoch: EpochEnd | None = None
     log: Log = lambda text: None
     on_step: OnStep = lambda phase, step, steps, rates: None
+    tracking: "Tracking | None" = None
+    """The experiment trackers that are told of it."""
     costs: dict[str, Cost] = field(default_factory=dict)
     """By phase."""
     seconds_before: dict[str, float] = field(default_factory=dict)

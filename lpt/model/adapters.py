@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lpt.errors import require
 from lpt.model.backbones.base import Backbone
 from lpt.terms import AdapterKind as Kind
 
@@ -51,6 +52,7 @@ def _add_adaptformers(backbone: Any, bottleneck: int, seed: int) -> None:
 
 
 def _add_lora(backbone: Any, rank: int, seed: int) -> None:
+    require("peft", extra="lora", gives="LoRA (method.tuning=lora)")
     from peft import LoraConfig, inject_adapter_in_model
 
     with torch.random.fork_rng(devices=[]):  # peft draws from the global state

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lpt.data.preprocess import Preprocess
-from lpt.errors import BackboneError, did_you_mean
+from lpt.errors import BackboneError, did_you_mean, require
 from lpt.model.backbones.base import fingerprint_of, with_memory, without_numbers
 from lpt.model.backbones.clip_text import TEMPLATE, TextTower
 from lpt.model.backbones.timm_vit import (
@@ -135,6 +135,7 @@ def _read_config(name: str, model: str, tag: str, *, needs_tag: bool) -> tuple[d
 
     Raises BackboneError for unknown names, and for towers that the seam cannot serve.
     """
+    require("open_clip", extra="clip", gives=f"backbone {name}")
     import open_clip
 
     if model not in open_clip.list_models():
