@@ -46,7 +46,8 @@ def _add_adaptformers(backbone: Any, bottleneck: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for i, block in enumerate(backbone.vit.blocks):
         adapter = AdaptFormer(backbone.width, bottleneck, generator)
-        block.mlp = Parallel(*backbone.take_mlp(i), adapter)
+        norm, mlp, scale = backbone.take_mlp(i)
+        block.mlp = Parallel(norm, mlp, scale, adapter)
 
 
 def _add_lora(backbone: Any, rank: int, seed: int) -> None:

@@ -190,9 +190,9 @@ def _bias(attn: Any) -> Tensor | None:
     """[3D] of a packed projection, where it is in parts beside it: keys have none."""
     from timm.models.eva import EvaAttention
 
-    if type(attn) is not EvaAttention or attn.q_bias is None:
-        return None
-    return torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
+    has_parts = type(attn) is EvaAttention and attn.q_bias is not None
+    parts: Any = attn
+    return torch.cat((parts.q_bias, parts.k_bias, parts.v_bias)) if has_parts else None
 
 
 def _loses_update(attn: Any) -> bool:

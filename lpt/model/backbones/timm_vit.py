@@ -158,7 +158,7 @@ def load(name: str, *, weights: Path | None = None, image_size: int | None = Non
     architecture = name.partition(".")[0]
     _refuse_unknown(f"timm:{name}", architecture)
     refuse_unserved(f"timm:{name}", architecture)
-    words = {} if is_rotary(architecture) else {"weight_init": "skip"}  # which timm's Eva does not know
+    words: dict[str, Any] = {} if is_rotary(architecture) else {"weight_init": "skip"}  # which timm's Eva does not know
     with quiet("timm"), torch.device("meta"):
         refuse_unserved_module(f"timm:{name}", timm.create_model(architecture, num_classes=0, **words))
     if weights is None:
