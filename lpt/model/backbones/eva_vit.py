@@ -1,13 +1,14 @@
 """Rotary ViTs of timm behind the seam: DINOv3, EVA-02, Perception Encoder, RoPE-ViT.
 
-Shapes: tokens [B P+N D], queries, keys and values [B heads n d], rotation [N 2d], or [heads N 2d] where each head has
-its own.
+Shapes: tokens [B P+N D], queries, keys and values [B heads n d], angles as timm has them, their sines and cosines
+[N 2d], or [heads N 2d] where each head has its own.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lpt.data.preprocess import Preprocess
@@ -16,10 +17,10 @@ from lpt.model.backbones.timm_vit import TimmViT, attend, project, split_heads
 
 
 class Rotation(NamedTuple):
-    """How the queries and keys of patches are turned: x cos + swapped(x) sin, with the sign of the swap in `sin`.
+    """How queries and keys of the tokens are turned: x cos + swapped(x) sin, with the sign of the swap in `sin`.
 
     Pairs that turn together are the two halves of a head where `half`, or else neighbours (Su 2021, RoPE, in the two
-    layouts of timm). `sin` and `cos` are [N d] or [heads N d].
+    layouts of timm). `sin` and `cos` are [P+N d] or [heads P+N d]; the prefix is turned by nothing, exactly.
     """
 
     sin: Tensor
@@ -37,7 +38,7 @@ class EvaViT(TimmViT):
     def __init__(self, vit: Any, *, name: str, preprocess: Preprocess, fingerprint: str) -> None:
         super().__init__(vit, name=name, preprocess=preprocess, fingerprint=fingerprint)
         self._block_with_prompts = _block_with_prompts
-        # (state that they were computed from, what timm gives to each block, the same as rotations)
+        # (state that they were computed from, angles of each block as timm gives them, the same as rotations)
         self._turns: tuple[tuple[object, ...], list[Tensor], list[Rotation]] | None = None
 
     @property
@@ -68,33 +69,32 @@ class EvaViT(TimmViT):
     ) -> Tensor:
         block: Any = self.vit.blocks[i]
         prompts = [prompt] if isinstance(prompt, Tensor | KeyValue) else list(prompt)
-        embedding, rotation = self._turn(i)
+        angles, rotation = self._turn(i)
         bare = tokens.shape[1] == self.prefix + self.vit.patch_embed.num_patches  # no shallow prompt behind them
         if not prompts and keep is None and bare and not _loses_update(block.attn):
-            return block(tokens, rope=embedding)
+            return block(tokens, rope=angles)
         answers = [p if isinstance(p, KeyValue) else self.keys_values(i, p) for p in prompts]
         return self._block_with_prompts(block, tokens, rotation, answers, keep)
 
     def _turn(self, i: int) -> tuple[Tensor | None, Rotation | None]:
-        """What timm gives to block `i`, and the same as a rotation; computed once, unless its frequencies learn."""
-        rope = self.vit.rope
+        """Block `i`'s angles as timm has them, and as a rotation; computed once, unless their frequencies learn."""
+        rope, mixed = self.vit.rope, self.vit.rope_mixed
         if rope is None:
             return None, None
-        if self.vit.rope_mixed and rope.freqs.requires_grad and torch.is_grad_enabled():
-            embedding = _mixed(rope, i, self.vit.patch_embed.grid_size)
-            return embedding, _rotation(embedding, half=False)
+        half: bool = self.vit.blocks[0].attn.rotate_half
+        if mixed and rope.freqs.requires_grad and torch.is_grad_enabled():
+            angles = _mixed(rope, i, self.vit.patch_embed.grid_size)
+            return angles, _rotation(angles, self.prefix, half=half)
         tensors = (*rope.parameters(), *rope.buffers())
         state = tuple((tensor.device, tensor.dtype, tensor.data_ptr(), tensor._version) for tensor in tensors)
         if self._turns is None or self._turns[0] != state:
             with torch.no_grad():
-                embeddings = self._embeddings()
-                half = self.vit.blocks[0].attn.rotate_half
-                self._turns = (state, embeddings, [_rotation(each, half=half) for each in embeddings])
-        _, embeddings, rotations = self._turns
-        each = i if self.vit.rope_mixed else 0
-        return embeddings[each], rotations[each]
+                made = self._angles()
+                self._turns = (state, made, [_rotation(angles, self.prefix, half=half) for angles in made])
+        _, made, rotations = self._turns
+        return made[i if mixed else 0], rotations[i if mixed else 0]
 
-    def _embeddings(self) -> list[Tensor]:
+    def _angles(self) -> list[Tensor]:
         """As in timm's `Eva._pos_embed`: one for all blocks, or one for each."""
         vit = self.vit
         made = vit.rope.get_embed(shape=vit.patch_embed.grid_size) if vit.dynamic_img_size else vit.rope.get_embed()
@@ -121,14 +121,14 @@ def _block_with_prompts(
     """
     attn = block.attn
     normed, tokens = block.norm1(tokens), tokens[:, :keep]
-    asking, prefix = normed[:, :keep], attn.num_prefix_tokens
+    asking, batch = normed[:, :keep], len(tokens)
+    query = _turned(attn.q_norm(_queries(attn, asking)), rotation)
     key, value = _keys_values(attn, normed)
-    query = torch.cat(_turned(attn.q_norm(_queries(attn, asking)), rotation, prefix), dim=2)
-    keys, values = _turned(attn.k_norm(key), rotation, prefix), [value]
-    for prompt in prompts:
-        keys.append(prompt.key.expand(len(tokens), -1, -1, -1))
-        values.append(prompt.value.expand(len(tokens), -1, -1, -1))
-    mixed = attend(query, torch.cat(keys, dim=2), torch.cat(values, dim=2) if prompts else value)
+    key = _turned(attn.k_norm(key), rotation)
+    if prompts:
+        key = torch.cat([key, *(prompt.key.expand(batch, -1, -1, -1) for prompt in prompts)], dim=2)
+        value = torch.cat([value, *(prompt.value.expand(batch, -1, -1, -1) for prompt in prompts)], dim=2)
+    mixed = attend(query, key, value)
     mixed = attn.norm(mixed.transpose(1, 2).flatten(2))
     if attn.gate is not None:
         mixed = mixed * attn.gate(asking).sigmoid()
@@ -140,28 +140,28 @@ def _scaled(update: Tensor, gamma: Tensor | None) -> Tensor:
     return update if gamma is None else gamma * update
 
 
-def _turned(heads: Tensor, rotation: Rotation | None, prefix: int) -> list[Tensor]:
-    """Queries or keys of tokens [B heads n d], in parts: those of patches are turned; the prefix and what is behind the
-    patches have no place in the image."""
-    if rotation is None or heads.shape[2] <= prefix:
-        return [heads]
-    end = min(heads.shape[2], prefix + rotation.cos.shape[-2])
-    patches = heads[:, :, prefix:end]
-    sin, cos = (part[..., : end - prefix, :] for part in rotation[:2])
-    swapped = patches.roll(patches.shape[-1] // 2, -1)
-    if not rotation.half:
-        swapped = patches.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+def _turned(heads: Tensor, rotation: Rotation | None) -> Tensor:
+    """Queries or keys of tokens [B heads n d]. What is behind the patches has no place in the image, and stays."""
+    if rotation is None:
+        return heads
+    rows = rotation.cos.shape[-2]
+    if heads.shape[2] > rows:
+        return torch.cat([_turned(heads[:, :, :rows], rotation), heads[:, :, rows:]], dim=2)
+    sin, cos = (part[..., : heads.shape[2], :] for part in rotation[:2])
+    if rotation.half:
+        swapped = heads.roll(heads.shape[-1] // 2, -1)
+    else:
+        swapped = heads.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
     # In the rotation's precision, which may be a higher one, and back: as in timm.
-    turned = (patches * cos + swapped * sin).to(heads.dtype)
-    return [heads[:, :, :prefix], turned, heads[:, :, end:]]
+    return (heads * cos + swapped * sin).to(heads.dtype)
 
 
-def _rotation(embedding: Tensor, *, half: bool) -> Rotation:
-    """timm's (sin, cos) of angles side by side [... N 2d] as a rotation."""
-    sin, cos = embedding.chunk(2, -1)
+def _rotation(angles: Tensor, prefix: int, *, half: bool) -> Rotation:
+    """timm's sines and cosines side by side [... N 2d] as a rotation of `prefix` + N tokens."""
+    sin, cos = angles.chunk(2, -1)
     sign = torch.ones(sin.shape[-1], dtype=sin.dtype, device=sin.device)
-    sign[(slice(len(sign) // 2) if half else slice(0, None, 2))] = -1
-    return Rotation(sin * sign, cos.contiguous(), half)
+    sign[slice(len(sign) // 2) if half else slice(0, None, 2)] = -1
+    return Rotation(F.pad(sin * sign, (0, 0, prefix, 0)), F.pad(cos, (0, 0, prefix, 0), value=1.0), half)
 
 
 def _mixed(rope: Any, i: int, grid: tuple[int, int]) -> Tensor:
@@ -206,6 +206,8 @@ def unserved_part(vit: Any) -> str | None:
     from timm.layers.pos_embed_sincos import RotaryEmbeddingCat, RotaryEmbeddingDinoV3, RotaryEmbeddingMixed
     from timm.models.eva import EvaAttention, EvaBlock
 
+    if len({*vit.patch_embed.img_size}) > 1:
+        return "images that are not square"
     # Exact types: a subclass may compute something else in its forward.
     if type(vit.rope) not in (type(None), RotaryEmbeddingCat, RotaryEmbeddingDinoV3, RotaryEmbeddingMixed):
         return type(vit.rope).__name__

@@ -158,17 +158,21 @@ def load(name: str, *, weights: Path | None = None, image_size: int | None = Non
     architecture = name.partition(".")[0]
     _refuse_unknown(f"timm:{name}", architecture)
     refuse_unserved(f"timm:{name}", architecture)
-    words: dict[str, Any] = {} if is_rotary(architecture) else {"weight_init": "skip"}  # which timm's Eva does not know
-    with quiet("timm"), torch.device("meta"):
-        refuse_unserved_module(f"timm:{name}", timm.create_model(architecture, num_classes=0, **words))
+    words: dict[str, Any] = {"weight_init": "skip"}
+    if is_rotary(architecture):
+        words = {}  # timm's Eva takes no such word
+        with quiet("timm"), torch.device("meta"):  # of these the name does not say enough
+            refuse_unserved_module(f"timm:{name}", timm.create_model(architecture, num_classes=0))
     if weights is None:
         _refuse_unpublished(name)
         with quiet("timm"), download_errors(f"timm:{name}", "timm"), torch.random.fork_rng(devices=[]):
             vit = timm.create_model(name, pretrained=True, num_classes=0, **words)
-        return _wrap(vit, f"timm:{name}", image_size)
-    with quiet("timm"):
-        vit = empty(architecture, lambda: timm.create_model(architecture, num_classes=0, **words))
-    _load_weights(vit, weights, architecture)
+    else:
+        with quiet("timm"):
+            vit = empty(architecture, lambda: timm.create_model(architecture, num_classes=0, **words))
+    refuse_unserved_module(f"timm:{name}", vit)
+    if weights is not None:
+        _load_weights(vit, weights, architecture)
     return _wrap(vit, f"timm:{name}", image_size)
 
 
