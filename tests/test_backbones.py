@@ -39,11 +39,14 @@ def lively(backbone, seed=1):
         ("vit_small_patch14_dinov2", 56),
         ("vit_small_patch14_reg4_dinov2", 56),
         ("vit_base_patch16_clip_224", 64),
-        ("vit_base_patch16_siglip_224", 64),
+        ("vit_base_patch16_siglip_224", 64),  # SigLIP 2 has tags of the same architecture
+        ("vit_base_patch16_radio_v3", 64),
+        ("vit_base_patch14_reg1_tipsv2", 56),
     ],
 )
 def test_without_prompts_the_seam_is_timms_forward_bit_for_bit(architecture, size):
-    backbone = lively(timm_vit.untrained(architecture, image_size=size))
+    changes = {"depth": 2} if "base" in architecture else {}
+    backbone = lively(timm_vit.untrained(architecture, image_size=size, **changes))
     views = normal(2, 3, size, size)
     with torch.no_grad():
         tokens = backbone.embed(views)
@@ -65,6 +68,8 @@ def test_without_prompts_the_seam_is_timms_forward_bit_for_bit(architecture, siz
         ("vit_tiny_patch16_224", 1, 1),
         ("vit_small_patch14_reg4_dinov2", 5, 1),
         ("vit_base_patch16_siglip_224", 0, None),
+        ("vit_base_patch16_radio_v3", 8, 1),
+        ("vit_base_patch14_reg1_tipsv2", 2, 1),
     ],
 )
 def test_the_seam_says_which_tokens_there_are_and_which_are_read(architecture, prefix, reads):
@@ -81,6 +86,8 @@ VARIANTS = {
     "dinov2 with registers": ("vit_small_patch14_reg4_dinov2", 56, {}),
     "clip": ("vit_base_patch16_clip_224", 64, {}),
     "siglip": ("vit_base_patch16_siglip_224", 64, {}),
+    "radio": ("vit_base_patch16_radio_v3", 64, {"embed_dim": 96, "num_heads": 3}),
+    "tips": ("vit_base_patch14_reg1_tipsv2", 56, {"embed_dim": 96, "num_heads": 3}),
 }
 PROMPTS = {
     "one": [(4,)],
@@ -166,8 +173,8 @@ def test_attend_is_softmax_attention(dtype, tolerance, tokens):
 # What the seam refuses.
 
 UNSERVED = [
-    "eva02_tiny_patch14_224",
-    "vit_small_patch16_dinov3",
+    "naflexvit_base_patch16_gap",
+    "vit_base_patch16_sapiens2",
     "swin_tiny_patch4_window7_224",
     "resnet18",
     "deit_tiny_distilled_patch16_224",
@@ -177,15 +184,15 @@ UNSERVED = [
 
 @pytest.mark.parametrize("architecture", UNSERVED)
 def test_families_without_a_seam_are_refused_by_name(architecture, tmp_path):
-    with pytest.raises(BackboneError, match=rf"{architecture} .*supported: plain timm"):
+    with pytest.raises(BackboneError, match=rf"{architecture} .*supported: plain and rotary"):
         load_backbone(f"untrained:{architecture}")
     save_file({"x": torch.zeros(1)}, tmp_path / "any.safetensors")
-    with pytest.raises(BackboneError, match=rf"{architecture} .*supported: plain timm"):
+    with pytest.raises(BackboneError, match=rf"{architecture} .*supported: plain and rotary"):
         load_backbone(f"timm:{architecture}", weights=tmp_path / "any.safetensors")
 
 
 @pytest.mark.parametrize(
-    "name", ["eva02_tiny_patch14_224.mim_in22k", "vit_small_patch16_dinov3.lvd1689m", "resnet18.a1_in1k"]
+    "name", ["naflexvit_base_patch16_gap.e300_s576_in1k", "eva02_enormous_patch14_clip_224.laion2b", "resnet18.a1_in1k"]
 )
 def test_a_full_tag_without_a_seam_is_refused_before_any_download(name):
     with pytest.raises(BackboneError, match=rf"timm:{name} .*supported"):

@@ -320,7 +320,6 @@ def test_a_file_that_does_not_fit_names_every_key_as_in_open_clip(tmp_path, smal
     [
         ("RN50/openai", "a ResNet"),
         ("convnext_base/laion400m_s13b_b51k", "timm's convnext"),
-        ("EVA02-B-16/merged2b_s8b_b131k", "timm's eva"),
         ("coca_ViT-B-32/laion2b_s13b_b90k", "CoCa"),
         ("ViT-L-14-CLIPA/datacomp1b", "no_ln_pre=True, final_ln_after_pool=True, pool_type=avg"),
     ],

@@ -20,7 +20,7 @@ KINDS = {
     "bias": "every bias of the backbone (Zaken 2022, BitFit)",
     "norm": "every LayerNorm's weight and bias",
     "adaptformer": "a bottleneck beside every MLP (Chen 2022, in the form of LIFT, Shi 2024)",
-    "lora": "a low-rank update of every packed qkv projection (Hu 2022), through peft",
+    "lora": "a low-rank update of what makes queries, keys and values (Hu 2022), through peft",
     "full": "the whole backbone: its prompt file is as large as a model",
 }
 
@@ -45,10 +45,10 @@ def with_adapter(backbone: Backbone, kind: Kind, *, bottleneck: int = 4, rank: i
 
 def _add_adaptformers(backbone: Any, bottleneck: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    for block in backbone.vit.blocks:
+    for i, block in enumerate(backbone.vit.blocks):
         adapter = AdaptFormer(backbone.width, bottleneck, generator)
-        block.mlp = Parallel(block.norm2, block.mlp, block.ls2, adapter)
-        block.norm2, block.ls2 = nn.Identity(), nn.Identity()  # both are inside `Parallel` now
+        norm, mlp, scale = backbone.take_mlp(i)
+        block.mlp = Parallel(norm, mlp, scale, adapter)
 
 
 def _add_lora(backbone: Any, rank: int, seed: int) -> None:
@@ -57,7 +57,9 @@ def _add_lora(backbone: Any, rank: int, seed: int) -> None:
 
     with torch.random.fork_rng(devices=[]):  # peft draws from the global state
         torch.manual_seed(seed)
-        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["qkv"]), backbone.vit)
+        inject_adapter_in_model(
+            LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=[*backbone.projections]), backbone.vit
+        )
 
 
 def _learned_names(backbone: Backbone, kind: Kind) -> set[str]:
@@ -67,7 +69,7 @@ def _learned_names(backbone: Backbone, kind: Kind) -> set[str]:
     if kind == "lora":
         return {name for name in names if ".lora_" in name}
     if kind == "bias":
-        return {name for name in names if name.endswith(".bias")}
+        return {name for name in names if name.endswith("bias")}  # also q_bias and v_bias beside a projection
     if kind == "norm":
         norms = {name for name, module in backbone.named_modules() if isinstance(module, nn.LayerNorm)}
         return {name for name in names if name.rpartition(".")[0] in norms}

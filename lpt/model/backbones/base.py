@@ -205,7 +205,8 @@ def with_memory(module: Built) -> Built:
                 part.register_parameter(name, nn.Parameter(memory, requires_grad=parameter.requires_grad))
         for name, buffer in part.named_buffers(recurse=False):
             if buffer.is_meta:
-                part.register_buffer(name, torch.empty(buffer.shape, dtype=buffer.dtype))
+                stored = name not in part._non_persistent_buffers_set
+                part.register_buffer(name, torch.empty(buffer.shape, dtype=buffer.dtype), persistent=stored)
     return module
 
 

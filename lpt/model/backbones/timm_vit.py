@@ -7,7 +7,7 @@ import contextlib
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ from lpt.files import read_tensors, why_not_downloaded
 from lpt.model.backbones.base import Backbone, KeyValue, Prompt, fill, fingerprint_of, without_numbers
 
 SUPPORTED = (
-    "plain timm VisionTransformer models: vit_*, deit_*, deit3_*, vit_*_dinov2, vit_*_reg4_dinov2, "
-    "vit_*_clip_*, vit_*_siglip_*"
+    "plain and rotary ViTs of timm: vit_*, deit_*, deit3_*, vit_*_dinov2, vit_*_clip_*, vit_*_siglip_*, "
+    "vit_*_radio_v3, vit_*_tipsv2, vit_*_dinov3, eva02_*, vit_pe_*, vit_*_rope_*"
 )
 
 
@@ -36,8 +36,20 @@ class TimmViT(Backbone):
         self.depth, self.width, self.prefix = len(vit.blocks), vit.embed_dim, vit.num_prefix_tokens
         self.feature_width = vit.num_features
         self.reads = 1 if vit.global_pool == "token" else None
-        self._block_with_prompts = _block_with_prompts
+        self._block_with_prompts: Callable[..., Tensor] = _block_with_prompts
         self.freeze()
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """What makes queries, keys and values is called in each block's `attn`."""
+        return ("qkv",)
+
+    def take_mlp(self, i: int) -> tuple[nn.Module, nn.Module, nn.Module]:
+        """(norm, MLP, layer scale) of block `i`, taken out: identities stand in their places."""
+        block: Any = self.vit.blocks[i]
+        taken = (block.norm2, block.mlp, block.ls2)
+        block.norm2, block.mlp, block.ls2 = nn.Identity(), nn.Identity(), nn.Identity()
+        return taken
 
     def embed(self, images: Tensor) -> Tensor:
         vit = self.vit
@@ -75,7 +87,7 @@ class TimmViT(Backbone):
         if on_cpu and not (os.environ.get("CXX") or shutil.which("g++")):
             raise BackboneError("train.compile needs a C++ compiler on a CPU: install g++, or set train.compile=false")
         # A function outside the class: all blocks of a model share its one compiled graph.
-        self._block_with_prompts = torch.compile(_block_with_prompts)
+        self._block_with_prompts = torch.compile(self._block_with_prompts)
 
 
 def _block_with_prompts(block: Any, tokens: Tensor, prompts: list[KeyValue], keep: int | None) -> Tensor:
@@ -87,7 +99,7 @@ def _block_with_prompts(block: Any, tokens: Tensor, prompts: list[KeyValue], kee
     normed, tokens = block.norm1(tokens), tokens[:, :keep]
     # Queries are projected alone: as a part of one tensor with keys and values they would keep those in memory, beside
     # the copies that `cat` makes.
-    (query,) = _split_heads(_project(attn.qkv, normed[:, :keep], 0, 1), 1, attn)
+    (query,) = split_heads(project(attn.qkv, normed[:, :keep], 0, 1), 1, attn)
     key, value = _keys_values(attn, normed)
     query, key = attn.q_norm(query), attn.k_norm(key)
     if prompts:
@@ -112,21 +124,24 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 def _keys_values(attn: Any, normed: Tensor) -> tuple[Tensor, ...]:
     """(key, value) [B heads n D/heads] of normed tokens [B n D], before timm's norm of keys."""
-    return _split_heads(_project(attn.qkv, normed, 1, 3), 2, attn)
+    return split_heads(project(attn.qkv, normed, 1, 3), 2, attn)
 
 
-def _project(qkv: Any, tokens: Tensor, first: int, last: int) -> Tensor:
-    """The parts `first`..`last`-1 of (q, k, v) of a packed projection, with peft's low-rank update if it has one."""
+def project(qkv: Any, tokens: Tensor, first: int, last: int, *, bias: Tensor | None = None) -> Tensor:
+    """The parts `first`..`last`-1 of (q, k, v) of a packed projection, with peft's low-rank update if it has one.
+
+    `bias` [3D] is one that stands beside the projection."""
     width = qkv.out_features // 3
     rows = slice(first * width, last * width)
-    packed = F.linear(tokens, qkv.weight[rows], None if qkv.bias is None else qkv.bias[rows])
+    bias = qkv.bias if bias is None else bias
+    packed = F.linear(tokens, qkv.weight[rows], None if bias is None else bias[rows])
     if hasattr(qkv, "lora_A"):
         low_rank = qkv.lora_A["default"](tokens)
         packed = packed + qkv.scaling["default"] * F.linear(low_rank, qkv.lora_B["default"].weight[rows])
     return packed
 
 
-def _split_heads(packed: Tensor, parts: int, attn: Any) -> tuple[Tensor, ...]:
+def split_heads(packed: Tensor, parts: int, attn: Any) -> tuple[Tensor, ...]:
     """[B n parts·D] → `parts` tensors [B heads n D/heads]."""
     batch, n = packed.shape[:2]
     return packed.reshape(batch, n, parts, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
@@ -143,17 +158,36 @@ def load(name: str, *, weights: Path | None = None, image_size: int | None = Non
     architecture = name.partition(".")[0]
     _refuse_unknown(f"timm:{name}", architecture)
     refuse_unserved(f"timm:{name}", architecture)
+    words: dict[str, Any] = {"weight_init": "skip"}
+    if is_rotary(architecture):
+        words = {}  # timm's Eva takes no such word
+        with quiet("timm"), torch.device("meta"):  # of these the name does not say enough
+            refuse_unserved_module(f"timm:{name}", timm.create_model(architecture, num_classes=0))
     if weights is None:
         _refuse_unpublished(name)
-        with quiet("timm"), download_errors(f"timm:{name}", "timm"):
-            vit = timm.create_model(name, pretrained=True, num_classes=0, weight_init="skip")
+        with quiet("timm"), download_errors(f"timm:{name}", "timm"), torch.random.fork_rng(devices=[]):
+            vit = timm.create_model(name, pretrained=True, num_classes=0, **words)
     else:
         with quiet("timm"):
-            vit = without_numbers(lambda: timm.create_model(architecture, num_classes=0, weight_init="skip"))
+            vit = empty(architecture, lambda: timm.create_model(architecture, num_classes=0, **words))
     refuse_unserved_module(f"timm:{name}", vit)
     if weights is not None:
         _load_weights(vit, weights, architecture)
     return _wrap(vit, f"timm:{name}", image_size)
+
+
+def is_rotary(architecture: str) -> bool:
+    """Whether it is one of timm's `Eva` models."""
+    from timm.models import model_entrypoint
+
+    return model_entrypoint(architecture).__module__.rpartition(".")[2] == "eva"
+
+
+def empty(architecture: str, build: Callable[[], Any]) -> Any:
+    """The model that `build` makes of an architecture, for `fill`."""
+    from lpt.model.backbones import eva_vit
+
+    return eva_vit.without_numbers(build) if is_rotary(architecture) else without_numbers(build)
 
 
 def untrained(
@@ -178,9 +212,12 @@ def untrained(
 
 def _wrap(vit: Any, name: str, image_size: int | None) -> TimmViT:
     from timm.data.config import resolve_model_data_config
+    from timm.models.eva import Eva
+
+    from lpt.model.backbones.eva_vit import EvaViT
 
     config = resolve_model_data_config(vit)
-    native = config["input_size"][-1]
+    native, is_eva = config["input_size"][-1], isinstance(vit, Eva)
     size = image_size or native
     fingerprint = fingerprint_of(vit.named_parameters())  # before positions are resampled to another size
     set_size(vit, size, name)
@@ -190,8 +227,9 @@ def _wrap(vit: Any, name: str, image_size: int | None) -> TimmViT:
         std=tuple(config["std"]),
         interpolation="bicubic" if config["interpolation"] == "bicubic" else "bilinear",
         crop_ratio=config["crop_pct"] if size == native else 1.0,
+        square=is_eva and config["crop_mode"] == "squash",  # of plain ViTs prompt files say otherwise
     )
-    return TimmViT(vit, name=name, preprocess=preprocess, fingerprint=fingerprint)
+    return (EvaViT if is_eva else TimmViT)(vit, name=name, preprocess=preprocess, fingerprint=fingerprint)
 
 
 def set_size(vit: Any, size: int, name: str) -> None:
@@ -232,19 +270,26 @@ def _refuse_unpublished(name: str) -> None:
 
 
 def refuse_unserved(name: str, architecture: str, supported: str = SUPPORTED) -> None:
-    """Before any download: is this one of timm's plain ViTs at all?"""
+    """Before any download: is this one of timm's plain or rotary ViTs at all?"""
     from timm.models import model_entrypoint
 
     module = model_entrypoint(architecture).__module__.rpartition(".")[2]
-    if module not in ("vision_transformer", "deit") or "_distilled_" in architecture:
+    if module not in ("vision_transformer", "deit", "eva") or "_distilled_" in architecture:
         raise BackboneError(f"backbone {name} (timm's {module}) has no prompt seam; supported: {supported}")
 
 
 def refuse_unserved_module(name: str, vit: Any, supported: str = SUPPORTED) -> None:
-    """Once it is built: are all its blocks those that `TimmViT.block` runs?"""
+    """Once it is built: are all its blocks those that `TimmViT.block` or `EvaViT.block` runs?"""
     from timm.layers.attention import Attention
+    from timm.models.eva import Eva
     from timm.models.vision_transformer import Block, VisionTransformer
 
+    from lpt.model.backbones.eva_vit import unserved_part
+
+    if type(vit) is Eva:
+        if part := unserved_part(vit):
+            raise BackboneError(f"backbone {name} ({part}) has no prompt seam; supported: {supported}")
+        return
     # Exact types: a subclass may compute something else in its forward.
     if type(vit) is not VisionTransformer:
         raise BackboneError(f"backbone {name} ({type(vit).__name__}) has no prompt seam; supported: {supported}")
@@ -255,8 +300,11 @@ def refuse_unserved_module(name: str, vit: Any, supported: str = SUPPORTED) -> N
 
 
 def _load_weights(vit: nn.Module, path: Path, architecture: str) -> None:
+    from lpt.model.backbones.eva_vit import of_file
+
     tensors = {}
-    for name, value in read_weights(path).items():
+    stored = read_weights(path)
+    for name, value in (of_file(stored) if is_rotary(architecture) else stored).items():
         # The head of another label set is no part of a backbone; every other key must fit exactly.
         if not name.startswith(("head.", "head_dist.")):
             tensors[name] = value.float()
