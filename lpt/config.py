@@ -18,7 +18,7 @@ from lpt.data import DATA, LOCATION_SETTINGS
 from lpt.data.preprocess import MAX_VIEW, Transform
 from lpt.errors import ConfigError, check_kind, did_you_mean, quoted
 from lpt.model.backbones.clip_text import TEMPLATE
-from lpt.settings import Seed, settings_of, validated
+from lpt.settings import Seed, Weight, settings_of, validated
 
 MAX_LETTERS, MAX_VALUES, MAX_DEPTH = 2**16, 100_000, 50
 """Letters and values in a config, and how deep they may be nested."""
@@ -32,6 +32,19 @@ STORED_SPELLING = {("la_on", "labeled"): "labelled"}
 LATER_SETTINGS = {"split_column": None, "split_by": "position"}
 """Settings of `data:` that came after run folders were written, and what a run of before has in their place: with that
 its hash is the one of before."""
+LATER_METHOD_SETTINGS = {
+    "cue_zero_shot": 0.0,
+    "cue_neighbors": 0.0,
+    "cue_top": 5,
+    "cue_near": 4,
+    "cue_random": False,
+    "cue_tau": 1.0,
+    "cue_from": "prototypes",
+    "distill": 0.0,
+    "distill_scale": 100.0,
+    "smooth_targets": 0.0,
+}
+"""The same of methods, and of those inside them: left at this, they are not in the hash."""
 WorkerCount = Literal["auto"] | Annotated[int, Field(ge=0, le=1024)]
 
 
@@ -81,6 +94,9 @@ class TrainSettings(BaseModel):
     """A folder where features of fixed views are kept for later runs."""
     checkpoint_seconds: float = Field(default=30.0, ge=0)
     """Seconds between two checkpoints within a phase: what a kill can cost of its steps. 0 is one after every step."""
+    gnm: Weight = 0.0
+    """Gaussian neighborhood minimization: every gradient is taken so far beside the weights, by chance; 0 is off, 0.005
+    its authors' (Li 2024)."""
     tf32: bool = False
     """Whether a GPU may round the factors of fp32 matrix products to 10 bits (TF32): several times as fast, and other
     numbers. Off as torch has it; products in bf16 do not depend on it."""
@@ -113,7 +129,7 @@ class Config(BaseModel):
         Neither the places of files nor the device nor how often checkpoints are written are.
         """
         parts = self.model_dump()
-        parts["method"] = {"name": self.method["name"], **self.stored_method_settings()}
+        parts["method"] = {"name": self.method["name"], **_without_later(self.stored_method_settings())}
         for part, key in (
             ("backbone", "weights"),
             ("train", "device"),
@@ -124,8 +140,9 @@ class Config(BaseModel):
             *(("data", place) for place in LOCATION_SETTINGS),
         ):
             parts[part].pop(key, None)
-        if not parts["train"]["tf32"]:  # a setting that came after run folders were written
-            del parts["train"]["tf32"]
+        for later in ("tf32", "gnm"):  # settings that came after run folders were written
+            if not parts["train"][later]:
+                del parts["train"][later]
         for key, before in LATER_SETTINGS.items():
             if key in parts["data"] and parts["data"][key] == before:
                 del parts["data"][key]
@@ -292,6 +309,16 @@ def _as_stored(settings: Mapping[str, Any]) -> dict[str, Any]:
         else:
             stored[key] = STORED_SPELLING.get((key, value), value) if isinstance(value, str) else value
     return stored
+
+
+def _without_later(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a method, and of those inside it, without LATER_METHOD_SETTINGS that are left as they are."""
+    kept = {}
+    for key, value in settings.items():
+        if key in LATER_METHOD_SETTINGS and value == LATER_METHOD_SETTINGS[key]:
+            continue
+        kept[key] = _without_later(value) if isinstance(value, Mapping) else value
+    return kept
 
 
 def _override(tree: dict[str, Any], text: str) -> str | None:

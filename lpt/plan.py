@@ -103,6 +103,7 @@ def plan_run(config: Config, *, timed_steps: int = TIMED_STEPS) -> Plan:
         batch_size=config.train.batch_size,
         seed=config.train.seed,
         dtype=PRECISIONS[setup.precision],
+        gnm=config.train.gnm,
         count_flops=not config.train.compile,  # a compiled block is one operation to the counter
         plan=plan,
     )

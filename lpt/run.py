@@ -38,7 +38,7 @@ from lpt.prompt_file import DTYPES, beyond_fp16, save_prompt
 from lpt.report.finished import Rows, command_of, split_of, write_page
 from lpt.report.markdown import markdown
 from lpt.report.pseudo_labels import diagnose, read_last_round
-from lpt.settings import Positive, Seed, checked_arguments
+from lpt.settings import Positive, Seed, Weight, checked_arguments
 from lpt.setup import Setup, check_memory
 
 RUN_FILES = ("config.yaml", "checkpoints", "history.jsonl", "prompt.safetensors", "report.json")
@@ -92,15 +92,16 @@ def tune(
     method: str = "lpt",
     batch_size: Positive = 256,
     seed: Seed = 0,
+    gnm: Weight = 0.0,
     say: Log = lambda text: None,
     **settings: Any,
 ) -> PromptedClassifier:
-    """Adapts `backbone` to `task` in this process, without a run folder. `settings` are the method's own; `say` takes
-    lines of text for people.
+    """Adapts `backbone` to `task` in this process, without a run folder. `settings` are the method's own; `gnm` is
+    train.gnm of a config; `say` takes lines of text for people.
 
     Raises LptError for an unknown method, ConfigError for settings that it does not have or take, all at once.
     """
-    batch_size, seed = checked_arguments(tune, batch_size=batch_size, seed=seed)
+    batch_size, seed, gnm = checked_arguments(tune, batch_size=batch_size, seed=seed, gnm=gnm)
     check_kind("tune: task", task, Task, "give what lpt.load_task returns")
     check_kind("tune: backbone", backbone, Backbone, "give what lpt.load_backbone returns")
     device = next(backbone.parameters()).device
@@ -112,6 +113,7 @@ def tune(
         batch_size=batch_size,
         seed=seed,
         dtype=backbone.dtype,
+        gnm=gnm,
         log=say,
     )
     recipe = build_recipe(named, task, backbone, session)
@@ -212,6 +214,7 @@ def bind(setup: Setup, folder: RunFolder, stop: Stop, say: Log, show: OnStep) ->
         feature_cache=Path(settings.feature_cache) if settings.feature_cache else None,
         run_hash=setup.run_hash,
         pseudo_labels=folder.pseudo_labels,
+        gnm=settings.gnm,
         count_flops=not settings.compile,
         workers=settings.workers,
         stop=stop,

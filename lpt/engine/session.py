@@ -71,6 +71,8 @@ class Session:
     """What checkpoints must agree with."""
     pseudo_labels: Path | None = None
     """The folder where a method that labels images by itself writes what it thought of each."""
+    gnm: float = 0.0
+    """How far beside the weights gradients are taken (`lpt.engine.gnm`); 0 is at the weights."""
     count_flops: bool = True
     workers: Workers = "auto"
     """Processes that make views of files, and strong views."""
