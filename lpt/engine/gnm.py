@@ -1,7 +1,8 @@
 """Gaussian neighborhood minimization: the gradient is taken beside the weights, by chance, and applied to them.
 
-θ ← θ - lr (∇L(θ + ε) + wd θ) with ε = ρ · clamp(N(0, 1/3²), -1, 1) · ½^⌊(epoch - 1)/59⌋ on everything that trains (Li 2024,
-NeurIPS, arXiv 2410.21042); theirs is ρ = 0.05 · 0.1. A step costs what a step costs: one forward and one backward.
+θ ← θ - lr (∇L(θ + ε) + wd θ), ε = ρ · clamp(N(0, 1/3²), -1, 1) · ½^⌊(epoch - 1)/59⌋, on everything that trains
+(Li 2024, NeurIPS, arXiv 2410.21042). Theirs is ρ = 0.05 · 0.1. A step costs what a step costs: one forward and one
+backward.
 
 The feature that their code reads, half CLS and half the last block's outputs at the prompts, is left out: it is in no
 equation, and a prompt has no output here. Of several phases each counts its own epochs (ours).

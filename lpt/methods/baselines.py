@@ -14,6 +14,7 @@ from lpt.engine.phase import Phase, Recipe
 from lpt.engine.session import Session
 from lpt.errors import LptError
 from lpt.losses import LossName
+from lpt.methods.cue import CueSettings, CueTerms
 from lpt.methods.supervised import HeadStart, Tuning, build_model, head_features, stage, tunable_names
 from lpt.model.backbones.base import Backbone
 from lpt.model.classifier import PromptedClassifier
@@ -69,12 +70,15 @@ def linear_probe(
     lr: FractionBelowOne = 1e-3,
     weight_decay: FractionBelowOne = 0.01,
     warmup: Warmup = "linear",
+    cue: CueSettings = CueSettings(),
 ) -> Recipe:
     """A classifier on the frozen features of the test views: computed once, no augmentation, natural sampling.
 
-    `linear` starts at zero and has scale 1; `cosine`, times `scale`, starts at the class means.
+    `linear` starts at zero and has scale 1; `cosine`, times `scale`, starts at the class means. `cue_*`, `distill` and
+    `smooth_targets` stand beside the loss (`lpt.methods.cue`).
     """
     model = build_model(task, backbone, session, tuning="head", head=head, scale=scale)
+    beside = CueTerms(cue, task, backbone, session, scale=model.head.scale) if cue.is_on else None
 
     def phases() -> Iterator[Phase]:
         yield stage(
@@ -90,7 +94,9 @@ def linear_probe(
             weight_decay=weight_decay,
             warmup=warmup,
             cached=head_features(session, "features", model, task),
+            beside=beside,
             tau=tau,
+            label_smoothing=cue.smooth_targets,
         )
 
     return Recipe(model, phases())
@@ -119,6 +125,7 @@ def fine_tune(
     lr: FractionBelowOne = 0.01,
     weight_decay: FractionBelowOne = 5e-4,
     warmup: Warmup = "linear",
+    cue: CueSettings = CueSettings(),
 ) -> Recipe:
     """The head and one of eight things together: prompts, biases, norms, adapters, LoRA, everything, nothing else.
 
@@ -131,7 +138,8 @@ def fine_tune(
 
     The defaults are LIFT's recipe (Shi 2024) but for SGD's `lr`, which is per 256 images: half of LIFT's at its 128. A
     linear head starts at zero, whatever `head_init`. `tau` is of la, `gamma` of focal, `beta` of the class-balanced
-    losses, `margin` of the LDAM ones.
+    losses, `margin` of the LDAM ones; `cue_*`, `distill` and `smooth_targets` stand beside the loss
+    (`lpt.methods.cue`).
     """
     if sampler == "class" and loss in ("la", "bs"):
         raise LptError(f"method.sampler=class balances the classes already, and loss {loss} would do so twice: use ce")
@@ -164,5 +172,7 @@ def fine_tune(
         gamma=gamma,
         beta=beta,
         margin=margin,
+        beside=CueTerms(cue, task, backbone, session, scale=model.head.scale) if cue.is_on else None,
+        label_smoothing=cue.smooth_targets,
     )
     return Recipe(model, [tuned])

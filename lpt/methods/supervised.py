@@ -21,6 +21,7 @@ from lpt.engine.session import Session
 from lpt.engine.step_memory import StepMemory
 from lpt.errors import BackboneError, LptError
 from lpt.losses import LossName, loss_by_name
+from lpt.methods.cue import CueTerms
 from lpt.model.adapters import Kind, auto_bottleneck, with_adapter
 from lpt.model.backbones.base import Backbone
 from lpt.model.classifier import PromptedClassifier
@@ -143,13 +144,15 @@ def stage(
     sampler: Literal["instance", "class"] = "instance",
     images: Images | Files | None = None,
     cached: Tensor | None = None,
+    beside: CueTerms | None = None,
     **constants: Any,
 ) -> Phase:
     """The phase that trains the parameters whose names start with one of `train` on `images` (by default the training
     images), or on their `cached` features [N D'] where only the head trains. An epoch is N/B steps.
 
-    `loss` is a name, or a function of logits and labels; `constants` are the loss's: tau, gamma, beta, margin. Class
-    counts are those of `images`. Nothing is trained here: yield what this returns.
+    `loss` is a name, or a function of logits and labels; `constants` are the loss's: tau, gamma, beta, margin,
+    label_smoothing. Class counts are those of `images`; `beside` adds its terms. Nothing is trained here: yield what
+    this returns.
     """
     trained_on = task.train if images is None else images
     counts = torch.bincount(trained_on.labels, minlength=len(task.classes))
@@ -162,7 +165,11 @@ def stage(
         logits = model.classify(batch.views) if cached is not None else model(batch.views).logits
         memory.note(few=few[batch.labels], right=logits.argmax(1) == batch.labels)
         criterion = late if progress.step >= DRW_START * progress.steps else early
-        return {"loss": criterion(logits, batch.labels)}
+        value = criterion(logits, batch.labels)
+        if beside is None:
+            return {"loss": value}
+        terms = beside(logits, batch.labels, batch.views, are_features=cached is not None)
+        return {"loss": value + sum(terms.values()), **{name: term.detach() for name, term in terms.items()}}
 
     def few_shot_train_accuracy(model: PromptedClassifier, progress: Progress) -> Mapping[str, Any]:
         """Of the epoch's few-shot training images, as they were seen: it costs nothing, and shows a tail that is
