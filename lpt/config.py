@@ -19,6 +19,7 @@ from lpt.data.preprocess import MAX_VIEW, Transform
 from lpt.errors import ConfigError, check_kind, did_you_mean, quoted
 from lpt.model.backbones.clip_text import TEMPLATE
 from lpt.settings import Seed, Weight, settings_of, validated
+from lpt.terms import Crops
 
 MAX_LETTERS, MAX_VALUES, MAX_DEPTH = 2**16, 100_000, 50
 """Letters and values in a config, and how deep they may be nested."""
@@ -45,6 +46,11 @@ LATER_METHOD_SETTINGS = {
     "smooth_targets": 0.0,
 }
 """The same of methods, and of those inside them: left at this, they are not in the hash."""
+LATER_SECTION_SETTINGS: dict[str, dict[str, Any]] = {
+    "train": {"tf32": False, "gnm": 0.0},
+    "backbone": {"crop_schedule": "fixed", "interpolation": None},
+}
+"""And of other sections."""
 WorkerCount = Literal["auto"] | Annotated[int, Field(ge=0, le=1024)]
 
 
@@ -58,6 +64,11 @@ class BackboneSettings(BaseModel):
     """Whose pixels: the backbone's own (timm), or those of LIFT's or LPT's code."""
     min_area: float | None = Field(default=None, gt=0, le=1)
     """Smallest area of the random crop of a training view, as a share of the image; by default the transform's."""
+    crop_schedule: Crops = "fixed"
+    """`mda`: square crops whose least area grows with the epochs of a phase, from `min_area` (by default 0.08) to the
+    whole image (LIFT+, Shi 2025)."""
+    interpolation: Literal["bilinear", "bicubic"] | None = None
+    """How pixels are resampled; by default the transform's."""
     flip: bool = True
     """Whether half of the training views are mirrored: off where left and right differ, as in digits and letters."""
 
@@ -140,9 +151,10 @@ class Config(BaseModel):
             *(("data", place) for place in LOCATION_SETTINGS),
         ):
             parts[part].pop(key, None)
-        for later in ("tf32", "gnm"):  # settings that came after run folders were written
-            if not parts["train"][later]:
-                del parts["train"][later]
+        for section, settings in LATER_SECTION_SETTINGS.items():
+            for key, before in settings.items():
+                if parts[section][key] == before:
+                    del parts[section][key]
         for key, before in LATER_SETTINGS.items():
             if key in parts["data"] and parts["data"][key] == before:
                 del parts["data"][key]

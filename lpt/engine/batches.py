@@ -270,6 +270,7 @@ def _drawn(
         seeds = (progress.chance(f"strong/{name}", len(rows)) * 2**24).long().tolist()
         changes = [("strong", seed) for seed in seeds]
     if not isinstance(content, Tensor):  # files are cropped, flipped and resized here; memory on the device
+        preprocess = preprocess.in_epoch(progress.epoch, progress.epochs)
         order = Order(files=content, preprocess=preprocess, chance=chance.numpy(), changes=changes)
         return DrawnBatch(torch.empty(0), None, labels, rows), order
     order = Order(pixels=content.numpy(), changes=changes) if changes else None
@@ -287,7 +288,7 @@ def _feature_rows(name: str, features: Tensor, rows: Tensor, progress: Progress)
 def to_views(
     drawn: Mapping[str, DrawnBatch], preprocess: Preprocess, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Batch]:
-    """What the device has to do for a step: pixels become normalised views in `dtype`."""
+    """What the device has to do for a step: pixels become normalised views in `dtype`. `preprocess` is of its epoch."""
     batches = {}
     for name, (content, chance, labels, rows) in drawn.items():
         views = content.to(device, non_blocking=True)

@@ -72,7 +72,8 @@ def run_phase(phase: Phase, model: TunableModel, session: Session) -> None:
                 progress, drawn = next(batches)
             with clock.charge("views"):
                 progress.move_to(state.device)
-                views = to_views(drawn, session.preprocess, state.device, session.dtype)
+                preprocess = session.preprocess.in_epoch(progress.epoch, progress.epochs)
+                views = to_views(drawn, preprocess, state.device, session.dtype)
             with clock.charge("compute"):
                 result = train_step(state, session, views, progress, clock)
             if progress.ends_epoch:

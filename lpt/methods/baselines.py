@@ -1,4 +1,4 @@
-"""What the field compares with: training-free classifiers, the linear probe, and fine-tuning in one of eight ways.
+"""What the field compares with: training-free classifiers, the linear probe, and fine-tuning in one of nine ways.
 
 Shapes: features [N D'], logits [B C].
 """
@@ -127,13 +127,14 @@ def fine_tune(
     warmup: Warmup = "linear",
     cue: CueSettings = CueSettings(),
 ) -> Recipe:
-    """The head and one of eight things together: prompts, biases, norms, adapters, LoRA, everything, nothing else.
+    """The head and one of nine things together: prompts, biases, norms, adapters, LoRA, everything, nothing else.
 
     - `head`: nothing else, on augmented views (`linear_probe` uses cached features);
     - `vpt_shallow`, `vpt_deep`: `prompt_length` tokens in the first or in every block (Jia 2022);
     - `bias`, `norm`: the backbone's biases (BitFit, Zaken 2022), or its LayerNorms;
     - `adaptformer`: a `bottleneck` beside every MLP (Chen 2022); 0 is LIFT's width for the number of classes;
-    - `lora`: an update of `rank` in every qkv projection (Hu 2022), through peft;
+    - `lora`: an update of `rank` in every qkv projection (Hu 2022), through peft: one A for q, k and v, times 2;
+    - `lora_qv`: one of q and one of v, each with its own A, times 1/r, as LIFT has it;
     - `full`: the whole backbone, which is then in the prompt file.
 
     The defaults are LIFT's recipe (Shi 2024) but for SGD's `lr`, which is per 256 images: half of LIFT's at its 128. A

@@ -28,7 +28,7 @@ from lpt.model.classifier import PromptedClassifier
 from lpt.model.heads import CosineHead, Head, LinearHead, class_means
 from lpt.model.prompts import DeepPrompt, ShallowPrompt
 
-Tuning = Literal["head", "vpt_shallow", "vpt_deep", "bias", "norm", "adaptformer", "lora", "full"]
+Tuning = Literal["head", "vpt_shallow", "vpt_deep", "bias", "norm", "adaptformer", "lora", "lora_qv", "full"]
 HeadStart = Literal["random", "class_mean", "prototypes"]
 LogitLoss = Callable[[Tensor, Tensor], Tensor]
 """logits [B C], labels [B] → a scalar."""
