@@ -18,8 +18,9 @@ from lpt.data import DATA, LOCATION_SETTINGS
 from lpt.data.preprocess import MAX_VIEW, Transform
 from lpt.errors import ConfigError, check_kind, did_you_mean, quoted
 from lpt.model.backbones.clip_text import TEMPLATE
+from lpt.presets import expanded
 from lpt.settings import Seed, Weight, settings_of, validated
-from lpt.terms import Crops
+from lpt.terms import Crops, Ensemble
 
 MAX_LETTERS, MAX_VALUES, MAX_DEPTH = 2**16, 100_000, 50
 """Letters and values in a config, and how deep they may be nested."""
@@ -44,10 +45,11 @@ LATER_METHOD_SETTINGS = {
     "distill": 0.0,
     "distill_scale": 100.0,
     "smooth_targets": 0.0,
+    "prompt_init": "normal",
 }
 """The same of methods, and of those inside them: left at this, they are not in the hash."""
 LATER_SECTION_SETTINGS: dict[str, dict[str, Any]] = {
-    "train": {"tf32": False, "gnm": 0.0},
+    "train": {"tf32": False, "gnm": 0.0, "tta": "none"},
     "backbone": {"crop_schedule": "fixed", "interpolation": None},
 }
 """And of other sections."""
@@ -108,6 +110,8 @@ class TrainSettings(BaseModel):
     gnm: Weight = 0.0
     """Gaussian neighborhood minimization: every gradient is taken so far beside the weights, by chance; 0 is off, 0.005
     its authors' (Li 2024)."""
+    tta: Ensemble = "none"
+    """Of the report: `five_crop` adds a row of answers that are means over five crops (TTE of LIFT)."""
     tf32: bool = False
     """Whether a GPU may round the factors of fp32 matrix products to 10 bits (TF32): several times as fast, and other
     numbers. Off as torch has it; products in bf16 do not depend on it."""
@@ -200,6 +204,8 @@ def _read(path: Path) -> dict[str, Any]:
 def resolve(raw: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
     """Checks a config given as nested dicts, fills in every default, and returns it. Raises ConfigError."""
     tree, mistakes = merged(raw, overrides)
+    tree, unknown = expanded(tree)
+    mistakes += unknown
     resolved: dict[str, Any] = {}
     for section, check in (("data", _data_section), ("method", _method_section)):
         resolved[section], wrong = check(tree.get(section))
@@ -214,7 +220,7 @@ def resolve(raw: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
         mistakes += wrong
     sections = list(Config.model_fields)
     for key in (str(key)[:99] for key in tree if key not in sections):
-        hint = did_you_mean(key, sections) or "; sections are " + ", ".join(sections)
+        hint = did_you_mean(key, sections) or "; sections are " + ", ".join([*sections, "preset"])
         mistakes.append(f"{quoted(key)}: there is no such section{hint}")
     if mistakes:
         raise ConfigError(mistakes)
@@ -338,6 +344,9 @@ def _override(tree: dict[str, Any], text: str) -> str | None:
     if not isinstance(text, str):
         return f"{quoted(repr(text))} is not of the form section.key=value, for example train.seed=1"
     path, equals, value = text.partition("=")
+    if path == "preset" and value:
+        tree["preset"] = value
+        return None
     *sections, key = path.split(".")
     if not equals or not sections or not all((*sections, key)):
         return f"{quoted(repr(text))} is not of the form section.key=value, for example train.seed=1"

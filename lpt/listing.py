@@ -14,6 +14,7 @@ def tables() -> dict[str, dict[str, str]]:
         "backbones": ast.literal_eval(_assigned(PACKAGE / "model/backbones/__init__.py", "FAMILIES")),
         "data": _first_lines(PACKAGE / "data/__init__.py", "DATA"),
         "losses": ast.literal_eval(_assigned(PACKAGE / "losses.py", "LOSSES")),
+        "presets": ast.literal_eval(_assigned(PACKAGE / "presets.py", "PRESETS")),
         "configs": {str(path): first_line(path.read_text(errors="replace")).lstrip("# ") for path in _configs()},
     }
 

@@ -45,6 +45,8 @@ RUN_FILES = ("config.yaml", "checkpoints", "history.jsonl", "prompt.safetensors"
 """By what a folder is known to hold a run."""
 EPOCH_METRICS = ("accuracy", "class_accuracy", "many", "medium", "few", "ece")
 """What the history says of an evaluation after an epoch."""
+FIVE_CROP_METRICS = (*EPOCH_METRICS, "worst_class", "nll", "brier")
+"""What a report says of answers that are means over five crops."""
 
 
 def train(
@@ -299,6 +301,10 @@ def measure_run(setup: Setup, folder: RunFolder, session: Session, model: Prompt
         "labels_seen": {name: len(shared) for name, shared in setup.labels_seen.items()},
         "versions": versions(),
     }
+    if settings.tta == "five_crop":
+        crops = predict(model, task.test, workers=settings.workers, tta=settings.tta)
+        measured = measure(model, crops, task.counts, group_rule=task.group_rule)
+        report["five_crops"] = {key: measured[key] for key in FIVE_CROP_METRICS}
     return Results(model, predictions, storage, report)
 
 

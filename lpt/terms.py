@@ -17,6 +17,8 @@ AdapterKind = Literal["bias", "norm", "adaptformer", "lora", "lora_qv", "full"]
 """What may be learned inside a backbone."""
 Cutter = Literal["pillow", "torch"]
 """Whose code decodes and resamples files: prompt files of before are Pillow's."""
+Ensemble = Literal["none", "five_crop"]
+"""Which views of an image an answer is the mean of: the test view alone, or five crops (TTE of LIFT)."""
 Crops = Literal["fixed", "mda"]
 """How training crops go with the epochs: not at all, or from small ones to the whole image."""
 Fusion = Literal["scale", "zscore", "prob", "daso"]

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from lpt.errors import DataError, UndecodableImage, quoted
 from lpt.terms import MAX_VIEW as MAX_VIEW
-from lpt.terms import Pixels
+from lpt.terms import Ensemble, Pixels
 
 Transform = Literal["timm", "lift", "lpt"]
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "PPM", "JPEG2000", "HEIF")
@@ -107,6 +107,10 @@ class Preprocess(Pixels):
     def test_view(self) -> tuple[Any, ...]:
         """All that a test view depends on, besides the image."""
         return self.size, self.mean, self.std, self.interpolation, self.crop_ratio, self.square
+
+    def seen_as(self, tta: Ensemble) -> "Preprocess":
+        """The same, with the test views of an ensemble."""
+        return self.with_(five_crops=tta == "five_crop")
 
     def as_published(self, name: "Transform") -> "Preprocess":
         """The pipeline `name` at this size: `timm` is the backbone's own. LIFT's and LPT's code crop down to 8 % of the

@@ -19,7 +19,8 @@ from lpt.methods.supervised import HeadStart, Tuning, build_model, head_features
 from lpt.model.backbones.base import Backbone
 from lpt.model.classifier import PromptedClassifier
 from lpt.model.heads import CosineHead, NeighbourHead, class_means
-from lpt.settings import AdapterWidth, FractionBelowOne, Positive, Rank, Scale
+from lpt.model.prompts import PromptInit
+from lpt.settings import AdapterWidth, FractionBelowOne, Positive, Scale
 
 
 def zero_shot(task: Task, backbone: Backbone, session: Session, *, scale: Scale = 100.0) -> Recipe:
@@ -116,7 +117,8 @@ def fine_tune(
     scale: Scale = 25.0,
     prompt_length: Positive = 10,
     bottleneck: AdapterWidth = 0,
-    rank: Rank = 8,
+    rank: AdapterWidth = 8,
+    prompt_init: PromptInit = "normal",
     tau: float = 1.0,
     gamma: float = 2.0,
     beta: FractionBelowOne = 0.9999,
@@ -134,7 +136,7 @@ def fine_tune(
     - `bias`, `norm`: the backbone's biases (BitFit, Zaken 2022), or its LayerNorms;
     - `adaptformer`: a `bottleneck` beside every MLP (Chen 2022); 0 is LIFT's width for the number of classes;
     - `lora`: an update of `rank` in every qkv projection (Hu 2022), through peft: one A for q, k and v, times 2;
-    - `lora_qv`: one of q and one of v, each with its own A, times 1/r, as LIFT has it;
+    - `lora_qv`: one of q and one of v, each with its own A, times 1/r, as LIFT has it; `rank` 0 is its width, too;
     - `full`: the whole backbone, which is then in the prompt file.
 
     The defaults are LIFT's recipe (Shi 2024) but for SGD's `lr`, which is per 256 images: half of LIFT's at its 128. A
@@ -155,6 +157,7 @@ def fine_tune(
         prompt_length=prompt_length,
         bottleneck=bottleneck,
         rank=rank,
+        prompt_init=prompt_init,
     )
     tuned = stage(
         session,

@@ -21,12 +21,13 @@ from lpt.engine.session import Session
 from lpt.engine.step_memory import StepMemory
 from lpt.errors import BackboneError, LptError
 from lpt.losses import LossName, loss_by_name
+from lpt.memory import patch_of
 from lpt.methods.cue import CueTerms
 from lpt.model.adapters import Kind, auto_bottleneck, with_adapter
 from lpt.model.backbones.base import Backbone
 from lpt.model.classifier import PromptedClassifier
 from lpt.model.heads import CosineHead, Head, LinearHead, class_means
-from lpt.model.prompts import DeepPrompt, ShallowPrompt
+from lpt.model.prompts import DeepPrompt, PromptInit, ShallowPrompt, start_uniform
 
 Tuning = Literal["head", "vpt_shallow", "vpt_deep", "bias", "norm", "adaptformer", "lora", "lora_qv", "full"]
 HeadStart = Literal["random", "class_mean", "prototypes"]
@@ -49,8 +50,9 @@ def build_model(
     prompt_length: int = 10,
     bottleneck: int = 0,
     rank: int = 8,
+    prompt_init: PromptInit = "normal",
 ) -> PromptedClassifier:
-    """A model at its start, in which `tuning` and the head may train. `bottleneck` 0 is LIFT's rule."""
+    """A model at its start, in which `tuning` and the head may train. `bottleneck` and `rank` 0 are LIFT's rule."""
     num_classes, width = len(task.classes), backbone.feature_width
     generator = torch.Generator().manual_seed(session.seed)
     classifier: CosineHead | LinearHead
@@ -73,6 +75,7 @@ def build_model(
         prompt_length=prompt_length,
         bottleneck=bottleneck,
         rank=rank,
+        prompt_init=prompt_init,
     )
 
 
@@ -102,6 +105,7 @@ def with_tuning(
     prompt_length: int = 10,
     bottleneck: int = 0,
     rank: int = 8,
+    prompt_init: PromptInit = "normal",
 ) -> PromptedClassifier:
     """`head` on `backbone`, with what `tuning` may train put in or thawed."""
     shared, tuned = None, backbone
@@ -111,8 +115,12 @@ def with_tuning(
         shared = ShallowPrompt(length=prompt_length, width=backbone.width, generator=generator)
     elif tuning != "head":
         kind: Kind = tuning
-        width = bottleneck or auto_bottleneck(len(task.classes), backbone.depth)
-        tuned = with_adapter(backbone, kind, bottleneck=width, rank=rank, seed=generator.initial_seed())
+        width = auto_bottleneck(len(task.classes), backbone.depth)
+        tuned = with_adapter(
+            backbone, kind, bottleneck=bottleneck or width, rank=rank or width, seed=generator.initial_seed()
+        )
+    if shared is not None and prompt_init == "uniform":
+        start_uniform(shared, patch_of(backbone), generator)
     model = PromptedClassifier(tuned, head, classes=task.classes, shared=shared)
     return model.to(next(backbone.parameters()).device)
 
