@@ -388,6 +388,27 @@ def _same_in_blocks(tensors: Mapping[str, Any]) -> dict[str, str]:
 
 
 @app.command()
+def soup(
+    prompts: Annotated[list[Path], typer.Argument(help="prompt files from one start: the same train.start_seed")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="write the soup there")],
+    weights: Annotated[
+        str | None, typer.Option(metavar="W,W,...", help="one for each file, in their order; equal by default")
+    ] = None,
+) -> None:
+    """Average prompt files into one, which answers at the cost of a single one: the sum of weight x file."""
+    from lpt.serve.soup import lines
+    from lpt.serve.soup import soup as write_soup
+
+    try:
+        numbers = None if weights is None else [float(word) for word in weights.split(",")]
+    except ValueError:
+        raise LptError(f"--weights {quoted(weights, 80)}: give numbers, for example 0.5,0.3,0.2") from None
+    for line in lines(write_soup(prompts, out, weights=numbers)):
+        print(line)
+    print(f"{out}  {out.stat().st_size:,} bytes")
+
+
+@app.command()
 def report(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="the folder of a finished run")],
     against: Annotated[list[Path] | None, typer.Option(metavar="RUN", help="another run on the same classes")] = None,

@@ -49,7 +49,7 @@ LATER_METHOD_SETTINGS = {
 }
 """The same of methods, and of those inside them: left at this, they are not in the hash."""
 LATER_SECTION_SETTINGS: dict[str, dict[str, Any]] = {
-    "train": {"tf32": False, "gnm": 0.0, "tta": "none"},
+    "train": {"tf32": False, "gnm": 0.0, "tta": "none", "start_seed": None},
     "backbone": {"crop_schedule": "fixed", "interpolation": None},
 }
 """And of other sections."""
@@ -95,6 +95,9 @@ class TrainSettings(BaseModel):
     batch_size: int = Field(default=256, ge=1)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     seed: Seed = 0
+    start_seed: Seed | None = None
+    """The seed of prompts, adapters and head as they start, where it is to be another than `seed`: runs that see the
+    images in other orders, and can be averaged all the same (`lpt soup`)."""
     device: str = "auto"
     storage: Literal["fp16", "fp32"] = "fp16"
     compile: bool = False

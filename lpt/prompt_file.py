@@ -95,6 +95,12 @@ def save_prompt(
                 f"prompt file {path} is not written: in {storage} {name} holds numbers that are not finite or above "
                 f"{LARGEST_NUMBER:g}: lower method.lr, or use train.storage=fp32"
             )
+    write_prompt(path, header, tensors)
+    return header
+
+
+def write_prompt(path: str | Path, header: Header, tensors: Mapping[str, Tensor]) -> None:
+    """Writes a prompt file, whole or not at all. Raises PromptFileError for facts that are no JSON, and DiskError."""
     try:
         content = json.loads(header.model_dump_json())
     except ValueError as error:
@@ -104,7 +110,6 @@ def save_prompt(
     if header.preprocess.crops == "fixed":
         del content["preprocess"]["crops"]
     write_atomic(Path(path), to_bytes(tensors, lpt=content))
-    return header
 
 
 def beyond_fp16(model: PromptedClassifier) -> str | None:

@@ -209,6 +209,7 @@ def bind(setup: Setup, folder: RunFolder, stop: Stop, say: Log, show: OnStep) ->
         preprocess=setup.backbone.preprocess,
         batch_size=settings.batch_size,
         seed=settings.seed,
+        start_seed=settings.start_seed,
         dtype=PRECISIONS[setup.precision],
         history=folder.history,
         checkpoints=folder.checkpoints,
@@ -369,6 +370,7 @@ def write_prompt(setup: Setup, path: Path, results: Results) -> None:
         metrics={key: results.report[key] for key in (*EPOCH_METRICS, "nll")},
         versions=versions(),
         trained_on=hashes_to_store(task),
+        start_seed=config.train.seed if config.train.start_seed is None else config.train.start_seed,
     )
 
 

@@ -55,7 +55,7 @@ def test_full_fine_tuning_has_its_own_rates_and_clip_starts_from_texts():
         full = config("lift", data, CLIP, method={"tuning": "full"})
         assert full.method["lr"] * 128 / 256 == pytest.approx(rate) and full.method["head_init"] == "prototypes"
     assert config("lift").method["head_init"] == "class_mean"
-    assert config("lift", "folder", data={"name": "folder", "root": "x"}).method["rank"] == 0  # its rule
+    assert config("lift", "digits-lt").method["rank"] == 0  # its rule
 
 
 def test_the_pixels_are_those_of_its_section():

@@ -59,6 +59,8 @@ class Session:
     batch_size: int
     """Images of one stream in a step, of all processes together."""
     seed: int = 0
+    start_seed: int | None = None
+    """What the model's start is drawn from; None is `seed`, from which everything else is."""
     dtype: torch.dtype = torch.float32
     """Of the views that the model is given."""
     history: History = field(default_factory=History)
@@ -87,6 +89,11 @@ class Session:
     """By phase."""
     seconds_before: dict[str, float] = field(default_factory=dict)
     """Seconds by phase that earlier, killed processes have spent on what this one did not do again."""
+
+    @property
+    def start(self) -> int:
+        """The seed of the model's start: prompts, adapters, head."""
+        return self.seed if self.start_seed is None else self.start_seed
 
     def features(self, name: str, model: PromptedClassifier, images: Images | Files) -> Tensor:
         """The features [N D'] of the test views of `images` under `model` as it is now, computed once in a run."""

@@ -54,7 +54,7 @@ def build_model(
 ) -> PromptedClassifier:
     """A model at its start, in which `tuning` and the head may train. `bottleneck` and `rank` 0 are LIFT's rule."""
     num_classes, width = len(task.classes), backbone.feature_width
-    generator = torch.Generator().manual_seed(session.seed)
+    generator = torch.Generator().manual_seed(session.start)
     classifier: CosineHead | LinearHead
     if head == "linear":
         classifier = LinearHead(num_classes=num_classes, width=width)
