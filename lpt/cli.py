@@ -24,6 +24,7 @@ OutFile = Annotated[
     Path | None, typer.Option("--out", metavar="FILE", help="write rows there: FILE.parquet or FILE.jsonl")
 ]
 ConfigName = Annotated[Path, typer.Argument(help="a YAML file, or a name of `lpt list configs`: digits_lt/lpt")]
+Tta = Annotated[str, typer.Option(metavar="none|five_crop", help="five_crop: means over five crops of each image")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", help="for example train.seed=1")]
 
 
@@ -133,10 +134,11 @@ def _train(resolved: Any, out: Path, resume: bool) -> None:
 
 def _print_results(rows: dict[str, dict[str, Any]], out: Path) -> None:
     """The table of `rows`, of which the last is the run in `out`, and where that run's files are."""
-    from lpt.report.markdown import table
+    from lpt.report.markdown import FIVE_CROPS, table
 
-    print_lines(table(list(rows.items())))
     report = list(rows.values())[-1]
+    five = {f"{name}{FIVE_CROPS}": row["five_crops"] for name, row in rows.items() if "five_crops" in row}
+    print_lines(table([*rows.items(), *five.items()]))
     sizes = ", ".join(f"{group} {number}" for group, number in report["group_sizes"].items())
     print(f"groups by training count ({report['group_rule']}): {sizes} classes; per cent on the test set")
     if "prompt_bytes" in report:
@@ -148,6 +150,7 @@ def _print_results(rows: dict[str, dict[str, Any]], out: Path) -> None:
 def evaluate(
     prompt: Annotated[Path, typer.Argument(help="a prompt file")],
     settings: Overrides = None,
+    tta: Tta = "none",
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the metrics there")] = None,
 ) -> None:
     """Metrics of a prompt file on a task (by default the one it was trained on)."""
@@ -156,7 +159,7 @@ def evaluate(
     from lpt.report.markdown import table
     from lpt.serve.evaluating import evaluate_prompt
 
-    metrics = evaluate_prompt(prompt, nested(settings or []), say=print)
+    metrics = evaluate_prompt(prompt, nested(settings or []), tta=_ensemble(tta), say=print)
     print_lines(table([(metrics["described"], metrics)]))
     if json_file:
         write_atomic(json_file, json.dumps(metrics, indent=1).encode())
@@ -169,6 +172,7 @@ def predict(
     topk: Annotated[int | None, typer.Option(min=1, help="classes of each image; 5 where they are printed")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the answers there")] = None,
     out: OutFile = None,
+    tta: Tta = "none",
     batch_size: Annotated[int, typer.Option(min=1, help="images that go through the model together")] = 32,
     shard: Annotated[str, typer.Option(metavar="i/n", help="with --out: one of n shares of the images")] = "1/1",
     resume: Annotated[bool, typer.Option("--resume", help="go on with --out where a process has ended")] = False,
@@ -182,10 +186,11 @@ def predict(
     from lpt.serve.predicting import find_images, predict_files
 
     paths, settings = _paths_and_settings(images)
+    ensemble = _ensemble(tta)
     if out is not None:
         if json_file:
             raise LptError("--json and --out are two ways to write answers: give --out alone for many images")
-        return _predict_to_file(prompt, paths, settings, out, topk, batch_size, shard, resume)
+        return _predict_to_file(prompt, paths, settings, out, topk, batch_size, shard, resume, ensemble)
     if resume or shard != "1/1":
         raise LptError("--resume and --shard are for answers in a file: add --out FILE.parquet or FILE.jsonl")
     files, left_out = find_images(paths)
@@ -193,7 +198,8 @@ def predict(
     for line in left_out:
         print(line, file=sys.stderr)
     answers: list[dict[str, Any]] = []
-    for answer in predict_files(model, files, topk=topk or 5, batch_size=batch_size, workers=workers):
+    told = predict_files(model, files, topk=topk or 5, batch_size=batch_size, workers=workers, tta=ensemble)
+    for answer in told:
         answers.append(answer)
         if "error" in answer:
             print(f"error: {quoted(answer['error'], 4096)}", file=sys.stderr)
@@ -204,6 +210,17 @@ def predict(
         write_atomic(json_file, json.dumps(answers, indent=1).encode())
     if any("error" in answer for answer in answers):
         raise typer.Exit(1)
+
+
+def _ensemble(text: str) -> Any:
+    """The views that --tta asks for. Raises LptError."""
+    from typing import get_args
+
+    from lpt.terms import Ensemble
+
+    if text not in get_args(Ensemble):
+        raise LptError(f"--tta {quoted(text, 40)}: there are {', '.join(get_args(Ensemble))}")
+    return text
 
 
 def _paths_and_settings(
@@ -240,6 +257,7 @@ def _predict_to_file(
     batch_size: int,
     shard: str,
     resume: bool,
+    tta: Any,
 ) -> None:
     from lpt.prompt_file import read_prompt
     from lpt.serve.row_file import check_out
@@ -261,6 +279,7 @@ def _predict_to_file(
             shard=share,
             resume=resume,
             workers=workers,
+            tta=tta,
             say=_say_aside,
             stop=stop,
         )
@@ -387,6 +406,27 @@ def _same_in_blocks(tensors: Mapping[str, Any]) -> dict[str, str]:
 
 
 @app.command()
+def soup(
+    prompts: Annotated[list[Path], typer.Argument(help="prompt files from one start: the same train.start_seed")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="write the soup there")],
+    weights: Annotated[
+        str | None, typer.Option(metavar="W,W,...", help="one for each file, in their order; equal by default")
+    ] = None,
+) -> None:
+    """Average prompt files into one, which answers at the cost of a single one: the sum of weight x file."""
+    from lpt.serve.soup import lines
+    from lpt.serve.soup import soup as write_soup
+
+    try:
+        numbers = None if weights is None else [float(word) for word in weights.split(",")]
+    except ValueError:
+        raise LptError(f"--weights {quoted(weights, 80)}: give numbers, for example 0.5,0.3,0.2") from None
+    for line in lines(write_soup(prompts, out, weights=numbers)):
+        print(line)
+    print(f"{out}  {out.stat().st_size:,} bytes")
+
+
+@app.command()
 def report(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="the folder of a finished run")],
     against: Annotated[list[Path] | None, typer.Option(metavar="RUN", help="another run on the same classes")] = None,
@@ -457,7 +497,9 @@ def pack(
 
 @app.command("list")
 def list_(
-    what: Annotated[str | None, typer.Argument(help="methods, backbones, data, losses, configs or suites")] = None,
+    what: Annotated[
+        str | None, typer.Argument(help="methods, backbones, data, losses, presets, configs or suites")
+    ] = None,
 ) -> None:
     """What there is."""
     from lpt.errors import did_you_mean

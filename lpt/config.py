@@ -18,9 +18,10 @@ from lpt.data import DATA, LOCATION_SETTINGS
 from lpt.data.preprocess import MAX_VIEW, Transform
 from lpt.errors import ConfigError, check_kind, did_you_mean, quoted
 from lpt.model.backbones.clip_text import TEMPLATE
-from lpt.settings import Seed, settings_of, validated
+from lpt.presets import expanded
+from lpt.settings import Seed, Weight, settings_of, validated
 from lpt.shipped import file_of
-from lpt.terms import TrackerName
+from lpt.terms import Crops, Ensemble, TrackerName
 
 MAX_LETTERS, MAX_VALUES, MAX_DEPTH = 2**16, 100_000, 50
 """Letters and values in a config, and how deep they may be nested."""
@@ -35,6 +36,25 @@ LATER_SETTINGS = {"split_column": None, "split_by": "position"}
 """Settings of `data:` that came after run folders were written, and what a run of before has in their place: with that
 its hash is the one of before."""
 Trackers = Annotated[list[TrackerName], BeforeValidator(lambda given: [given] if isinstance(given, str) else given)]
+LATER_METHOD_SETTINGS = {
+    "cue_zero_shot": 0.0,
+    "cue_neighbors": 0.0,
+    "cue_top": 5,
+    "cue_near": 4,
+    "cue_random": False,
+    "cue_tau": 1.0,
+    "cue_from": "prototypes",
+    "distill": 0.0,
+    "distill_scale": 100.0,
+    "smooth_targets": 0.0,
+    "prompt_init": "normal",
+}
+"""The same of methods, and of those inside them: left at this, they are not in the hash."""
+LATER_SECTION_SETTINGS: dict[str, dict[str, Any]] = {
+    "train": {"tf32": False, "gnm": 0.0, "tta": "none", "start_seed": None},
+    "backbone": {"crop_schedule": "fixed", "interpolation": None},
+}
+"""And of other sections."""
 WorkerCount = Literal["auto"] | Annotated[int, Field(ge=0, le=1024)]
 
 
@@ -48,6 +68,11 @@ class BackboneSettings(BaseModel):
     """Whose pixels: the backbone's own (timm), or those of LIFT's or LPT's code."""
     min_area: float | None = Field(default=None, gt=0, le=1)
     """Smallest area of the random crop of a training view, as a share of the image; by default the transform's."""
+    crop_schedule: Crops = "fixed"
+    """`mda`: square crops whose least area grows with the epochs of a phase, from `min_area` (by default 0.08) to the
+    whole image (LIFT+, Shi 2025)."""
+    interpolation: Literal["bilinear", "bicubic"] | None = None
+    """How pixels are resampled; by default the transform's."""
     flip: bool = True
     """Whether half of the training views are mirrored: off where left and right differ, as in digits and letters."""
 
@@ -72,6 +97,9 @@ class TrainSettings(BaseModel):
     batch_size: int = Field(default=256, ge=1)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     seed: Seed = 0
+    start_seed: Seed | None = None
+    """The seed of prompts, adapters and head as they start, where it is to be another than `seed`: runs that see the
+    images in other orders, and can be averaged all the same (`lpt soup`)."""
     device: str = "auto"
     storage: Literal["fp16", "fp32"] = "fp16"
     compile: bool = False
@@ -84,6 +112,11 @@ class TrainSettings(BaseModel):
     """A folder where features of fixed views are kept for later runs."""
     checkpoint_seconds: float = Field(default=30.0, ge=0)
     """Seconds between two checkpoints within a phase: what a kill can cost of its steps. 0 is one after every step."""
+    gnm: Weight = 0.0
+    """Gaussian neighborhood minimization: every gradient is taken so far beside the weights, by chance; 0 is off, 0.005
+    its authors' (Li 2024)."""
+    tta: Ensemble = "none"
+    """Of the report: `five_crop` adds a row of answers that are means over five crops (TTE of LIFT)."""
     tf32: bool = False
     """Whether a GPU may round the factors of fp32 matrix products to 10 bits (TF32): several times as fast, and other
     numbers. Off as torch has it; products in bf16 do not depend on it."""
@@ -118,7 +151,7 @@ class Config(BaseModel):
         Neither the places of files nor the device nor how often checkpoints are written are.
         """
         parts = self.model_dump()
-        parts["method"] = {"name": self.method["name"], **self.stored_method_settings()}
+        parts["method"] = {"name": self.method["name"], **_without_later(self.stored_method_settings())}
         for part, key in (
             ("backbone", "weights"),
             ("train", "device"),
@@ -130,8 +163,10 @@ class Config(BaseModel):
             *(("data", place) for place in LOCATION_SETTINGS),
         ):
             parts[part].pop(key, None)
-        if not parts["train"]["tf32"]:  # a setting that came after run folders were written
-            del parts["train"]["tf32"]
+        for section, settings in LATER_SECTION_SETTINGS.items():
+            for key, before in settings.items():
+                if parts[section][key] == before:
+                    del parts[section][key]
         for key, before in LATER_SETTINGS.items():
             if key in parts["data"] and parts["data"][key] == before:
                 del parts["data"][key]
@@ -178,6 +213,8 @@ def _read(path: Path) -> dict[str, Any]:
 def resolve(raw: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
     """Checks a config given as nested dicts, fills in every default, and returns it. Raises ConfigError."""
     tree, mistakes = merged(raw, overrides)
+    tree, unknown = expanded(tree)
+    mistakes += unknown
     resolved: dict[str, Any] = {}
     for section, check in (("data", _data_section), ("method", _method_section)):
         resolved[section], wrong = check(tree.get(section))
@@ -192,7 +229,7 @@ def resolve(raw: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
         mistakes += wrong
     sections = list(Config.model_fields)
     for key in (str(key)[:99] for key in tree if key not in sections):
-        hint = did_you_mean(key, sections) or "; sections are " + ", ".join(sections)
+        hint = did_you_mean(key, sections) or "; sections are " + ", ".join([*sections, "preset"])
         mistakes.append(f"{quoted(key)}: there is no such section{hint}")
     if mistakes:
         raise ConfigError(mistakes)
@@ -301,11 +338,24 @@ def _as_stored(settings: Mapping[str, Any]) -> dict[str, Any]:
     return stored
 
 
+def _without_later(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a method, and of those inside it, without LATER_METHOD_SETTINGS that are left as they are."""
+    kept = {}
+    for key, value in settings.items():
+        if key in LATER_METHOD_SETTINGS and value == LATER_METHOD_SETTINGS[key]:
+            continue
+        kept[key] = _without_later(value) if isinstance(value, Mapping) else value
+    return kept
+
+
 def _override(tree: dict[str, Any], text: str) -> str | None:
     """Puts `section.key=value` into `tree`; a mistake comes back as its sentence."""
     if not isinstance(text, str):
         return f"{quoted(repr(text))} is not of the form section.key=value, for example train.seed=1"
     path, equals, value = text.partition("=")
+    if path == "preset" and value:
+        tree["preset"] = value
+        return None
     *sections, key = path.split(".")
     if not equals or not sections or not all((*sections, key)):
         return f"{quoted(repr(text))} is not of the form section.key=value, for example train.seed=1"

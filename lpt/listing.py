@@ -17,6 +17,7 @@ def tables() -> dict[str, dict[str, str]]:
         "backbones": ast.literal_eval(_assigned(PACKAGE / "model/backbones/__init__.py", "FAMILIES")),
         "data": _first_lines(PACKAGE / "data/__init__.py", "DATA"),
         "losses": ast.literal_eval(_assigned(PACKAGE / "losses.py", "LOSSES")),
+        "presets": ast.literal_eval(_assigned(PACKAGE / "presets.py", "PRESETS")),
         "configs": {name: _heading(path) for name, path in shipped("config").items()},
         "suites": {name: _heading(path) for name, path in shipped("suite").items()},
     }

@@ -88,6 +88,26 @@ class LogitAdjusted:
 
 
 @dataclass(frozen=True)
+class BinaryAdjusted:
+    """Mean over B × C of BCE(sigmoid(scale · z + τ log π), t), with targets t [B C] in place of labels: BLA of CUE
+    (2026). It is a mean over classes too, so that it shrinks as 1/C where few of them are marked."""
+
+    counts: Tensor
+    tau: float = 1.0
+    scale: float = 1.0
+
+    def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
+        shifted = self.scale * logits.float() + self.tau * log_prior(self.counts).to(logits.device)
+        return F.binary_cross_entropy_with_logits(shifted, targets.float())
+
+
+def distillation(logits: Tensor, teacher: Tensor) -> Tensor:
+    """Mean over images of KL(softmax(teacher) ‖ softmax(z)) (Hinton 2015, at temperature 1); both [B C], scaled."""
+    expected = teacher.float().log_softmax(dim=1)
+    return F.kl_div(logits.float().log_softmax(dim=1), expected, reduction="batchmean", log_target=True)
+
+
+@dataclass(frozen=True)
 class Focal:
     """mean (1 - p_y)^γ CE(scale · z, y) (Lin 2017); γ = 0 is cross-entropy."""
 
@@ -226,6 +246,8 @@ def cloud_noise(standard_normal: Tensor) -> Tensor:
 
 LossName = Literal["ce", "focal", "cb", "ldam", "ldam_cb", "ldam_drw", "bs", "la"]
 """Those of `LOSSES` that any supervised method may take."""
+SMOOTHED = ("ce", "la", "bs")
+"""Those of them that know label smoothing."""
 
 
 def loss_by_name(
@@ -237,20 +259,24 @@ def loss_by_name(
     gamma: float = 2.0,
     beta: float = 0.9999,
     margin: float = 0.5,
+    label_smoothing: float = 0.0,
     mean: Mean = identity,
 ) -> Any:
     """The loss `name` for training `counts` [C], on logits that `scale` multiplies.
 
     `ldam_drw` is LDAM here: its weights come with the schedule, as `ldam_cb`, in the last fifth of training (Cao 2019).
+    Raises LptError for `label_smoothing` of a loss that has none.
     """
+    if label_smoothing and name not in SMOOTHED:
+        raise LptError(f"method.smooth_targets {label_smoothing:g} is of {', '.join(SMOOTHED)}, and not of loss {name}")
     if name == "ce":
-        return CrossEntropy(scale)
+        return CrossEntropy(scale, label_smoothing)
     if name == "focal":
         return Focal(gamma, scale)
     if name == "bs":
-        return LogitAdjusted(counts, tau=1.0, scale=scale)
+        return LogitAdjusted(counts, tau=1.0, scale=scale, label_smoothing=label_smoothing)
     if name == "la":
-        return LogitAdjusted(counts, tau=tau, scale=scale)
+        return LogitAdjusted(counts, tau=tau, scale=scale, label_smoothing=label_smoothing)
     if name == "cb":
         return LDAM(counts, margin=0.0, beta=beta, scale=scale, mean=mean)
     if name == "ldam_cb":

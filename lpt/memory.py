@@ -140,7 +140,9 @@ def _inside(outer: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
 
 def _adapter_setting(settings: Mapping[str, Any]) -> str | None:
     """The setting that says how wide adapters are, None where there are none."""
-    names = {"lora": ("rank",), "adaptformer": ("bottleneck", "adapter_dim")}.get(settings.get("tuning", ""), ())
+    names = {"lora": ("rank",), "lora_qv": ("rank",), "adaptformer": ("bottleneck", "adapter_dim")}.get(
+        settings.get("tuning", ""), ()
+    )
     return next((name for name in names if name in settings), None)
 
 

@@ -102,7 +102,9 @@ def plan_run(config: Config, *, timed_steps: int = TIMED_STEPS) -> Plan:
         preprocess=setup.backbone.preprocess,
         batch_size=config.train.batch_size,
         seed=config.train.seed,
+        start_seed=config.train.start_seed,
         dtype=PRECISIONS[setup.precision],
+        gnm=config.train.gnm,
         count_flops=not config.train.compile,  # a compiled block is one operation to the counter
         plan=plan,
     )

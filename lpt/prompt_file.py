@@ -95,14 +95,21 @@ def save_prompt(
                 f"prompt file {path} is not written: in {storage} {name} holds numbers that are not finite or above "
                 f"{LARGEST_NUMBER:g}: lower method.lr, or use train.storage=fp32"
             )
+    write_prompt(path, header, tensors)
+    return header
+
+
+def write_prompt(path: str | Path, header: Header, tensors: Mapping[str, Tensor]) -> None:
+    """Writes a prompt file, whole or not at all. Raises PromptFileError for facts that are no JSON, and DiskError."""
     try:
         content = json.loads(header.model_dump_json())
     except ValueError as error:
         raise PromptFileError(f"prompt file {path} is not written: its facts are no JSON: {quoted(error)}") from None
     if header.trained_on is None:
         del content["trained_on"]
+    if header.preprocess.crops == "fixed":
+        del content["preprocess"]["crops"]
     write_atomic(Path(path), to_bytes(tensors, lpt=content))
-    return header
 
 
 def beyond_fp16(model: PromptedClassifier) -> str | None:
@@ -203,9 +210,9 @@ def _check_blocks(path: Path, header: Header, tensors: Mapping[str, Tensor], bac
 
 def _check_inside(path: Path, header: Header, tensors: Mapping[str, Tensor]) -> None:
     """Are adapters as large as the header says? One that is told to be huge would be made huge."""
-    if header.inside is None or header.inside.kind not in ("lora", "adaptformer"):
+    if header.inside is None or header.inside.kind not in ("lora", "lora_qv", "adaptformer"):
         return
-    if header.inside.kind == "lora":
+    if header.inside.kind != "adaptformer":
         part, size = "lora_A", header.inside.rank
     else:
         part, size = "down.weight", header.inside.bottleneck

@@ -39,13 +39,15 @@ from lpt.prompt_file import DTYPES, beyond_fp16, save_prompt
 from lpt.report.finished import Rows, command_of, split_of, write_page
 from lpt.report.markdown import markdown, table
 from lpt.report.pseudo_labels import diagnose, read_last_round
-from lpt.settings import Positive, Seed, checked_arguments
+from lpt.settings import Positive, Seed, Weight, checked_arguments
 from lpt.setup import Setup, check_memory
 
 RUN_FILES = ("config.yaml", "checkpoints", "history.jsonl", "prompt.safetensors", "report.json")
 """By what a folder is known to hold a run."""
 EPOCH_METRICS = ("accuracy", "class_accuracy", "many", "medium", "few", "ece")
 """What the history says of an evaluation after an epoch."""
+FIVE_CROP_METRICS = (*EPOCH_METRICS, "worst_class", "nll", "brier")
+"""What a report says of answers that are means over five crops."""
 
 
 def train(
@@ -95,15 +97,16 @@ def tune(
     method: str = "lpt",
     batch_size: Positive = 256,
     seed: Seed = 0,
+    gnm: Weight = 0.0,
     say: Log = lambda text: None,
     **settings: Any,
 ) -> PromptedClassifier:
-    """Adapts `backbone` to `task` in this process, without a run folder. `settings` are the method's own; `say` takes
-    lines of text for people.
+    """Adapts `backbone` to `task` in this process, without a run folder. `settings` are the method's own; `gnm` is
+    train.gnm of a config; `say` takes lines of text for people.
 
     Raises LptError for an unknown method, ConfigError for settings that it does not have or take, all at once.
     """
-    batch_size, seed = checked_arguments(tune, batch_size=batch_size, seed=seed)
+    batch_size, seed, gnm = checked_arguments(tune, batch_size=batch_size, seed=seed, gnm=gnm)
     check_kind("tune: task", task, Task, "give what lpt.load_task returns")
     check_kind("tune: backbone", backbone, Backbone, "give what lpt.load_backbone returns")
     device = next(backbone.parameters()).device
@@ -115,6 +118,7 @@ def tune(
         batch_size=batch_size,
         seed=seed,
         dtype=backbone.dtype,
+        gnm=gnm,
         log=say,
     )
     recipe = build_recipe(named, task, backbone, session)
@@ -208,6 +212,7 @@ def bind(setup: Setup, folder: RunFolder, stop: Stop, say: Log, show: OnStep) ->
         preprocess=setup.backbone.preprocess,
         batch_size=settings.batch_size,
         seed=settings.seed,
+        start_seed=settings.start_seed,
         dtype=PRECISIONS[setup.precision],
         history=folder.history,
         checkpoints=folder.checkpoints,
@@ -215,6 +220,7 @@ def bind(setup: Setup, folder: RunFolder, stop: Stop, say: Log, show: OnStep) ->
         feature_cache=Path(settings.feature_cache) if settings.feature_cache else None,
         run_hash=setup.run_hash,
         pseudo_labels=folder.pseudo_labels,
+        gnm=settings.gnm,
         count_flops=not settings.compile,
         workers=settings.workers,
         stop=stop,
@@ -320,6 +326,10 @@ def measure_run(setup: Setup, folder: RunFolder, session: Session, model: Prompt
         "labels_seen": {name: len(shared) for name, shared in setup.labels_seen.items()},
         "versions": versions(),
     }
+    if settings.tta == "five_crop":
+        crops = predict(model, task.test, workers=settings.workers, tta=settings.tta)
+        measured = measure(model, crops, task.counts, group_rule=task.group_rule)
+        report["five_crops"] = {key: measured[key] for key in FIVE_CROP_METRICS}
     return Results(model, predictions, storage, report)
 
 
@@ -386,6 +396,7 @@ def write_prompt(setup: Setup, path: Path, results: Results) -> None:
         metrics={key: results.report[key] for key in (*EPOCH_METRICS, "nll")},
         versions=versions(),
         trained_on=hashes_to_store(task),
+        start_seed=config.train.seed if config.train.start_seed is None else config.train.start_seed,
     )
 
 

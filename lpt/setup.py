@@ -122,6 +122,10 @@ def open_backbone(config: Config, *, read_weights: bool = True) -> Backbone:
     else:
         backbone = random_backbone(settings.name, image_size=settings.image_size)
     preprocess = backbone.preprocess.as_published(settings.transform).with_(flip=settings.flip)
+    if settings.interpolation is not None:
+        preprocess = preprocess.with_(interpolation=settings.interpolation)
+    if settings.crop_schedule == "mda":
+        preprocess = preprocess.with_(crops="mda", min_area=0.08)
     if settings.min_area is not None:
         preprocess = preprocess.with_(min_area=settings.min_area)
     backbone.preprocess = preprocess

@@ -13,10 +13,14 @@ MAX_VIEW = 1024
 """Pixels of a view's side: attention over many more patches than that has would never end."""
 GroupRule = Literal["lt20", "le20", "thirds"]
 """How many, medium and few are told apart."""
-AdapterKind = Literal["bias", "norm", "adaptformer", "lora", "full"]
+AdapterKind = Literal["bias", "norm", "adaptformer", "lora", "lora_qv", "full"]
 """What may be learned inside a backbone."""
 Cutter = Literal["pillow", "torch"]
 """Whose code decodes and resamples files: prompt files of before are Pillow's."""
+Ensemble = Literal["none", "five_crop"]
+"""Which views of an image an answer is the mean of: the test view alone, or five crops (TTE of LIFT)."""
+Crops = Literal["fixed", "mda"]
+"""How training crops go with the epochs: not at all, or from small ones to the whole image."""
 Fusion = Literal["scale", "zscore", "prob", "daso"]
 """Of which numbers a fused head makes one answer."""
 TrackerName = Literal["tensorboard", "mlflow", "wandb", "trackio"]
@@ -42,6 +46,8 @@ class Pixels:
     """Whether the test view is resized to a square whatever the image's shape, as LPT's code does."""
     cutter: Cutter = "torch"
     """Whose code cuts views out of files. Images in memory do not depend on it."""
+    crops: Crops = "fixed"
+    """In a prompt file only where it is not `fixed`."""
 
 
 def unpacked(text: str) -> np.ndarray:

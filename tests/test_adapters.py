@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from lpt.model.adapters import KINDS, AdaptFormer, auto_bottleneck, with_adapter
+from lpt.model.backbones import load_backbone
 from tests.support.toy import prompted as with_prompts
 from tests.support.toy import small_backbone
 
@@ -80,6 +81,37 @@ def test_lora_equals_its_merged_weights_also_under_prompts(prompted):
             tokens = one.block(i, tokens, () if prompt is None else prompt[i], keep=1 if i == one.depth - 1 else None)
         found.append(one.pool(tokens))
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prompted", [False, True])
+@pytest.mark.parametrize("backbone", [small_backbone, lambda: load_backbone("nano")], ids=["timm", "nano"])
+def test_lora_of_query_and_value_equals_its_merged_weights_and_leaves_keys_alone(backbone, prompted):
+    inside, merged = shaken(with_adapter(backbone(), "lora_qv", rank=4)), backbone()
+    width, size = merged.width, merged.preprocess.size
+    for mine, theirs in zip(inside.vit.blocks, merged.vit.blocks, strict=True):
+        for first, part in ((0, "q"), (2 * width, "v")):
+            low, high = mine.attn.qkv.lora_A[part], mine.attn.qkv.lora_B[part]
+            for i in range(width):  # row by row: (1/r) Σ_k B_ik A_k
+                theirs.attn.qkv.weight[first + i] += sum(high[i, k] * low[k] for k in range(4)) / 4
+    prompt = torch.randn(merged.depth, 5, width) if prompted else None
+    views = torch.randn(2, 3, size, size)
+    found = []
+    for one in (inside, merged):
+        tokens = one.embed(views)
+        for i in range(one.depth):
+            tokens = one.block(i, tokens, () if prompt is None else prompt[i], keep=1 if prompted else None)
+        found.append(one.pool(tokens))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
+    untouched, normed = backbone(), torch.randn(1, 3, width)
+    kept, before = (one.vit.blocks[0].attn.qkv(normed)[..., width : 2 * width] for one in (inside, untouched))
+    assert torch.equal(kept, before)
+
+
+def test_lora_of_query_and_value_has_as_many_parameters_as_lifts():
+    inside = with_adapter(small_backbone(), "lora_qv", rank=2)
+    numbers = dict(inside.named_parameters())
+    assert sum(numbers[name].numel() for name in inside.learned) == inside.depth * 2 * 2 * (2 * inside.width)
 
 
 @pytest.mark.parametrize(("classes", "width"), [(10, 1), (100, 4), (127, 4), (365, 8), (1000, 32), (8142, 256)])

@@ -120,7 +120,9 @@ def test_inspect_and_list_say_what_there_is(run_folder, capsys):
         ("methods", "lpt"), ("backbones", "timm"), ("data", "cifar100-lt"), ("losses", "agcl"),
     ):  # fmt: skip
         assert f"  {part}  " in lpt(capsys, "list", what)[1]
-    assert all(f"{k}:" in lpt(capsys, "list")[1] for k in ("methods", "backbones", "data", "losses", "configs"))
+    assert all(
+        f"{k}:" in lpt(capsys, "list")[1] for k in ("methods", "backbones", "data", "losses", "presets", "configs")
+    )
 
 
 @pytest.mark.parametrize(

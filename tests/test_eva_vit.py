@@ -263,7 +263,7 @@ FORMS = {  # of the projections
 }
 
 
-@pytest.mark.parametrize("kind", ["bias", "norm", "adaptformer", "lora", "full"])
+@pytest.mark.parametrize("kind", ["bias", "norm", "adaptformer", "lora", "lora_qv", "full"])
 @pytest.mark.parametrize("form", FORMS)
 def test_a_copy_starts_as_the_backbone_and_learns_only_what_it_names(form, kind):
     architecture, size = FORMS[form]
@@ -316,7 +316,7 @@ def test_adaptformer_stands_beside_the_mlp_and_its_layer_scale():
 
 @pytest.mark.parametrize(
     ("form", "kind"),
-    [("separate", "lora")]
+    [("separate", "lora"), ("separate", "lora_qv")]
     + [("packed, biases beside it", kind) for kind in ("bias", "norm", "adaptformer", "lora", "full")],
 )
 def test_beside_a_backbone_in_bf16_it_learns_in_fp32(form, kind):

@@ -1,19 +1,27 @@
 import io
+import json
 import math
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors import safe_open
 from torchvision.transforms import InterpolationMode, v2
 
 from benchmarks.data.photos import photo
 from benchmarks.reliability.subjects import prompt_on_nano
+from lpt.data import preprocess as preprocess_module
 from lpt.data.preprocess import CLIP_MEAN, File, Preprocess, decoded, pixels
+from lpt.data.task import Images
+from lpt.engine.batches import InOrder, Progress, Stream, draw, to_views
+from lpt.engine.loop import batches_ahead
 from lpt.errors import DataError
 from tests.support.command_line import lpt
+from tests.support.small_fit import phase, session
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -404,3 +412,106 @@ def test_prompt_files_of_before_keep_pillows_views(tmp_path):
     del fields["preprocess"]["cutter"]
     before = type(header).model_validate(fields).preprocess
     assert Preprocess(**vars(before)) == header.preprocess.with_(cutter="pillow")
+
+
+@pytest.mark.parametrize(("epochs", "base"), [(1, 0.08), (2, 0.08), (10, 0.08), (5, 0.5)])
+def test_mda_crops_grow_from_the_base_to_the_whole_image(epochs, base):
+    fixed = Preprocess(size=32, min_area=base)
+    mda = fixed.with_(crops="mda")
+    for e in range(epochs):
+        assert fixed.in_epoch(e, epochs) == fixed
+        t = 0.0 if epochs == 1 else e / (epochs - 1)
+        expected = base + (1 - base) * (1 - math.sqrt(1 - t**2))
+        assert mda.in_epoch(e, epochs).min_area == pytest.approx(expected)
+    assert mda.in_epoch(epochs - 1, epochs).min_area == pytest.approx(base if epochs == 1 else 1.0)
+
+
+@pytest.mark.parametrize(("width", "height"), [(61, 40), (40, 61), (48, 48), (200, 20)])
+def test_mda_crops_are_squares_within_the_image_of_an_area_as_drawn(width, height):
+    mda, chance = Preprocess(crops="mda", min_area=0.2), chances(50)
+    crop = mda._crop(chance, width, height)
+    for i, (area, place_x, place_y) in enumerate(chance[:, (0, 2, 3)].tolist()):
+        side = min(math.sqrt((0.2 + 0.8 * area) * width * height), width, height)
+        assert crop.width[i].item() == pytest.approx(side, rel=1e-5) == crop.height[i].item()
+        assert crop.left[i].item() == pytest.approx(place_x * (width - side), rel=1e-4, abs=1e-3)
+        assert crop.top[i].item() == pytest.approx(place_y * (height - side), rel=1e-4, abs=1e-3)
+
+
+def test_training_batches_have_the_crops_of_their_epoch():
+    """Of files and of images in memory, in any order of the steps: a resumed run has those of an undisturbed one."""
+    images = photos(8)
+    mda = Preprocess(size=16, crops="mda", min_area=0.08, cutter="pillow")
+    bound = session(images=Images(images, torch.arange(8) % 3, tuple(map(str, range(8)))), preprocess=mda)
+    one = phase(streams={"all": Stream(InOrder(8, 4))}, steps=6, steps_per_epoch=2)
+    seen = []
+    for first in (0, 3):
+        with batches_ahead(one, bound, first) as batches:
+            seen.append({p.step: (p, drawn) for p, drawn in batches})
+    for step, (progress, drawn) in seen[0].items():
+        cut = mda.in_epoch(step // 2, 3)
+        views = to_views(drawn, mda.in_epoch(progress.epoch, progress.epochs), torch.device("cpu"), torch.float32)
+        expected = cut.train(images[one.streams["all"].sampler.batch(step)], progress.chance("view/all", 4, 5))
+        assert torch.equal(views["all"].views, expected)
+        if step >= 3:
+            assert torch.equal(seen[1][step][1]["all"].content, drawn["all"].content)
+
+
+def test_training_views_of_files_have_the_crops_of_their_epoch():
+    files = [File(str(i), photo(i)) for i in range(4)]
+    mda = Preprocess(size=32, crops="mda", min_area=0.08)
+    source = SimpleNamespace(
+        labels=torch.zeros(4, dtype=torch.long), take=lambda rows: [files[i] for i in rows.tolist()]
+    )
+    for step in (0, 5):
+        progress = Progress("p", step, 6, 1, 0)
+        drawn = draw({"all": Stream(InOrder(4, 4))}, progress, source, mda)
+        rows = InOrder(4, 4).batch(step).tolist()
+        expected = mda.in_epoch(step, 6).cut([files[i] for i in rows], progress.chance("view/all", 4, 5))
+        assert torch.equal(drawn["all"].content, expected)
+
+
+# Five crops.
+
+
+@pytest.mark.parametrize(("height", "width", "size"), [(40, 61, 32), (61, 40, 28), (50, 50, 112), (97, 53, 56)])
+@pytest.mark.parametrize("mode", list(MODES))
+def test_five_crops_are_torchvisions_of_an_image_resized_to_248_of_224(height, width, size, mode):
+    images = photos(2, height, width)
+    five = Preprocess(size=size, mean=MEAN, std=STD, interpolation=mode, crop_ratio=0.7, five_crops=True)
+    resized = v2.Compose([v2.Resize(size * 248 // 224, interpolation=MODES[mode], antialias=True)])(images.float())
+    expected = torch.stack(v2.FiveCrop(size)(resized.clamp(0, 255) / 255), dim=1)
+    expected = (expected - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    torch.testing.assert_close(five.test(images), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("cutter", ["torch", "pillow"])
+def test_five_crops_of_a_file_are_cut_from_one_decoding(cutter, monkeypatch):
+    file, five = File("a", photo(3)), Preprocess(size=64, cutter=cutter, five_crops=True)
+    opened = []
+    monkeypatch.setattr(
+        preprocess_module, "_open", lambda content, really=preprocess_module._open: opened.append(1) or really(content)
+    )
+    views = five.cut([file])
+    assert views.shape == (1, 5, 3, 64, 64) and len(opened) == 1
+    image = decoded(file, min_side=2 * (64 * 248 // 224))
+    side = 64 * 248 // 224
+    whole = v2.Resize(side, interpolation=MODES["bicubic"], antialias=True)(
+        torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    )
+    expected = torch.stack(v2.FiveCrop(64)(whole))
+    assert (views[0].float() - expected.float()).abs().mean() < 1
+    assert Preprocess(size=64, cutter=cutter).cut([file]).shape == (1, 3, 64, 64)
+
+
+def test_neither_five_crops_nor_fixed_ones_are_in_a_prompt_file(tmp_path):
+    from lpt.prompt_file import read_prompt, save_prompt
+    from tests.support.toy import prompted, small_backbone, toy_task
+
+    for crops in ("fixed", "mda"):
+        model = prompted(small_backbone(), num_classes=4)
+        model.backbone.preprocess = model.backbone.preprocess.with_(crops=crops, five_crops=True)
+        save_prompt(tmp_path / "p.safetensors", model, method="lpt", counts=toy_task().counts)
+        with safe_open(tmp_path / "p.safetensors", framework="pt") as file:
+            stored = json.loads(file.metadata()["lpt"])["preprocess"]
+        assert "five_crops" not in stored and stored.get("crops") == (None if crops == "fixed" else "mda")
+        assert read_prompt(tmp_path / "p.safetensors").header.preprocess.crops == crops

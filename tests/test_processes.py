@@ -21,7 +21,14 @@ from tests.support.toy import prompted, small_backbone, toy_task
 SHARED = {"steps": 4, "rounds": 2, "lr": 0.05, "batch_size": 8}
 RUNS = {
     "ulfine": {"method": "ulfine", "tau": 0.4, "adapter_dim": 3, "orth_weight": 3.0, "mu": 0.3, "micro_batches": 2},
-    "text": {"method": "ulfine", "tau": 0.4, "adapter_dim": 3, "orth_on": "learnable_text", "pu_estimator": "masked"},
+    "text": {
+        "method": "ulfine",
+        "tau": 0.4,
+        "adapter_dim": 3,
+        "orth_on": "learnable_text",
+        "pu_estimator": "masked",
+        "gnm": 0.02,
+    },
     "cached": {"method": "ulfine", "tau": 0.4, "tuning": "head", "cached_views": 2, "pu_estimator": "histogram"},
     "daso": {"method": "daso", "tau": 0.4, "bottleneck": 3, "ratio": 2},
 }

@@ -7,6 +7,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lpt.errors import DiskError, PromptFileError
+from lpt.model.adapters import with_adapter
 from lpt.model.backbones import timm_vit
 from lpt.model.classifier import PromptedClassifier
 from lpt.model.heads import NeighbourHead
@@ -43,6 +44,23 @@ def test_a_file_reloads_to_the_same_bits(tmp_path, pool):
     views = images(backbone)
     assert torch.equal(again(views).logits, model(views).logits)
     assert torch.equal(again.probabilities(again(views).logits), model.probabilities(model(views).logits))
+
+
+@pytest.mark.parametrize("kind", ["lora", "lora_qv", "adaptformer"])
+def test_what_is_learned_inside_a_backbone_reloads_to_the_same_bits(tmp_path, kind):
+    backbone = with_adapter(small_backbone(), kind, bottleneck=3, rank=3)
+    model = prompted(backbone, num_classes=4, pool=False).only_train().eval()
+    with torch.no_grad():
+        for name, value in model.learned_state().items():
+            value.add_(0.1 * torch.randn(value.shape, generator=torch.Generator().manual_seed(len(name))))
+    model.round_to(torch.float16)
+    path = tmp_path / "p.safetensors"
+    save_prompt(path, model, method="fine_tune", counts=toy_task().counts)
+    again, views = load_prompt(path, small_backbone()), images(backbone)
+    assert again.backbone.recipe["kind"] == kind and torch.equal(again(views).logits, model(views).logits)
+    rewrite(path, header={"inside": {"kind": kind, "bottleneck": 4096, "rank": 4096}})
+    with pytest.raises(PromptFileError, match=f"its {kind} is not of the size 4096 that it says"):
+        load_prompt(path, small_backbone())
 
 
 def test_fp32_storage_keeps_every_bit_without_rounding(tmp_path):

@@ -6,6 +6,7 @@ them serves everything that a process does, and a view is the same whoever makes
 
 import atexit
 import contextlib
+import math
 import multiprocessing
 import os
 import queue
@@ -68,16 +69,23 @@ class Order(NamedTuple):
 
     def parts(self) -> list["Order"]:
         """As workers get them."""
-        side = 0 if self.preprocess is None else self.preprocess.size
-        image = 3 * side**2 if self.pixels is None else self.pixels[:1].nbytes
+        image = math.prod(self.shape) if self.pixels is None else self.pixels[:1].nbytes
         rows = max(1, min(AT_A_TIME, HANDED_OVER // max(1, image)))
         return [self.part(slice(i, i + rows)) for i in range(0, len(self), rows)]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of a view, where it is cut here."""
+        if self.preprocess is None:
+            return 3, 1, 1
+        return self.preprocess.test_shape if self.chance is None else (3, self.preprocess.size, self.preprocess.size)
 
     def name(self, i: int) -> str:
         return self.files[i].name if self.files else self.names[i] if self.names else str(i)
 
     def view(self, i: int) -> Tensor:
-        """View [3 S S] of image i. Raises DataError, with its name, where it cannot be decoded."""
+        """View [3 S S] of image i, or its five [5 3 S S]. Raises DataError, with its name, where it cannot be
+        decoded."""
         change = self.changes[i] if self.changes else None
         if self.pixels is not None:
             view = torch.from_numpy(self.pixels[i])
@@ -212,8 +220,7 @@ def _made(order: Order, at: Tensor | None = None) -> Made:
             views.append(None)
     whole = next((view for view in views if view is not None), None)
     if whole is None:
-        side = 1 if order.preprocess is None else order.preprocess.size
-        whole = torch.zeros(3, side, side, dtype=torch.uint8)
+        whole = torch.zeros(order.shape, dtype=torch.uint8)
     filled = [torch.zeros_like(whole) if view is None else view for view in views]
     if at is None:
         return Made(torch.stack(filled), errors)

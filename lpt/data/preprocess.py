@@ -28,7 +28,7 @@ from torch import Tensor
 
 from lpt.errors import DataError, UndecodableImage, quoted
 from lpt.terms import MAX_VIEW as MAX_VIEW
-from lpt.terms import Pixels
+from lpt.terms import Ensemble, Pixels
 
 Transform = Literal["timm", "lift", "lpt"]
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "PPM", "JPEG2000", "HEIF")
@@ -85,10 +85,20 @@ class Preprocess(Pixels):
 
     Training view: random resized crop (area in [`min_area`, 1], aspect ratio in [3/4, 4/3] of the image's own, then
     either side cut to the image's, so that an area a may become sqrt(3/4 a)) and horizontal flip; every image has its
-    own crop. Test view: resize so that the shorter side is S / `crop_ratio`, then center crop.
+    own crop. With `crops="mda"` (LIFT+) it is a square of pixels, whose least area grows with the epochs (`in_epoch`).
+    Test view: resize so that the shorter side is S / `crop_ratio`, then center crop.
     Both go from the stored pixels to S × S in one antialiased resampling, the one of PIL and of torchvision's
     `Resize`: a product with one matrix for the rows and one for the columns of each image.
     """
+
+    five_crops: bool = False
+    """Whether the test view is five: the corners and the center of an image resized to 248/224 of the view (test-time
+    ensemble, Shi 2024). Then test views are [B 5 3 S S]. Of a use of a model, and in no prompt file."""
+
+    @property
+    def test_shape(self) -> tuple[int, ...]:
+        """Of an image's test view, or of all five of them."""
+        return (*((5,) if self.five_crops else ()), 3, self.size, self.size)
 
     def with_(self, **changes: Any) -> "Preprocess":
         return replace(self, **changes)
@@ -97,6 +107,10 @@ class Preprocess(Pixels):
     def test_view(self) -> tuple[Any, ...]:
         """All that a test view depends on, besides the image."""
         return self.size, self.mean, self.std, self.interpolation, self.crop_ratio, self.square
+
+    def seen_as(self, tta: Ensemble) -> "Preprocess":
+        """The same, with the test views of an ensemble."""
+        return self.with_(five_crops=tta == "five_crop")
 
     def as_published(self, name: "Transform") -> "Preprocess":
         """The pipeline `name` at this size: `timm` is the backbone's own. LIFT's and LPT's code crop down to 8 % of the
@@ -109,20 +123,40 @@ class Preprocess(Pixels):
             pipeline = self.with_(mean=(0.5,) * 3, std=(0.5,) * 3)
         return pipeline.with_(interpolation="bilinear", min_area=0.08, crop_ratio=224 / 256, square=name == "lpt")
 
+    def in_epoch(self, epoch: int, epochs: int) -> "Preprocess":
+        """What cuts training views in epoch 0..`epochs`-1. With `crops="mda"` the least area is
+        a + (1 - a)(1 - √(1 - t²)) with t = epoch/(epochs - 1), from a = `min_area` to the whole image (LIFT+, Shi 2025:
+        minimalist data augmentation); a single epoch has t = 0 (LIFT+ divides by zero there). A pure function of the
+        epoch: a resumed run and every worker cut the same."""
+        if self.crops == "fixed":
+            return self
+        t = epoch / (epochs - 1) if epochs > 1 else 0.0
+        return self.with_(min_area=self.min_area + (1 - self.min_area) * (1 - math.sqrt(1 - t * t)))
+
     # Images in memory.
 
     def test(self, images: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The fixed view of each image. [B 3 h w] uint8 → [B 3 S S], normalized."""
+        """The fixed view of each image. [B 3 h w] uint8 → [B 3 S S], or [B 5 3 S S] with `five_crops`, normalized."""
         height, width = images.shape[-2:]
-        shorter = min(height, width)
-        rows = self._test_resampling(height, shorter, images.device)
-        columns = self._test_resampling(width, shorter, images.device)
-        return self._resampled(images, rows, columns).to(dtype)
+        places = self._places(self._resized(height, min(height, width)), self._resized(width, min(height, width)))
+        rows = {top: self._test_resampling(height, min(height, width), top, images.device) for top, _ in places}
+        columns = {left: self._test_resampling(width, min(height, width), left, images.device) for _, left in places}
+        views = [self._resampled(images, rows[top], columns[left]).to(dtype) for top, left in places]
+        return torch.stack(views, dim=1) if self.five_crops else views[0]
 
-    def _test_resampling(self, side: int, shorter: int, device: torch.device) -> Tensor:
-        """The matrix [1 S side] of the test view for one axis of images whose shorter side has `shorter` pixels."""
+    def _places(self, height: int, width: int) -> list[tuple[int, int]]:
+        """(first row, first column) of each crop of a resized image: the center, or with `five_crops` the corners and
+        it."""
+        middle = self._first_of_center(height), self._first_of_center(width)
+        if not self.five_crops:
+            return [middle]
+        low, right = height - self.size, width - self.size
+        return [(0, 0), (0, right), (low, 0), (low, right), middle]
+
+    def _test_resampling(self, side: int, shorter: int, first: int, device: torch.device) -> Tensor:
+        """The matrix [1 S side] of a test view that begins at pixel `first` of the resized image, for one axis of
+        images whose shorter side has `shorter` pixels."""
         resized = self._resized(side, shorter)
-        first = self._first_of_center(resized)
         start = torch.zeros(1, dtype=torch.float32, device=device)
         length = torch.full((1,), side, dtype=torch.float32, device=device)
         return self._resampling(start, length, side, resized, first)
@@ -131,8 +165,12 @@ class Preprocess(Pixels):
 
     def _resized(self, side: int, shorter: int) -> int:
         """Pixels that `side` has in the resized image, from which the test view is cropped."""
-        target = math.floor(self.size / self.crop_ratio)
+        target = self._shorter_resized
         return target if self.square else int(target * side / shorter)
+
+    @property
+    def _shorter_resized(self) -> int:
+        return self.size * 248 // 224 if self.five_crops else math.floor(self.size / self.crop_ratio)
 
     def _first_of_center(self, resized: int) -> int:
         """Where a center crop of S pixels begins; below 0 where the image has fewer."""
@@ -154,9 +192,17 @@ class Preprocess(Pixels):
     def _crop(self, chance: Tensor, width: int, height: int) -> "Crop":
         """Training views of images with width × height pixels, from `chance` [B 5]."""
         area = self.min_area + (1 - self.min_area) * chance[:, 0]
+        if self.crops == "mda":
+            # Where the square does not fit, the largest one anywhere along the image (LIFT+: in its middle).
+            crop_width = crop_height = (area * (width * height)).sqrt().clamp(max=min(width, height))
+            return self._placed(chance, crop_width, crop_height, width, height)
         ratio = torch.exp((2 * chance[:, 1] - 1) * math.log(4 / 3) / 2)
         crop_width = width * (area.sqrt() * ratio).clamp(max=1)
         crop_height = height * (area.sqrt() / ratio).clamp(max=1)
+        return self._placed(chance, crop_width, crop_height, width, height)
+
+    def _placed(self, chance: Tensor, crop_width: Tensor, crop_height: Tensor, width: int, height: int) -> "Crop":
+        """Crops of these sizes [B] at random places, mirrored or not, from `chance` [B 5]."""
         return Crop(
             left=chance[:, 2] * (width - crop_width),
             top=chance[:, 3] * (height - crop_height),
@@ -168,8 +214,8 @@ class Preprocess(Pixels):
     # Files: the same two views, cut on the host.
 
     def cut(self, files: Sequence["File"], chance: Tensor | None = None) -> Tensor:
-        """Views of B image files as bytes: test views, or training views from `chance` [B 5]. → [B 3 S S] uint8, for
-        `normalized`.
+        """Views of B image files as bytes: test views, or training views from `chance` [B 5]. → [B 3 S S] uint8, or
+        [B 5 3 S S], for `normalized`.
 
         JPEGs much larger than the view are decoded at the smallest of their scales that is still twice as large, as
         Pillow's thumbnails are. Raises DataError, with its name, for an image that cannot be decoded.
@@ -178,11 +224,11 @@ class Preprocess(Pixels):
         return torch.stack(list(made_in_threads(self.cut_one, files, chances)))
 
     def cut_one(self, file: "File", chance: Tensor | None) -> Tensor:
-        """One view of a file [3 S S]; `chance` is [1 5]."""
-        if chance is None:
-            min_side = 2 * math.floor(self.size / self.crop_ratio)
-        else:  # of an image that large the smallest crop is still as large as the view
-            min_side = 2 * math.ceil(self.size / math.sqrt(self.min_area))
+        """One view of a file [3 S S], or with `five_crops` its test views [5 3 S S]: it is decoded once. `chance` is
+        [1 5]."""
+        # Of an image that large the smallest crop of training is still as large as the view.
+        least = self._shorter_resized if chance is None else math.ceil(self.size / math.sqrt(self.min_area))
+        min_side = 2 * least
         if self.cutter == "pillow":
             return self._by_pillow(decoded(file, min_side=min_side), chance)
         image = pixels(file, min_side=min_side)
@@ -199,8 +245,9 @@ class Preprocess(Pixels):
         if chance is None:
             shorter = min(height, width)
             resized = self._resized_bytes(image, self._resized(height, shorter), self._resized(width, shorter))
-            top, left = (self._first_of_center(side) for side in resized.shape[-2:])
-            return resized[:, top : top + self.size, left : left + self.size]
+            places = self._places(*resized.shape[-2:])
+            views = [resized[:, top : top + self.size, left : left + self.size] for top, left in places]
+            return torch.stack(views) if self.five_crops else views[0]
         (left, top, right, bottom), flipped = self._train_box(chance, width, height)
         crop = image[:, round(top) : round(bottom), round(left) : round(right)]
         view = self._resized_bytes(crop, self.size, self.size)
@@ -214,15 +261,18 @@ class Preprocess(Pixels):
         return F.interpolate(image[None], size=(height, width), mode=mode, antialias=True)[0]
 
     def _by_pillow(self, image: Image.Image, chance: Tensor | None) -> Tensor:
-        """A view [3 S S] as Pillow cuts it, in one resampling, down to fractions of a pixel."""
+        """A view [3 S S] as Pillow cuts it, or five, each in one resampling, down to fractions of a pixel."""
         if chance is None:
-            box, flipped = self._test_box(*image.size), False
-        else:
-            box, flipped = self._train_box(chance, *image.size)
+            views = [self._resampled_by_pillow(image, box) for box in self._test_boxes(*image.size)]
+            return torch.stack(views) if self.five_crops else views[0]
+        box, flipped = self._train_box(chance, *image.size)
+        view = self._resampled_by_pillow(image, box)
+        return view.flip(2) if flipped else view
+
+    def _resampled_by_pillow(self, image: Image.Image, box: "Box") -> Tensor:
+        """The pixels within `box` as [3 S S]."""
         resample = Image.Resampling.BILINEAR if self.interpolation == "bilinear" else Image.Resampling.BICUBIC
         view = image.resize((self.size, self.size), resample, box=box)
-        if flipped:
-            view = ImageOps.mirror(view)
         return torch.from_numpy(np.array(view)).permute(2, 0, 1)
 
     def _train_box(self, chance: Tensor, width: int, height: int) -> tuple["Box", bool]:
@@ -230,17 +280,19 @@ class Preprocess(Pixels):
         left, top, crop_width, crop_height, flipped = (value.item() for value in self._crop(chance, width, height))
         return (left, top, min(left + crop_width, width), min(top + crop_height, height)), bool(flipped)
 
-    def _test_box(self, width: int, height: int) -> "Box":
-        """What a test view shows of an image, so that one resampling does both the resize and the center crop: the
-        whole resized image of a long one may not fit into memory."""
+    def _test_boxes(self, width: int, height: int) -> list["Box"]:
+        """What each test view shows of an image, so that one resampling does both the resize and the crop: the whole
+        resized image of a long one may not fit into memory."""
         shorter = min(width, height)
         resized_width, resized_height = self._resized(width, shorter), self._resized(height, shorter)
-        left, top = self._first_of_center(resized_width), self._first_of_center(resized_height)
         x, y = width / resized_width, height / resized_height  # pixels of the image for one of the resized image
-        return left * x, top * y, min((left + self.size) * x, width), min((top + self.size) * y, height)
+        return [
+            (left * x, top * y, min((left + self.size) * x, width), min((top + self.size) * y, height))
+            for top, left in self._places(resized_height, resized_width)
+        ]
 
     def normalized(self, views: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
-        """(x/255 - mean)/std of what `cut` returns. [B 3 S S] uint8 → [B 3 S S]."""
+        """(x/255 - mean)/std of what `cut` returns. [B ... 3 S S] uint8 → [B ... 3 S S]."""
         return self._normalized(views.float()).to(dtype)
 
     # Arithmetic of both.

@@ -21,6 +21,10 @@ from lpt.data.augment import Augmenter
 from lpt.data.loader import AHEAD, Made, Order, Workers, made_ahead, workers_of
 from lpt.data.preprocess import Preprocess
 
+MOST_AHEAD = 2**22
+"""Random numbers of a row that are drawn before they are asked for: of more, those of several steps would take much
+memory."""
+
 
 class Batch(NamedTuple):
     """Views [B 3 S S] (or features [B D']), labels [B], and the rows [B] of the stream's images that they are of."""
@@ -42,7 +46,7 @@ class Progress:
     rank: int = 0
     world: int = 1
     asked: dict["Numbers", int] = field(default_factory=dict, compare=False, repr=False)
-    """What the steps of the phase have asked of `uniform` and `normal`, and the last that did."""
+    """What the steps of the phase have asked of `uniform` and its like, and the last that did."""
     ready: dict["Numbers", Tensor] = field(default_factory=dict, compare=False, repr=False)
     """What of that is drawn for this step."""
 
@@ -74,8 +78,13 @@ class Progress:
         """Standard normal numbers for this process's `rows` of the global batch, as `uniform` ones."""
         return self._asked(Numbers("normal", name, rows, shape))
 
+    def shared_normal(self, name: str, *shape: int) -> Tensor:
+        """Standard normal numbers [*shape], the same ones on every process. On the CPU or the device, as `normal`."""
+        return self._asked(Numbers("shared", name, 1, shape))[0]
+
     def _asked(self, numbers: "Numbers") -> Tensor:
-        self.asked[numbers] = self.step
+        if math.prod(numbers.shape) <= MOST_AHEAD:
+            self.asked[numbers] = self.step
         ready = self.ready.pop(numbers, None)
         return self._draw(numbers) if ready is None else ready
 
@@ -94,10 +103,11 @@ class Progress:
     def _draw(self, numbers: "Numbers") -> Tensor:
         kind, name, rows, shape = numbers
         size = math.prod(shape)
+        rank, world = (0, 1) if kind == "shared" else (self.rank, self.world)
         if kind == "uniform":
-            return self._rows(name, rows, size).view(rows, *shape)
+            return self._rows(name, rows, size, rank, world).view(rows, *shape)
         half = -(-size // 2)
-        uniform = self._rows(name, rows, 2 * half)
+        uniform = self._rows(name, rows, 2 * half, rank, world)
         # Box and Muller 1958: pairs sqrt(-2 log u) (cos, sin)(2 pi v), with u in (0, 1].
         radius = (1 - uniform[:, :half]).log_().mul_(-2).sqrt_()
         angle = uniform[:, half:].mul_(2 * math.pi)
@@ -112,8 +122,8 @@ class Progress:
         generator = torch.Generator().manual_seed(int.from_bytes(self._key(name)[:7], "big"))
         return torch.rand(rows * self.world, *shape, generator=generator)[self.rank :: self.world]
 
-    def _rows(self, name: str, rows: int, size: int) -> Tensor:
-        """Uniform numbers in [0, 1) for this process's `rows` of the global batch, [rows size].
+    def _rows(self, name: str, rows: int, size: int, rank: int, world: int) -> Tensor:
+        """Uniform numbers in [0, 1) for the `rows` of the global batch of process `rank` of `world`, [rows size].
 
         Philox is counted and not run through (Salmon 2011): each row of the global batch has 2^128 of its counts, and a
         process draws its own rows alone.
@@ -121,7 +131,7 @@ class Progress:
         bits = np.random.Philox(key=np.frombuffer(self._key(name)[:16], dtype="<u8"))
         generator, state, numbers = np.random.Generator(bits), bits.state, np.empty((rows, size), dtype=np.float32)
         for i in range(rows):
-            state["state"]["counter"][:] = (0, 0, self.rank + i * self.world, 0)
+            state["state"]["counter"][:] = (0, 0, rank + i * world, 0)
             bits.state = state
             generator.random(dtype=np.float32, out=numbers[i])
         return torch.from_numpy(numbers)
@@ -131,9 +141,10 @@ class Progress:
 
 
 class Numbers(NamedTuple):
-    """Random numbers [rows *shape] that a step asks for under a name."""
+    """Random numbers [rows *shape] that a step asks for under a name; `shared` ones are normal, and those of process 0
+    on every process."""
 
-    kind: Literal["uniform", "normal"]
+    kind: Literal["uniform", "normal", "shared"]
     name: str
     rows: int
     shape: tuple[int, ...]
@@ -259,6 +270,7 @@ def _drawn(
         seeds = (progress.chance(f"strong/{name}", len(rows)) * 2**24).long().tolist()
         changes = [("strong", seed) for seed in seeds]
     if not isinstance(content, Tensor):  # files are cropped, flipped and resized here; memory on the device
+        preprocess = preprocess.in_epoch(progress.epoch, progress.epochs)
         order = Order(files=content, preprocess=preprocess, chance=chance.numpy(), changes=changes)
         return DrawnBatch(torch.empty(0), None, labels, rows), order
     order = Order(pixels=content.numpy(), changes=changes) if changes else None
@@ -276,7 +288,7 @@ def _feature_rows(name: str, features: Tensor, rows: Tensor, progress: Progress)
 def to_views(
     drawn: Mapping[str, DrawnBatch], preprocess: Preprocess, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Batch]:
-    """What the device has to do for a step: pixels become normalised views in `dtype`."""
+    """What the device has to do for a step: pixels become normalised views in `dtype`. `preprocess` is of its epoch."""
     batches = {}
     for name, (content, chance, labels, rows) in drawn.items():
         views = content.to(device, non_blocking=True)

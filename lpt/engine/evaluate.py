@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lpt.data.loader import Workers, cut_ahead
 from lpt.data.longtail import training_counts, usual_group_rule
+from lpt.data.preprocess import Preprocess
 from lpt.data.task import Files, Images, Task, check_labels
 from lpt.engine.processes import GatheredRows, all_agree, all_gather_rows, rank_and_world
 from lpt.errors import DataError, TrainingError, check_kind, quoted
@@ -26,6 +27,7 @@ from lpt.model.classifier import Output, PromptedClassifier
 from lpt.model.heads import FusedHead
 from lpt.model.matching import key_usage
 from lpt.settings import Positive, checked_arguments
+from lpt.terms import Ensemble
 
 HEAD_METRICS = (
     "accuracy",
@@ -105,15 +107,25 @@ def predict(
     folder: Path | None = None,
     say: Callable[[str], None] = lambda text: None,
     workers: Workers = "auto",
+    tta: Ensemble = "none",
 ) -> Predictions:
     """Clean predictions, in order: the test view, no noise, no margin, no dropout. On several processes each
     predicts its share and all get the whole. Leaves the model in eval mode. Raises DataError for an image file that
     cannot be decoded, TrainingError for an image that the model has no finite answer to.
 
     `cache` and `folder` save what earlier calls have computed: prefixes of a model with a pool in memory, `features`
-    of one without in files, and `say` is told of those that are damaged.
+    of one without in files, and `say` is told of those that are damaged. With `tta="five_crop"` logits are means over
+    five crops of each image; group prompts and single heads are not told then, and nothing is kept.
     """
     model.eval()
+    if tta != "none":
+        gathered = GatheredRows(len(images), next(model.parameters()).device)
+        batches = _local_rows(images).split(batch_size)
+        seen = model.backbone.preprocess.seen_as(tta)
+        with _naming_memory(batch_size), views_ahead(model, images, batches, workers=workers, preprocess=seen) as ahead:
+            for views in ahead:
+                gathered.add({"logits": mean_logits(model, views)})
+        return _checked(Predictions(gathered.whole()["logits"], images.labels, None), model, images)
     if folder and model.pool is None:
         cached = features(model, images, folder=folder, batch_size=batch_size, say=say, workers=workers).to(
             next(model.parameters()).device
@@ -129,6 +141,14 @@ def predict(
     whole = gathered.whole()
     heads = {name.removeprefix("head/"): logits for name, logits in whole.items() if name.startswith("head/")}
     return _checked(Predictions(whole["logits"], images.labels, whole.get("ids"), heads), model, images)
+
+
+def mean_logits(model: PromptedClassifier, views: Tensor) -> Tensor:
+    """Views [B 3 S S], or several of each image [B V 3 S S] → logits [B C] in fp32, the means over the V, of which one
+    runs at a time."""
+    if views.dim() == 4:
+        return model(views).logits.float()
+    return torch.stack([model(one).logits.float() for one in views.unbind(1)]).mean(0)
 
 
 class TopPredictions(NamedTuple):
@@ -278,14 +298,15 @@ def evaluate(
     batch_size: Positive = 128,
     cache: PrefixCache | None = None,
     workers: Workers = "auto",
+    tta: Ensemble = "none",
 ) -> dict[str, Any]:
     """The metrics of `report.json` on the test set of a task, or on images of its classes.
 
     many, medium and few are groups by the training counts [C] and the group rule of the task; with images give the
-    `counts`, and the rule is that of the task which the model was tuned for, unless `group_rule` names another. Raises
-    DataError for a file that is no image, and for images without counts.
+    `counts`, and the rule is that of the task which the model was tuned for, unless `group_rule` names another; `tta`
+    is `predict`'s. Raises DataError for a file that is no image, and for images without counts.
     """
-    (batch_size,) = checked_arguments(evaluate, batch_size=batch_size)
+    batch_size, tta = checked_arguments(evaluate, batch_size=batch_size, tta=tta)
     check_kind("evaluate: model", model, PromptedClassifier, "give what lpt.tune or lpt.load_prompt returns")
     check_kind("evaluate: data", data, (Task, Images, Files), "give a task, or images and task.counts")
     if isinstance(data, Task):
@@ -302,7 +323,7 @@ def evaluate(
         rule = model.group_rule or usual_group_rule(training_counts(counts, len(model.classes)))
         check_labels("evaluate: images", images, len(model.classes))
     counts = training_counts(counts, len(model.classes))
-    predictions = predict(model, images, batch_size=batch_size, cache=cache, workers=workers)
+    predictions = predict(model, images, batch_size=batch_size, cache=cache, workers=workers, tta=tta)
     return measure(model, predictions, counts, group_rule=group_rule or rule)
 
 
@@ -337,12 +358,18 @@ def _in_main_memory(tensor: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def views_ahead(
-    model: PromptedClassifier, images: Images | Files, batches: Sequence[Tensor], *, workers: Workers = "auto"
+    model: PromptedClassifier,
+    images: Images | Files,
+    batches: Sequence[Tensor],
+    *,
+    workers: Workers = "auto",
+    preprocess: Preprocess | None = None,
 ) -> Iterator[Iterator[Tensor]]:
-    """Test views [B 3 S S] of each batch of rows of `images`, on the model's device and in its precision. Files are
-    decoded while the device works on the batches before. Raises DataError for one that cannot be."""
+    """Test views [B 3 S S] of each batch of rows of `images`, or what `preprocess` makes of them in place of the
+    backbone's own, on the model's device and in its precision. Files are decoded while the device works on the batches
+    before. Raises DataError for one that cannot be."""
     device, backbone = next(model.parameters()).device, model.backbone
-    preprocess = backbone.preprocess
+    preprocess = preprocess or backbone.preprocess
     if isinstance(images, Images):
         pixels = (images.take(rows).to(device, non_blocking=True) for rows in batches)
         yield (preprocess.test(content, dtype=backbone.dtype) for content in pixels)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lpt.engine.batches import Batch, DrawnBatch, Progress, drawn_ahead, to_views
 from lpt.engine.clock import Clock
+from lpt.engine.gnm import in_neighborhood
 from lpt.engine.optim import lr_at
 from lpt.engine.phase import LossTerms, Phase, Recipe, TunableModel
 from lpt.engine.phase_state import PhaseState
@@ -71,7 +72,8 @@ def run_phase(phase: Phase, model: TunableModel, session: Session) -> None:
                 progress, drawn = next(batches)
             with clock.charge("views"):
                 progress.move_to(state.device)
-                views = to_views(drawn, session.preprocess, state.device, session.dtype)
+                preprocess = session.preprocess.in_epoch(progress.epoch, progress.epochs)
+                views = to_views(drawn, preprocess, state.device, session.dtype)
             with clock.charge("compute"):
                 result = train_step(state, session, views, progress, clock)
             images = images_per_step(phase) * (state.step - first)
@@ -106,7 +108,8 @@ class StepResult(NamedTuple):
 def train_step(
     state: PhaseState, session: Session, batches: dict[str, Batch], progress: Progress, clock: Clock
 ) -> StepResult:
-    """One step: rate, backward, mean over processes, look at the numbers, update."""
+    """One step: rate, backward (with `session.gnm` beside the weights), mean over processes, look at the numbers,
+    update."""
     phase = state.phase
     state.lr = lr_at(
         progress.step, steps=phase.steps, steps_per_epoch=phase.steps_per_epoch, lr=phase.lr, warmup=phase.warmup
@@ -116,7 +119,8 @@ def train_step(
     state.optimizer.zero_grad(set_to_none=True)
 
     # Every step costs the same, so that the first of a phase is counted for all.
-    with counting_flops(session.count_flops and not state.flops) as counted:
+    counting = counting_flops(session.count_flops and not state.flops)
+    with counting as counted, in_neighborhood(state.trained, session.gnm, progress):
         logged = _backward(phase.step(state.model, batches, progress))
     state.flops = state.flops or counted() * progress.world
     gradients = [p.grad for p in state.trained.values() if p.grad is not None]
@@ -136,6 +140,7 @@ def train_step(
             raise state.not_finite(f"the {what} of {phase.name}", f"{value} at", progress)
     if phase.clip:
         torch.nn.utils.clip_grad_norm_(state.trained.values(), phase.clip)
+    phase.before_update()
     state.optimizer.step()
 
     state.step = progress.step + 1

@@ -10,7 +10,7 @@ from torch import nn
 from lpt.errors import TrainingError
 
 Optimizer = Literal["sgd", "adamw"]
-Warmup = Literal["linear", "first_epoch_1e-6"]
+Warmup = Literal["linear", "first_epoch_1e-6", "none"]
 
 
 def make_optimizer(
@@ -35,14 +35,17 @@ def lr_at(step: int, *, steps: int, steps_per_epoch: int, lr: float, warmup: War
     `linear` (ours): a ramp over the first epoch, or over the first tenth of a shorter run, then a cosine
     that reaches 0 after the last step.
     `first_epoch_1e-6` (LPT's code): cosine per epoch, the whole first epoch at 1e-6.
+    `none` (LIFT): cosine per epoch, from the first on.
 
     >>> [round(lr_at(90 * e, steps=8100, steps_per_epoch=90, lr=0.02, warmup="first_epoch_1e-6"), 6)
     ...  for e in (0, 1, 45, 80, 89)]
     [1e-06, 0.019994, 0.01, 0.000603, 6e-06]
     """
-    if warmup == "first_epoch_1e-6":
+    if warmup != "linear":
         epoch, epochs = step // steps_per_epoch, max(steps // steps_per_epoch, 1)
-        return 1e-6 if epoch == 0 else lr * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
+        return (
+            1e-6 if epoch == 0 and warmup == "first_epoch_1e-6" else lr * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
+        )
     ramp = max(1, min(steps_per_epoch, steps // 10))
     if step < ramp:
         return lr * (step + 1) / ramp

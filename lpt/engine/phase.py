@@ -66,6 +66,8 @@ class Phase:
     memory: StepMemory = field(default_factory=StepMemory)
     """What steps leave for one another; the method that made the phase holds the same object."""
     on_epoch: EpochEnd | None = None
+    before_update: Callable[[], None] = lambda: None
+    """Called in every step when all gradients are there, with the weights that the step began with."""
     evaluated: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
     """Inside it the model has the weights that an evaluation after an epoch is to see, if they are not those that
     train."""

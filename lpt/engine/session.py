@@ -62,6 +62,8 @@ class Session:
     batch_size: int
     """Images of one stream in a step, of all processes together."""
     seed: int = 0
+    start_seed: int | None = None
+    """What the model's start is drawn from; None is `seed`, from which everything else is."""
     dtype: torch.dtype = torch.float32
     """Of the views that the model is given."""
     history: History = field(default_factory=History)
@@ -74,6 +76,8 @@ class Session:
     """What checkpoints must agree with."""
     pseudo_labels: Path | None = None
     """The folder where a method that labels images by itself writes what it thought of each."""
+    gnm: float = 0.0
+    """How far beside the weights gradients are taken (`lpt.engine.gnm`); 0 is at the weights."""
     count_flops: bool = True
     workers: Workers = "auto"
     """Processes that make views of files, and strong views."""
@@ -90,6 +94,11 @@ class Session:
     """By phase."""
     seconds_before: dict[str, float] = field(default_factory=dict)
     """Seconds by phase that earlier, killed processes have spent on what this one did not do again."""
+
+    @property
+    def start(self) -> int:
+        """The seed of the model's start: prompts, adapters, head."""
+        return self.seed if self.start_seed is None else self.start_seed
 
     def features(self, name: str, model: PromptedClassifier, images: Images | Files) -> Tensor:
         """The features [N D'] of the test views of `images` under `model` as it is now, computed once in a run."""

@@ -1,4 +1,4 @@
-"""What the field compares with: training-free classifiers, the linear probe, and fine-tuning in one of eight ways.
+"""What the field compares with: training-free classifiers, the linear probe, and fine-tuning in one of nine ways.
 
 Shapes: features [N D'], logits [B C].
 """
@@ -14,11 +14,13 @@ from lpt.engine.phase import Phase, Recipe
 from lpt.engine.session import Session
 from lpt.errors import LptError
 from lpt.losses import LossName
+from lpt.methods.cue import CueSettings, CueTerms
 from lpt.methods.supervised import HeadStart, Tuning, build_model, head_features, stage, tunable_names
 from lpt.model.backbones.base import Backbone
 from lpt.model.classifier import PromptedClassifier
 from lpt.model.heads import CosineHead, NeighbourHead, class_means
-from lpt.settings import AdapterWidth, FractionBelowOne, Positive, Rank, Scale
+from lpt.model.prompts import PromptInit
+from lpt.settings import AdapterWidth, FractionBelowOne, Positive, Scale
 
 
 def zero_shot(task: Task, backbone: Backbone, session: Session, *, scale: Scale = 100.0) -> Recipe:
@@ -69,12 +71,15 @@ def linear_probe(
     lr: FractionBelowOne = 1e-3,
     weight_decay: FractionBelowOne = 0.01,
     warmup: Warmup = "linear",
+    cue: CueSettings = CueSettings(),
 ) -> Recipe:
     """A classifier on the frozen features of the test views: computed once, no augmentation, natural sampling.
 
-    `linear` starts at zero and has scale 1; `cosine`, times `scale`, starts at the class means.
+    `linear` starts at zero and has scale 1; `cosine`, times `scale`, starts at the class means. `cue_*`, `distill` and
+    `smooth_targets` stand beside the loss (`lpt.methods.cue`).
     """
     model = build_model(task, backbone, session, tuning="head", head=head, scale=scale)
+    beside = CueTerms(cue, task, backbone, session, scale=model.head.scale) if cue.is_on else None
 
     def phases() -> Iterator[Phase]:
         yield stage(
@@ -90,7 +95,9 @@ def linear_probe(
             weight_decay=weight_decay,
             warmup=warmup,
             cached=head_features(session, "features", model, task),
+            beside=beside,
             tau=tau,
+            label_smoothing=cue.smooth_targets,
         )
 
     return Recipe(model, phases())
@@ -110,7 +117,8 @@ def fine_tune(
     scale: Scale = 25.0,
     prompt_length: Positive = 10,
     bottleneck: AdapterWidth = 0,
-    rank: Rank = 8,
+    rank: AdapterWidth = 8,
+    prompt_init: PromptInit = "normal",
     tau: float = 1.0,
     gamma: float = 2.0,
     beta: FractionBelowOne = 0.9999,
@@ -119,19 +127,22 @@ def fine_tune(
     lr: FractionBelowOne = 0.01,
     weight_decay: FractionBelowOne = 5e-4,
     warmup: Warmup = "linear",
+    cue: CueSettings = CueSettings(),
 ) -> Recipe:
-    """The head and one of eight things together: prompts, biases, norms, adapters, LoRA, everything, nothing else.
+    """The head and one of nine things together: prompts, biases, norms, adapters, LoRA, everything, nothing else.
 
     - `head`: nothing else, on augmented views (`linear_probe` uses cached features);
     - `vpt_shallow`, `vpt_deep`: `prompt_length` tokens in the first or in every block (Jia 2022);
     - `bias`, `norm`: the backbone's biases (BitFit, Zaken 2022), or its LayerNorms;
     - `adaptformer`: a `bottleneck` beside every MLP (Chen 2022); 0 is LIFT's width for the number of classes;
-    - `lora`: an update of `rank` in every qkv projection (Hu 2022), through peft;
+    - `lora`: an update of `rank` in every qkv projection (Hu 2022), through peft: one A for q, k and v, times 2;
+    - `lora_qv`: one of q and one of v, each with its own A, times 1/r, as LIFT has it; `rank` 0 is its width, too;
     - `full`: the whole backbone, which is then in the prompt file.
 
     The defaults are LIFT's recipe (Shi 2024) but for SGD's `lr`, which is per 256 images: half of LIFT's at its 128. A
     linear head starts at zero, whatever `head_init`. `tau` is of la, `gamma` of focal, `beta` of the class-balanced
-    losses, `margin` of the LDAM ones.
+    losses, `margin` of the LDAM ones; `cue_*`, `distill` and `smooth_targets` stand beside the loss
+    (`lpt.methods.cue`).
     """
     if sampler == "class" and loss in ("la", "bs"):
         raise LptError(f"method.sampler=class balances the classes already, and loss {loss} would do so twice: use ce")
@@ -146,6 +157,7 @@ def fine_tune(
         prompt_length=prompt_length,
         bottleneck=bottleneck,
         rank=rank,
+        prompt_init=prompt_init,
     )
     tuned = stage(
         session,
@@ -164,5 +176,7 @@ def fine_tune(
         gamma=gamma,
         beta=beta,
         margin=margin,
+        beside=CueTerms(cue, task, backbone, session, scale=model.head.scale) if cue.is_on else None,
+        label_smoothing=cue.smooth_targets,
     )
     return Recipe(model, [tuned])

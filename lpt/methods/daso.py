@@ -61,7 +61,7 @@ def tune(
     """
     schedule.check(session, task, tuning)
     device, num_classes = next(backbone.parameters()).device, len(task.classes)
-    generator = torch.Generator().manual_seed(session.seed)
+    generator = torch.Generator().manual_seed(session.start)
     head = FusedHead(
         num_classes=num_classes,
         width=backbone.feature_width,

@@ -87,7 +87,7 @@ def tune(
     if key_init == "kmeans" and epochs[1] and pool_size > len(task.train):
         raise LptError(f"method.pool_size {pool_size} needs as many training images, there are {len(task.train)}")
     device = next(backbone.parameters()).device
-    generator = torch.Generator().manual_seed(session.seed)
+    generator = torch.Generator().manual_seed(session.start)
     head = CosineHead(num_classes=len(task.classes), width=backbone.feature_width, scale=scale, generator=generator)
     shared = DeepPrompt(layers=backbone.depth, length=prompt_length, width=backbone.width, generator=generator)
     pool = PromptPool(  # made before phase 1, so that a pool that cannot be served fails at once

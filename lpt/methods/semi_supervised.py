@@ -156,7 +156,6 @@ def semi_phases(
             micro_batches=schedule.micro_batches,
             views_are_features=schedule.cached_views > 0,
             memory=memory,
-            average=average,
         ),
         streams=streams,
         steps=schedule.steps,
@@ -168,6 +167,7 @@ def semi_phases(
         row_multiple=schedule.micro_batches,
         memory=memory,
         on_epoch=RoundReport(session, task, memory),
+        before_update=average.update if average else lambda: None,
         evaluated=average.in_model if average else contextlib.nullcontext,
     )
     if average:
@@ -216,7 +216,6 @@ class SemiStep:
     micro_batches: int
     views_are_features: bool
     memory: StepMemory
-    average: "WeightAverage | None"
 
     def __call__(
         self, model: PromptedClassifier, batches: dict[str, Batch], progress: Progress
@@ -246,8 +245,6 @@ class SemiStep:
             yield {"loss": loss, **terms}
         if term:
             term.commit()
-        if self.average:
-            self.average.update()
 
     def _features(self, model: PromptedClassifier, views: Tensor) -> Tensor:
         return views.float() if self.views_are_features else model.feature(views)

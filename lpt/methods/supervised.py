@@ -21,13 +21,15 @@ from lpt.engine.session import Session
 from lpt.engine.step_memory import StepMemory
 from lpt.errors import BackboneError, LptError
 from lpt.losses import LossName, loss_by_name
+from lpt.memory import patch_of
+from lpt.methods.cue import CueTerms
 from lpt.model.adapters import Kind, auto_bottleneck, with_adapter
 from lpt.model.backbones.base import Backbone
 from lpt.model.classifier import PromptedClassifier
 from lpt.model.heads import CosineHead, Head, LinearHead, class_means
-from lpt.model.prompts import DeepPrompt, ShallowPrompt
+from lpt.model.prompts import DeepPrompt, PromptInit, ShallowPrompt, start_uniform
 
-Tuning = Literal["head", "vpt_shallow", "vpt_deep", "bias", "norm", "adaptformer", "lora", "full"]
+Tuning = Literal["head", "vpt_shallow", "vpt_deep", "bias", "norm", "adaptformer", "lora", "lora_qv", "full"]
 HeadStart = Literal["random", "class_mean", "prototypes"]
 LogitLoss = Callable[[Tensor, Tensor], Tensor]
 """logits [B C], labels [B] → a scalar."""
@@ -48,10 +50,11 @@ def build_model(
     prompt_length: int = 10,
     bottleneck: int = 0,
     rank: int = 8,
+    prompt_init: PromptInit = "normal",
 ) -> PromptedClassifier:
-    """A model at its start, in which `tuning` and the head may train. `bottleneck` 0 is LIFT's rule."""
+    """A model at its start, in which `tuning` and the head may train. `bottleneck` and `rank` 0 are LIFT's rule."""
     num_classes, width = len(task.classes), backbone.feature_width
-    generator = torch.Generator().manual_seed(session.seed)
+    generator = torch.Generator().manual_seed(session.start)
     classifier: CosineHead | LinearHead
     if head == "linear":
         classifier = LinearHead(num_classes=num_classes, width=width)
@@ -72,6 +75,7 @@ def build_model(
         prompt_length=prompt_length,
         bottleneck=bottleneck,
         rank=rank,
+        prompt_init=prompt_init,
     )
 
 
@@ -101,6 +105,7 @@ def with_tuning(
     prompt_length: int = 10,
     bottleneck: int = 0,
     rank: int = 8,
+    prompt_init: PromptInit = "normal",
 ) -> PromptedClassifier:
     """`head` on `backbone`, with what `tuning` may train put in or thawed."""
     shared, tuned = None, backbone
@@ -110,8 +115,12 @@ def with_tuning(
         shared = ShallowPrompt(length=prompt_length, width=backbone.width, generator=generator)
     elif tuning != "head":
         kind: Kind = tuning
-        width = bottleneck or auto_bottleneck(len(task.classes), backbone.depth)
-        tuned = with_adapter(backbone, kind, bottleneck=width, rank=rank, seed=generator.initial_seed())
+        width = auto_bottleneck(len(task.classes), backbone.depth)
+        tuned = with_adapter(
+            backbone, kind, bottleneck=bottleneck or width, rank=rank or width, seed=generator.initial_seed()
+        )
+    if shared is not None and prompt_init == "uniform":
+        start_uniform(shared, patch_of(backbone), generator)
     model = PromptedClassifier(tuned, head, classes=task.classes, shared=shared)
     return model.to(next(backbone.parameters()).device)
 
@@ -143,13 +152,15 @@ def stage(
     sampler: Literal["instance", "class"] = "instance",
     images: Images | Files | None = None,
     cached: Tensor | None = None,
+    beside: CueTerms | None = None,
     **constants: Any,
 ) -> Phase:
     """The phase that trains the parameters whose names start with one of `train` on `images` (by default the training
     images), or on their `cached` features [N D'] where only the head trains. An epoch is N/B steps.
 
-    `loss` is a name, or a function of logits and labels; `constants` are the loss's: tau, gamma, beta, margin. Class
-    counts are those of `images`. Nothing is trained here: yield what this returns.
+    `loss` is a name, or a function of logits and labels; `constants` are the loss's: tau, gamma, beta, margin,
+    label_smoothing. Class counts are those of `images`; `beside` adds its terms. Nothing is trained here: yield what
+    this returns.
     """
     trained_on = task.train if images is None else images
     counts = torch.bincount(trained_on.labels, minlength=len(task.classes))
@@ -162,7 +173,11 @@ def stage(
         logits = model.classify(batch.views) if cached is not None else model(batch.views).logits
         memory.note(few=few[batch.labels], right=logits.argmax(1) == batch.labels)
         criterion = late if progress.step >= DRW_START * progress.steps else early
-        return {"loss": criterion(logits, batch.labels)}
+        value = criterion(logits, batch.labels)
+        if beside is None:
+            return {"loss": value}
+        terms = beside(logits, batch.labels, batch.views, are_features=cached is not None)
+        return {"loss": value + sum(terms.values()), **{name: term.detach() for name, term in terms.items()}}
 
     def few_shot_train_accuracy(model: PromptedClassifier, progress: Progress) -> Mapping[str, Any]:
         """Of the epoch's few-shot training images, as they were seen: it costs nothing, and shows a tail that is

@@ -106,7 +106,7 @@ def tune(
             f"warning: recursive prototypes move in every step: method.mu {mu:g} undoes their gain, use {RECURSIVE:g}"
         )
     schedule.check(session, task, tuning)
-    generator = torch.Generator().manual_seed(session.seed)
+    generator = torch.Generator().manual_seed(session.start)
     texts = class_texts(task, backbone, proto_space)
     head = FusedHead(
         num_classes=len(task.classes),

@@ -21,6 +21,7 @@ KINDS = {
     "norm": "every LayerNorm's weight and bias",
     "adaptformer": "a bottleneck beside every MLP (Chen 2022, in the form of LIFT, Shi 2024)",
     "lora": "a low-rank update of what makes queries, keys and values (Hu 2022), through peft",
+    "lora_qv": "a low-rank update of q and one of v in every block (Hu 2022, in the form of LIFT, Shi 2024)",
     "full": "the whole backbone: its prompt file is as large as a model",
 }
 
@@ -28,7 +29,8 @@ KINDS = {
 def with_adapter(backbone: Backbone, kind: Kind, *, bottleneck: int = 4, rank: int = 8, seed: int = 0) -> Backbone:
     """A copy of a timm ViT behind the seam, in which `kind` is learned; it still gives the same features.
 
-    `bottleneck` is AdaptFormer's width, `rank` LoRA's, with α = 2 `rank` as is usual. `seed` draws the start.
+    `bottleneck` is AdaptFormer's width, `rank` LoRA's: of `lora` with α = 2 `rank` as is usual, of `lora_qv` scaled by
+    1 / `rank`. `seed` draws the start.
     """
     compute_dtype = backbone.dtype  # before learned parameters become fp32
     adapted = copy.deepcopy(backbone)
@@ -36,6 +38,10 @@ def with_adapter(backbone: Backbone, kind: Kind, *, bottleneck: int = 4, rank: i
         _add_adaptformers(adapted, bottleneck, seed)
     elif kind == "lora":
         _add_lora(adapted, rank, seed)
+    elif kind == "lora_qv":
+        generator = torch.Generator().manual_seed(seed)
+        for block in adapted.vit.blocks:  # type: ignore[union-attr]
+            _add_query_value_lora(block.attn, rank, generator)
     learned = _learned_names(adapted, kind)
     _freeze_all_but(adapted, learned)
     adapted.learned, adapted.compute = frozenset(learned), compute_dtype
@@ -62,11 +68,18 @@ def _add_lora(backbone: Any, rank: int, seed: int) -> None:
         )
 
 
+def _add_query_value_lora(attn: Any, rank: int, generator: torch.Generator) -> None:
+    if attn.qkv is not None:
+        attn.qkv = QueryValueLora(attn.qkv, rank, generator)
+    else:  # projections apart, of some rotary ViTs
+        attn.q_proj, attn.v_proj = (LowRank(one, rank, generator) for one in (attn.q_proj, attn.v_proj))
+
+
 def _learned_names(backbone: Backbone, kind: Kind) -> set[str]:
     names = {name for name, _ in backbone.named_parameters()}
     if kind == "adaptformer":
         return {name for name in names if ".adapter." in name}
-    if kind == "lora":
+    if kind in ("lora", "lora_qv"):
         return {name for name in names if ".lora_" in name}
     if kind == "bias":
         return {name for name in names if name.endswith("bias")}  # also q_bias and v_bias beside a projection
@@ -99,6 +112,10 @@ def auto_bottleneck(num_classes: int, depth: int) -> int:
     return width
 
 
+QUERY_VALUE = ("q", "v")
+"""What `lora_qv` updates."""
+
+
 class AdaptFormer(nn.Module):
     """s · Up(ReLU(Down(LN(x)))), which is zero at the start because Up is.
 
@@ -117,6 +134,63 @@ class AdaptFormer(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         update = self.up(F.relu(self.down(self.norm(tokens))))
         return self.scale.to(update.dtype) * update
+
+
+class QueryValueLora(nn.Module):
+    """A packed projection to q, k and v, with W_q + B_q A_q / r and W_v + B_v A_v / r; B is zero at the start.
+
+    LIFT's form (Shi 2024): q and v apart, α = 1, nothing in k. A starts as a linear layer does.
+    """
+
+    def __init__(self, qkv: nn.Linear, rank: int, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        width = qkv.in_features
+        self.qkv, self.scale, self.out_features = qkv, 1 / rank, qkv.out_features
+        self.lora_A = nn.ParameterDict({part: nn.Parameter(torch.empty(rank, width)) for part in QUERY_VALUE})
+        self.lora_B = nn.ParameterDict(
+            {part: nn.Parameter(torch.zeros(qkv.out_features // 3, rank)) for part in QUERY_VALUE}
+        )
+        for part in QUERY_VALUE:
+            nn.init.kaiming_uniform_(self.lora_A[part], a=5**0.5, generator=generator)
+
+    @property
+    def weight(self) -> Tensor:
+        """Of the frozen projection [3D D]."""
+        return self.qkv.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.qkv.bias
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.qkv(tokens) + self.update(tokens, 0, 3)
+
+    def update(self, tokens: Tensor, first: int, last: int) -> Tensor:
+        """What is added to the parts `first`..`last`-1 of (q, k, v). [B N D] → [B N (last-first)·D]."""
+        parts = ("q", "k", "v")[first:last]
+        added = {
+            part: self.scale * F.linear(F.linear(tokens, self.lora_A[part]), self.lora_B[part])
+            for part in parts
+            if part in QUERY_VALUE
+        }
+        if not added:
+            return tokens.new_zeros(*tokens.shape[:-1], self.out_features // 3)
+        nothing = torch.zeros_like(next(iter(added.values())))
+        return torch.cat([added.get(part, nothing) for part in parts], dim=-1)
+
+
+class LowRank(nn.Module):
+    """A projection with W + B A / r: `QueryValueLora` where q and v have projections of their own."""
+
+    def __init__(self, linear: nn.Linear, rank: int, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.linear, self.scale = linear, 1 / rank
+        self.lora_A = nn.Parameter(torch.empty(rank, linear.in_features))
+        self.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank))
+        nn.init.kaiming_uniform_(self.lora_A, a=5**0.5, generator=generator)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.linear(tokens) + self.scale * F.linear(F.linear(tokens, self.lora_A), self.lora_B)
 
 
 class Parallel(nn.Module):

@@ -3,6 +3,9 @@
 Shapes: deep prompt [L n D], shallow prompt [1 n D], pool [K L n D], keys [K D'].
 """
 
+import math
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
@@ -11,6 +14,17 @@ from lpt.errors import LptError
 
 def _truncated_normal(*shape: int, generator: torch.Generator | None) -> nn.Parameter:
     return nn.Parameter(nn.init.trunc_normal_(torch.empty(*shape), std=0.02, generator=generator))
+
+
+PromptInit = Literal["normal", "uniform"]
+"""Truncated normal with std 0.02, or uniform as VPT's and LIFT's code has it."""
+
+
+@torch.no_grad()
+def start_uniform(prompt: "DeepPrompt | ShallowPrompt", patch: int, generator: torch.Generator | None = None) -> None:
+    """U(-b, b) with b = √(6 / (3 p² + D)), p the `patch` size (Jia 2022, as LIFT has it, Shi 2024)."""
+    bound = math.sqrt(6 / (3 * patch**2 + prompt.tokens.shape[-1]))
+    prompt.tokens.uniform_(-bound, bound, generator=generator)
 
 
 class DeepPrompt(nn.Module):

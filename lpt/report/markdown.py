@@ -18,6 +18,9 @@ WATCHED = {
 }
 """What papers report of evaluations on the test set during training: its name here, its key in `report.json`."""
 
+FIVE_CROPS = ", five crops"
+"""What is added to the name of a row whose answers are of five crops."""
+
 
 def percent(value: float | None) -> str:
     """One decimal; an empty group is n/a, never NaN.
@@ -50,6 +53,14 @@ def row_name(report: Mapping[str, Any]) -> str:
     """What a run is called in tables: its method, and what sets it apart from others of that name. Reports of lpt 0.1
     have the first alone."""
     return report.get("described", report["method"])
+
+
+def rows_of(report: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """The rows of a run in a table: its answers to the test views, and where it has them to five crops of each."""
+    rows = [(row_name(report), report)]
+    if crops := report.get("five_crops"):
+        rows.append((row_name(report) + FIVE_CROPS, crops))
+    return rows
 
 
 def cost_line(report: Mapping[str, Any]) -> str:
@@ -97,7 +108,7 @@ def markdown(report: Mapping[str, Any], *, classes: Sequence[str], command: str)
         f"Per cent on the test set; weights: {report['selection']}. ECE, NLL and Brier from "
         f"softmax({report['scale']:g} · logits).",
         "",
-        table([(row_name(report), report)]),
+        table(rows_of(report)),
         "",
         f"Groups by training count, rule `{report['group_rule']}`: {groups} classes.",
         "",

@@ -263,6 +263,8 @@ def _rerun(report: Mapping[str, Any], config: str, command: str) -> str:
     }
     for name, metrics in report.get("heads", {}).items():
         facts[f"the {name} head alone"] = single_head_line(metrics)
+    if crops := report.get("five_crops"):
+        facts["mean of five crops"] = single_head_line(crops)
     if watched := report.get("watched"):
         facts["class mean on the test set"] = watched_line(watched)
     rows = "".join(

@@ -21,17 +21,24 @@ from lpt.errors import DataError, PromptFileError, quoted, short
 from lpt.memory import PREDICTED_AT_ONCE
 from lpt.methods import described
 from lpt.prompt_file import Header, read_prompt
+from lpt.report.markdown import FIVE_CROPS
 from lpt.serve.opening import check_loading, open_prompt, workers_in
+from lpt.terms import Ensemble
 
 
 def evaluate_prompt(
-    path: str | Path, settings: dict[str, dict[str, Any]], *, say: Callable[[str], None] = lambda text: None
+    path: str | Path,
+    settings: dict[str, dict[str, Any]],
+    *,
+    tta: Ensemble = "none",
+    say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Metrics of a prompt file on a task: by default the one it was trained on, whose root must be given.
 
     `settings` are the sections `data`, `backbone` and `train` of a config. On another dataset classes are matched by
     name: images of classes that the file does not know are left out, and predictions are among the classes that both
-    have. Groups are by the training counts in the file. Raises ConfigError, DataError or PromptFileError.
+    have. Groups are by the training counts in the file. With `tta="five_crop"` an answer is the mean of the logits of
+    five crops. Raises ConfigError, DataError or PromptFileError.
     """
     header, _ = read_prompt(path)
     loading = check_loading(settings, sections=("data", "backbone", "train"))
@@ -44,7 +51,7 @@ def evaluate_prompt(
     if remark:
         say(f"warning: {remark}")
     began = time.perf_counter()
-    predictions = predict(model, images, workers=workers_in(settings))
+    predictions = predict(model, images, workers=workers_in(settings), tta=tta)
     if unmatched["absent_from_data"]:
         absent = [header.classes.index(name) for name in unmatched["absent_from_data"]]
         for logits in (predictions.logits, *predictions.head_logits.values()):
@@ -56,7 +63,8 @@ def evaluate_prompt(
         **{side: [short(name) for name in names] for side, names in unmatched.items()},
         "trained_on_left_out": trained_on,
         "method": quoted(header.method),
-        "described": described(header.method, header.settings),
+        "described": described(header.method, header.settings) + FIVE_CROPS * (tta == "five_crop"),
+        "tta": tta,
         "backbone": {"name": model.backbone.name, "fingerprint": model.backbone.fingerprint},
         "data": {
             "name": task.name,

@@ -17,10 +17,11 @@ from lpt.data.loader import Workers, cut_ahead
 from lpt.data.preprocess import File, Preprocess
 from lpt.data.task import remarks
 from lpt.data.walk import RelativePath, Walk, as_text, joined, walk_by_folder
-from lpt.engine.evaluate import no_answer
+from lpt.engine.evaluate import mean_logits, no_answer
 from lpt.errors import DataError, quoted, short
 from lpt.memory import naming_lack_of_memory
 from lpt.model.classifier import PromptedClassifier
+from lpt.terms import Ensemble
 
 Content = str | Path | bytes
 """Where an image is, or its encoded bytes."""
@@ -42,13 +43,16 @@ def predict_files(
     topk: int = 5,
     batch_size: int = 32,
     workers: Workers = "auto",
+    tta: Ensemble = "none",
 ) -> Iterator[dict[str, Any]]:
     """For each image `{"image", "classes", "probabilities"}`, or `{"image", "error"}` where it cannot be read.
 
-    Classes are the `topk` most probable ones, the best first.
+    Classes are the `topk` most probable ones, the best first, by the mean of the logits of five crops with
+    `tta="five_crop"`.
     """
     files, number = (as_file(path) for path in paths), len(paths)
-    for file, answer in answers(model, files, number=number, topk=topk, batch_size=batch_size, workers=workers):
+    answered = answers(model, files, number=number, topk=topk, batch_size=batch_size, workers=workers, tta=tta)
+    for file, answer in answered:
         if answer.error is not None:
             yield {"image": file.name, "error": answer.error}
         else:
@@ -69,10 +73,11 @@ def answers(
     topk: int,
     batch_size: int = 32,
     workers: Workers = "auto",
+    tta: Ensemble = "none",
 ) -> Iterator[tuple[File, Answer]]:
     """Each of `files`, of which there are `number`, with what the model says of it, in order. A batch is held at a
     time, and a few more are decoded while the model works on it."""
-    device, preprocess = next(model.parameters()).device, model.backbone.preprocess
+    device, preprocess = next(model.parameters()).device, model.backbone.preprocess.seen_as(tta)
     topk = min(topk, len(model.classes))
     batches: deque[list[File]] = deque()
 
@@ -100,7 +105,7 @@ def _top(model: PromptedClassifier, preprocess: Preprocess, views: Tensor, topk:
     where = f"in a prediction of {len(views)} images"
     with naming_lack_of_memory(lambda: where):
         batch = preprocess.normalized(views, dtype=model.backbone.dtype)
-        best = model.probabilities(model(batch).logits.float()).topk(topk)
+        best = model.probabilities(mean_logits(model, batch)).topk(topk)
     return [Answer(*both) for both in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
 
 

@@ -20,6 +20,7 @@ from lpt.errors import DiskError, LptError, quoted
 from lpt.model.classifier import PromptedClassifier
 from lpt.serve.predicting import Answer, Met, answers, as_file, meet_images, said_of
 from lpt.serve.row_file import Row, RowFile
+from lpt.terms import Ensemble
 
 Say = Callable[[str], None]
 ERRORS_SAID = 20
@@ -70,6 +71,7 @@ def predict_to_file(
     shard: Shard | None = None,
     resume: bool = False,
     workers: Workers = "auto",
+    tta: Ensemble = "none",
     say: Say = lambda text: None,
     stop: Stop | None = None,
 ) -> Written:
@@ -84,6 +86,7 @@ def predict_to_file(
         "prompt": file_sha256(prompt),
         "topk": topk,
         **images_of_job(paths, shard or Shard()),
+        **({} if tta == "none" else {"tta": tta}),
     }
 
     def row(file: File, answer: Answer) -> Row:
@@ -100,6 +103,7 @@ def predict_to_file(
         shard=shard or Shard(),
         resume=resume,
         workers=workers,
+        tta=tta,
         say=say,
         stop=stop or Stop(),
     )
@@ -118,6 +122,7 @@ def write_answers(
     workers: Workers,
     say: Say,
     stop: Stop,
+    tta: Ensemble = "none",
     at_start: Callable[[], None] = lambda: None,
     at_end: Callable[[], Callable[[Row], Row] | None] = lambda: None,
 ) -> Written:
@@ -144,6 +149,7 @@ def write_answers(
                 topk=topk,
                 batch_size=batch_size,
                 workers=workers,
+                tta=tta,
             )
             for number, (file, answer) in enumerate(answered, start=1):
                 writing.add(row(file, answer))

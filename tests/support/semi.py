@@ -113,6 +113,7 @@ def semi(
     seed=0,
     killed_at=None,
     keep=False,
+    gnm=0.0,
     **settings,
 ):
     """(model, what was watched, what was said) of a method; `folder` for checkpoints and the table of pseudo-labels."""
@@ -128,6 +129,7 @@ def semi(
         pseudo_labels=folder / "pseudo_labels" if folder else None,
         checkpoint_seconds=0.0,
         log=said.append,
+        gnm=gnm,
     )
     watched = Watched(session, killed_at, keep)
     recipe = recipe_of(method, task, backbone, session, **settings)

@@ -128,14 +128,17 @@ def _keys_values(attn: Any, normed: Tensor) -> tuple[Tensor, ...]:
 
 
 def project(qkv: Any, tokens: Tensor, first: int, last: int, *, bias: Tensor | None = None) -> Tensor:
-    """The parts `first`..`last`-1 of (q, k, v) of a packed projection, with peft's low-rank update if it has one.
+    """The parts `first`..`last`-1 of (q, k, v) of a packed projection, with its low-rank update if it has one, of peft
+    or of `lpt.model.adapters`.
 
     `bias` [3D] is one that stands beside the projection."""
     width = qkv.out_features // 3
     rows = slice(first * width, last * width)
     bias = qkv.bias if bias is None else bias
     packed = F.linear(tokens, qkv.weight[rows], None if bias is None else bias[rows])
-    if hasattr(qkv, "lora_A"):
+    if hasattr(qkv, "update"):
+        packed = packed + qkv.update(tokens, first, last)
+    elif hasattr(qkv, "lora_A"):
         low_rank = qkv.lora_A["default"](tokens)
         packed = packed + qkv.scaling["default"] * F.linear(low_rank, qkv.lora_B["default"].weight[rows])
     return packed
