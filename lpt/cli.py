@@ -67,7 +67,7 @@ def train(
     from lpt.config import load_config
 
     resolved = load_config(config, settings or [])
-    out = out or Path("runs") / f"{resolved.data['name'].replace('-', '_')}_{resolved.method['name']}"
+    out = out or Path("runs") / re.sub(r"\W+", "_", f"{resolved.data['name']}_{resolved.method['name']}")
     _train(resolved, out, resume)
 
 

@@ -16,7 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from lpt.data import DATA, LOCATION_SETTINGS
 from lpt.data.preprocess import MAX_VIEW, Transform
-from lpt.errors import ConfigError, check_kind, did_you_mean, quoted
+from lpt.errors import ConfigError, LptError, check_kind, did_you_mean, quoted
 from lpt.model.backbones.clip_text import TEMPLATE
 from lpt.settings import Seed, settings_of, validated
 from lpt.shipped import file_of
@@ -154,6 +154,13 @@ def load_config_of_run(path: Path) -> Config:
     return resolve(raw)
 
 
+def data_of_run(path: Path) -> dict[str, Any]:
+    """The data of the config that a run has written. Its method may be a stranger's, and is not looked at: to check it
+    would import it. Raises ConfigError."""
+    data = _read(path).get("data")
+    return check_data(with_later_settings(data) if isinstance(data, dict) else {})
+
+
 def with_later_settings(stored: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of `data:` that a run or a prompt file has stored, with what it had in place of later ones."""
     name = stored.get("name")
@@ -280,10 +287,16 @@ def _data_section(given: Any) -> tuple[dict[str, Any], list[str]]:
 
 def _method_section(given: Any, section: str = "method") -> tuple[dict[str, Any], list[str]]:
     """The method, and those inside it."""
-    from lpt.methods import METHODS  # the methods are a third of what there is to import, and predictions need none
+    from lpt.methods import METHODS, find  # a third of what there is to import, and predictions need no method
 
-    settings, mistakes = _named_section(section, given, {name: method.build for name, method in METHODS.items()})
-    inner = METHODS[settings["name"]].inner if settings else None
+    methods = dict(METHODS)
+    if isinstance(given, dict) and isinstance(name := given.get("name"), str) and ":" in name:
+        try:
+            methods[name] = find(name)
+        except LptError as error:
+            return {}, [f"{section}.name: {error}"]
+    settings, mistakes = _named_section(section, given, {name: method.build for name, method in methods.items()})
+    inner = methods[settings["name"]].inner if settings else None
     if inner and isinstance(settings.get(inner), dict):
         settings[inner], wrong = _method_section(settings[inner], f"{section}.{inner}")
         mistakes += wrong

@@ -252,5 +252,5 @@ def test_an_absent_tracker_is_told_before_anything_is_done(tmp_path, capsys, mon
     code, _, err = command(capsys, "train", CONFIG, "train.track=[mlflow]", "--out", out)
     assert code == 2 and not out.exists()
     assert err == "error: train.track=[mlflow] needs mlflow, which is not installed: pip install 'lpt[track]'\n"
-    with pytest.raises(NotInstalled, match="pip install trackio$"):
+    with pytest.raises(NotInstalled, match=r"pip install trackio$"):
         tracking.check_trackers(["trackio"])
