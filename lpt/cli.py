@@ -455,6 +455,44 @@ def pack(
     print(f"packed    {sum(one['bytes'] for one in packed['shards']):,} bytes; train from it with data.root={out}")
 
 
+@app.command()
+def sweep(
+    suite: Annotated[Path, typer.Argument(help="a YAML file of rows, or a name of `lpt list suites`")],
+    settings: Overrides = None,
+    seeds: Annotated[str, typer.Option(help="seeds, separated by commas")] = "0,1,2",
+    methods: Annotated[str, typer.Option(help="only these rows, separated by commas")] = "",
+    jobs: Annotated[int, typer.Option(min=1, help="runs at a time, each with its share of the cores")] = 1,
+    compare: Annotated[
+        tuple[str, str] | None, typer.Option(metavar="ROW ROW", help="only compare two rows that have been run")
+    ] = None,
+    results: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="default runs/sweeps/SUITE/results.json; tables beside it")
+    ] = None,
+    runs: Annotated[Path | None, typer.Option(metavar="DIR", help="of the runs; default runs/sweeps/SUITE")] = None,
+) -> None:
+    """Run every row of a suite over seeds, and write one table; a killed sweep goes on with the same command.
+
+    --compare ROW ROW: the difference in class accuracy, by a paired bootstrap over test images.
+    """
+    from lpt import sweep as sweeping
+
+    numbers = [text.strip() for text in seeds.split(",")]
+    if not all(text.isdecimal() for text in numbers):
+        raise LptError(f"--seeds {seeds} are no numbers separated by commas, for example 0,1,2")
+    loaded = sweeping.load_suite(suite, results=results, runs=runs)
+    if compare:
+        return print_lines(sweeping.compare(loaded, *compare))
+    names = [name for name in methods.split(",") if name]
+    done = sweeping.sweep(
+        loaded, seeds=[int(text) for text in numbers], methods=names, jobs=jobs, overrides=settings or [], say=_say_now
+    )
+    print_lines(done.rstrip("\n"))
+
+
+def _say_now(text: str) -> None:
+    print(text, flush=True)
+
+
 @app.command("list")
 def list_(
     what: Annotated[str | None, typer.Argument(help="methods, backbones, data, losses, configs or suites")] = None,

@@ -19,7 +19,7 @@ from lpt.data.preprocess import MAX_VIEW, Transform
 from lpt.errors import ConfigError, LptError, check_kind, did_you_mean, quoted
 from lpt.model.backbones.clip_text import TEMPLATE
 from lpt.settings import Seed, settings_of, validated
-from lpt.shipped import file_of
+from lpt.shipped import Kind, file_of
 from lpt.terms import TrackerName
 
 MAX_LETTERS, MAX_VALUES, MAX_DEPTH = 2**16, 100_000, 50
@@ -143,12 +143,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The config at `path`, or that of this name which comes with lpt, with `key=value` overrides. Raises ConfigError
     with every mistake at once."""
     check_kind("config", path, (str, Path), "give the path of a YAML file")
-    return resolve(_read(file_of("config", path)), overrides)
+    return resolve(read_yaml("config", file_of("config", path)), overrides)
 
 
 def load_config_of_run(path: Path) -> Config:
     """The config that a run has written, perhaps one of before `LATER_SETTINGS`. Raises ConfigError."""
-    raw = _read(path)
+    raw = read_yaml("config", path)
     if isinstance(raw.get("data"), dict):
         raw["data"] = with_later_settings(raw["data"])
     return resolve(raw)
@@ -157,7 +157,7 @@ def load_config_of_run(path: Path) -> Config:
 def data_of_run(path: Path) -> dict[str, Any]:
     """The data of the config that a run has written. Its method may be a stranger's, and is not looked at: to check it
     would import it. Raises ConfigError."""
-    data = _read(path).get("data")
+    data = read_yaml("config", path).get("data")
     return check_data(with_later_settings(data) if isinstance(data, dict) else {})
 
 
@@ -170,15 +170,17 @@ def with_later_settings(stored: Mapping[str, Any]) -> dict[str, Any]:
     return {**{key: before for key, before in LATER_SETTINGS.items() if key in known}, **stored}
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_yaml(kind: Kind, path: Path) -> dict[str, Any]:
+    """The settings in a config or a suite. Raises ConfigError where it is none."""
     if not os.path.isfile(path):
-        raise ConfigError([f"config {path} does not exist; `lpt list configs` shows those that come with lpt"])
+        raise ConfigError([f"{kind} {path} does not exist; `lpt list {kind}s` shows those that come with lpt"])
     try:
         raw = _yaml(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ConfigError([f"config {path} is not YAML: {quoted(error, 300)}"]) from None
+        raise ConfigError([f"{kind} {path} is not YAML: {quoted(error, 300)}"]) from None
     if not isinstance(raw, dict):
-        raise ConfigError([f"config {path} holds {type(raw).__name__}, not the sections backbone, data, method, train"])
+        needed = "the sections backbone, data, method, train" if kind == "config" else "rows"
+        raise ConfigError([f"{kind} {path} holds {type(raw).__name__}, not {needed}"])
     return raw
 
 
