@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TextIO
 
@@ -342,7 +342,8 @@ def inspect(prompt: Annotated[Path, typer.Argument(help="a prompt file")]) -> No
 
     header, tensors = read_header(prompt)
     print(f"{prompt}  format {header.format}, {prompt.stat().st_size:,} bytes")
-    print(f"method    {quoted(header.method)}  {quoted(json.dumps(header.settings), 1000)}")
+    print(f"method    {quoted(header.method)}")
+    _print_few("settings", _in_lines(f"{quoted(k, 60)}={quoted(json.dumps(v))}" for k, v in header.settings.items()))
     made_with = quoted(f"{header.backbone.name}, weights {header.backbone.fingerprint}")
     print(f"backbone  {made_with}, {header.backbone.image_size} px")
     shown = quoted(", ".join(header.classes[:6])) + (", ..." if len(header.classes) > 6 else "")
@@ -363,6 +364,17 @@ def _print_few(what: str, lines: Sequence[str]) -> None:
         print(f"{what:8}  {line}")
     if len(lines) > MOST_LINES:
         print(f"{what:8}  ... and {len(lines) - MOST_LINES} more")
+
+
+def _in_lines(words: Iterable[str], *, width: int = 100) -> list[str]:
+    """`words` in lines that are not much longer than a terminal is wide, none broken."""
+    lines: list[str] = []
+    for word in words:
+        if lines and len(lines[-1]) + 2 + len(word) <= width:
+            lines[-1] += f"  {word}"
+        else:
+            lines.append(word)
+    return lines
 
 
 def _measured(name: str, value: float | None) -> str:

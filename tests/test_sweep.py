@@ -1,6 +1,7 @@
 """`lpt sweep`: suites by name, rows that are done are skipped, phase 1 is shared, mistakes are sentences."""
 
 import json
+import subprocess
 import sys
 
 import pytest
@@ -150,8 +151,13 @@ def test_a_row_can_start_from_another_rows_phase_1(tmp_path):
         sweep.share_phase1(tmp_path / "absent", tmp_path / "third", config, other)
     whole = sweep.run(config, other, alone)
     assert {k: shared[k] for k in COLUMNS} == {k: whole[k] for k in COLUMNS}
-    with pytest.raises(LptError, match="ended with exit code 2, and said why above"):
-        sweep.run(config, ["train.sed=1"], tmp_path / "fails")
+
+
+def test_a_run_that_fails_ends_the_sweep_with_a_sentence(tmp_path, monkeypatch):
+    failed = subprocess.CompletedProcess([], returncode=2)
+    monkeypatch.setattr(subprocess, "run", lambda command, env: failed)
+    with pytest.raises(LptError, match="fails ended with exit code 2, and said why above"):
+        sweep.run("digits_lt/lpt", [], tmp_path / "fails")
 
 
 def test_a_checkout_names_a_commit_and_a_wheel_its_version(tmp_path, monkeypatch):
