@@ -9,7 +9,6 @@ import yaml
 
 from benchmarks.accuracy import __main__ as accuracy
 from lpt import sweep
-from lpt.config import load_config
 from lpt.errors import ConfigError, LptError
 from lpt.report.over_seeds import COLUMNS
 from lpt.shipped import shipped
@@ -19,11 +18,10 @@ from tests.support.shared import ROOT
 
 @pytest.mark.parametrize("name", shipped("suite"))
 def test_every_row_of_every_suite_resolves(name):
-    suite = sweep.load_suite(name)
+    suite = sweep.load_suite(name)  # which resolves the configs of all
+    keys = sweep.Running(suite, [], [], "c", 1, print)
     assert suite.name == name and len({row.method for row in suite.rows}) == len(suite.rows)
-    assert len({sweep.config_hash(row.config, row.set) for row in suite.rows}) == len(suite.rows)
-    for row in suite.rows:
-        load_config(row.config, row.set)
+    assert len({keys.key(row, 0) for row in suite.rows}) == len(suite.rows)
 
 
 def test_the_hash_ignores_places_and_sees_settings():
@@ -96,7 +94,11 @@ def test_the_benchmark_keeps_results_and_runs_where_they_were(toy, tmp_path, mon
     ("suite", "says"),
     [
         ("rows: []", "suite.rows: got []; list should have at least 1 item"),
-        ("rows: [{method: a}]", "suite.rows.0.config is missing"),
+        ("rows: [{method: a}]", "suite.rows.a.config is missing"),
+        ("rows: [{method: a, soup_of: [b]}]", "suite.rows.a.soup_of: there is no row b"),
+        ("rows: [{method: a, config: digits_lt/lpt, soup_of: [a]}]", "suite.rows.a: a soup has no config of its own"),
+        ("rows: [{method: a, config: digits_lt/lpt, arm: x}]", "suite.rows.a.arm: the suite has no `arms`"),
+        ("{rows: [{method: a, config: digits_lt/lpt}], measured: twice}", "suite.measured: got 'twice'"),
         ("rows: [{method: ../a, config: digits_lt/lpt}]", "suite.rows.0.method: got '../a'"),
         ("rows: [{method: a, config: digits_lt/lpt, sets: [x]}]", "suite.rows.0.sets: there is no such setting"),
         ("rows: [{method: a, config: digits_lt/lpd}]", "suite.rows.a: config digits_lt/lpd does not exist; did you"),
@@ -127,6 +129,51 @@ def test_mistakes_of_a_suite_are_told_before_anything_is_run(toy, capsys, suite,
 def test_mistakes_of_the_command_are_sentences(toy, capsys, words, says):
     code, _, err = command(capsys, "sweep", *words)
     assert code == 2 and says in err and err.count("\n") == 1 and not toy[1]
+
+
+def test_soups_and_arms_come_in_their_turn_and_held_out_metrics_take_the_place_of_others(tmp_path, monkeypatch):
+    """As processes that are not started here: what they would be given, and what is made of what they leave."""
+    monkeypatch.chdir(tmp_path)
+    rows = [
+        {"method": "soup", "soup_of": ["one", "arm"]},
+        {"method": "one", "config": "digits_lt/lpt", "seed_plus": 3},
+        {"method": "arm", "config": "digits_lt/lpt", "arm": "masked"},
+    ]
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump({"rows": rows, "arms": "a.module", "measured": "held_out"}))
+    monkeypatch.setattr(sweep, "load_config", lambda config, words: None)  # there may be no train.start_seed
+    monkeypatch.setattr(sweep, "config_hash", lambda config, words: "h")
+    monkeypatch.setattr(sweep, "version_of_the_code", lambda: "c")
+    asked = []
+
+    def process(command, env):
+        words = command[2:]
+        asked.append(words)
+        place = words[words.index("--json" if "--json" in words else "--out") + 1]
+        report = dict.fromkeys((*COLUMNS, *sweep.FACTS_OF_A_RUN, "prompt_bytes"), 1.0) | {"versions": {}}
+        report |= {"cost": dict.fromkeys(sweep.WORK, 7)}
+        out = tmp_path / place
+        if out.suffix:
+            out.write_text(json.dumps(report))
+        else:
+            out.mkdir(parents=True)
+            (out / "report.json").write_text(json.dumps(report))
+            (out / "prompt.safetensors").write_text("p")
+        (tmp_path / "runs/sweeps/s" / out.name if not out.suffix else out.parent).joinpath("history.jsonl").write_text(
+            json.dumps({"val": {"accuracy": 0.1}}) + "\n" + json.dumps({"val": {"accuracy": 0.25}}) + "\n"
+        )
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", process)
+    table = sweep.sweep(sweep.load_suite("s.yaml"), seeds=[4], overrides=["data.root=d", "train.compile=true"])
+    one, arm, soup, evaluated = asked
+    assert one[:6] == ["lpt", "train", "digits_lt/lpt", "train.seed=7", "train.start_seed=4", "data.root=d"]
+    assert arm[:3] == ["a.module", "digits_lt/lpt", "train.seed=4"] and "--arm masked --out" in " ".join(arm)
+    assert soup[:2] == ["lpt", "soup"] and len([word for word in soup if word.endswith("prompt.safetensors")]) == 3
+    assert evaluated[3:4] == ["data.root=d"] and "train.compile=true" not in evaluated
+    results = json.loads((tmp_path / "runs/sweeps/s/results.json").read_text())
+    assert [(result["method"], result["seed"]) for result in results] == [("one", 4), ("arm", 4), ("soup", 4)]
+    assert [result["accuracy"] for result in results] == [0.25] * 3 and results[2]["few"] is None
+    assert results[2]["cost"]["steps"] == 14 and "- **soup**: soup_of ['one', 'arm']" in table
 
 
 def test_rows_are_twice_in_a_suite(toy):

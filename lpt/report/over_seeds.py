@@ -30,6 +30,11 @@ OPTIONAL_COLUMNS = {
     "wrong ones' confidence": "pseudo_labels.false_confidence",
     "linear head": "heads.linear.class_accuracy",
     "similarity": "heads.similarity.class_accuracy",
+    "five crops": "five_crops.class_accuracy",
+    "five crops, few": "five_crops.few",
+    "prompted pass": "passes.prompted.class_accuracy",
+    "masked": "passes.head masked.class_accuracy",
+    "masked mean": "passes.mean masked.class_accuracy",
 }
 """Shown where any row has them, by path in a report: pseudo-labels of the last round, each head of a fused one."""
 WORK = ("steps", "images", "flops")
