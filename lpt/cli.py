@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TextIO
 
@@ -68,7 +68,7 @@ def train(
     from lpt.config import load_config
 
     resolved = load_config(config, settings or [])
-    out = out or Path("runs") / f"{resolved.data['name'].replace('-', '_')}_{resolved.method['name']}"
+    out = out or Path("runs") / re.sub(r"\W+", "_", f"{resolved.data['name']}_{resolved.method['name']}")
     _train(resolved, out, resume)
 
 
@@ -361,7 +361,8 @@ def inspect(prompt: Annotated[Path, typer.Argument(help="a prompt file")]) -> No
 
     header, tensors = read_header(prompt)
     print(f"{prompt}  format {header.format}, {prompt.stat().st_size:,} bytes")
-    print(f"method    {quoted(header.method)}  {quoted(json.dumps(header.settings), 1000)}")
+    print(f"method    {quoted(header.method)}")
+    _print_few("settings", _in_lines(f"{quoted(k, 60)}={quoted(json.dumps(v))}" for k, v in header.settings.items()))
     made_with = quoted(f"{header.backbone.name}, weights {header.backbone.fingerprint}")
     print(f"backbone  {made_with}, {header.backbone.image_size} px")
     shown = quoted(", ".join(header.classes[:6])) + (", ..." if len(header.classes) > 6 else "")
@@ -382,6 +383,17 @@ def _print_few(what: str, lines: Sequence[str]) -> None:
         print(f"{what:8}  {line}")
     if len(lines) > MOST_LINES:
         print(f"{what:8}  ... and {len(lines) - MOST_LINES} more")
+
+
+def _in_lines(words: Iterable[str], *, width: int = 100) -> list[str]:
+    """`words` in lines that are not much longer than a terminal is wide, none broken."""
+    lines: list[str] = []
+    for word in words:
+        if lines and len(lines[-1]) + 2 + len(word) <= width:
+            lines[-1] += f"  {word}"
+        else:
+            lines.append(word)
+    return lines
 
 
 def _measured(name: str, value: float | None) -> str:
@@ -493,6 +505,44 @@ def pack(
     for role, number in packed["images"].items():
         print(f"{role:9}  {number} images")
     print(f"packed    {sum(one['bytes'] for one in packed['shards']):,} bytes; train from it with data.root={out}")
+
+
+@app.command()
+def sweep(
+    suite: Annotated[Path, typer.Argument(help="a YAML file of rows, or a name of `lpt list suites`")],
+    settings: Overrides = None,
+    seeds: Annotated[str, typer.Option(help="seeds, separated by commas")] = "0,1,2",
+    methods: Annotated[str, typer.Option(help="only these rows, separated by commas")] = "",
+    jobs: Annotated[int, typer.Option(min=1, help="runs at a time, each with its share of the cores")] = 1,
+    compare: Annotated[
+        tuple[str, str] | None, typer.Option(metavar="ROW ROW", help="only compare two rows that have been run")
+    ] = None,
+    results: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="default runs/sweeps/SUITE/results.json; tables beside it")
+    ] = None,
+    runs: Annotated[Path | None, typer.Option(metavar="DIR", help="of the runs; default runs/sweeps/SUITE")] = None,
+) -> None:
+    """Run every row of a suite over seeds, and write one table; a killed sweep goes on with the same command.
+
+    --compare ROW ROW: the difference in class accuracy, by a paired bootstrap over test images.
+    """
+    from lpt import sweep as sweeping
+
+    numbers = [text.strip() for text in seeds.split(",")]
+    if not all(text.isdecimal() for text in numbers):
+        raise LptError(f"--seeds {seeds} are no numbers separated by commas, for example 0,1,2")
+    loaded = sweeping.load_suite(suite, results=results, runs=runs)
+    if compare:
+        return print_lines(sweeping.compare(loaded, *compare))
+    names = [name for name in methods.split(",") if name]
+    done = sweeping.sweep(
+        loaded, seeds=[int(text) for text in numbers], methods=names, jobs=jobs, overrides=settings or [], say=_say_now
+    )
+    print_lines(done.rstrip("\n"))
+
+
+def _say_now(text: str) -> None:
+    print(text, flush=True)
 
 
 @app.command("list")

@@ -16,11 +16,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from lpt.data import DATA, LOCATION_SETTINGS
 from lpt.data.preprocess import MAX_VIEW, Transform
-from lpt.errors import ConfigError, check_kind, did_you_mean, quoted
+from lpt.errors import ConfigError, LptError, check_kind, did_you_mean, quoted
 from lpt.model.backbones.clip_text import TEMPLATE
 from lpt.presets import expanded
 from lpt.settings import Seed, Weight, settings_of, validated
-from lpt.shipped import file_of
+from lpt.shipped import Kind, file_of
 from lpt.terms import Crops, Ensemble, TrackerName
 
 MAX_LETTERS, MAX_VALUES, MAX_DEPTH = 2**16, 100_000, 50
@@ -178,15 +178,22 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The config at `path`, or that of this name which comes with lpt, with `key=value` overrides. Raises ConfigError
     with every mistake at once."""
     check_kind("config", path, (str, Path), "give the path of a YAML file")
-    return resolve(_read(file_of("config", path)), overrides)
+    return resolve(read_yaml("config", file_of("config", path)), overrides)
 
 
 def load_config_of_run(path: Path) -> Config:
     """The config that a run has written, perhaps one of before `LATER_SETTINGS`. Raises ConfigError."""
-    raw = _read(path)
+    raw = read_yaml("config", path)
     if isinstance(raw.get("data"), dict):
         raw["data"] = with_later_settings(raw["data"])
     return resolve(raw)
+
+
+def data_of_run(path: Path) -> dict[str, Any]:
+    """The data of the config that a run has written. Its method may be a stranger's, and is not looked at: to check it
+    would import it. Raises ConfigError."""
+    data = read_yaml("config", path).get("data")
+    return check_data(with_later_settings(data) if isinstance(data, dict) else {})
 
 
 def with_later_settings(stored: Mapping[str, Any]) -> dict[str, Any]:
@@ -198,15 +205,17 @@ def with_later_settings(stored: Mapping[str, Any]) -> dict[str, Any]:
     return {**{key: before for key, before in LATER_SETTINGS.items() if key in known}, **stored}
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_yaml(kind: Kind, path: Path) -> dict[str, Any]:
+    """The settings in a config or a suite. Raises ConfigError where it is none."""
     if not os.path.isfile(path):
-        raise ConfigError([f"config {path} does not exist; `lpt list configs` shows those that come with lpt"])
+        raise ConfigError([f"{kind} {path} does not exist; `lpt list {kind}s` shows those that come with lpt"])
     try:
         raw = _yaml(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ConfigError([f"config {path} is not YAML: {quoted(error, 300)}"]) from None
+        raise ConfigError([f"{kind} {path} is not YAML: {quoted(error, 300)}"]) from None
     if not isinstance(raw, dict):
-        raise ConfigError([f"config {path} holds {type(raw).__name__}, not the sections backbone, data, method, train"])
+        needed = "the sections backbone, data, method, train" if kind == "config" else "rows"
+        raise ConfigError([f"{kind} {path} holds {type(raw).__name__}, not {needed}"])
     return raw
 
 
@@ -317,10 +326,16 @@ def _data_section(given: Any) -> tuple[dict[str, Any], list[str]]:
 
 def _method_section(given: Any, section: str = "method") -> tuple[dict[str, Any], list[str]]:
     """The method, and those inside it."""
-    from lpt.methods import METHODS  # the methods are a third of what there is to import, and predictions need none
+    from lpt.methods import METHODS, find  # a third of what there is to import, and predictions need no method
 
-    settings, mistakes = _named_section(section, given, {name: method.build for name, method in METHODS.items()})
-    inner = METHODS[settings["name"]].inner if settings else None
+    methods = dict(METHODS)
+    if isinstance(given, dict) and isinstance(name := given.get("name"), str) and ":" in name:
+        try:
+            methods[name] = find(name)
+        except LptError as error:
+            return {}, [f"{section}.name: {error}"]
+    settings, mistakes = _named_section(section, given, {name: method.build for name, method in methods.items()})
+    inner = methods[settings["name"]].inner if settings else None
     if inner and isinstance(settings.get(inner), dict):
         settings[inner], wrong = _method_section(settings[inner], f"{section}.{inner}")
         mistakes += wrong

@@ -152,7 +152,7 @@ def why_not_downloaded(error: BaseException) -> str:
         return "the Hub has none of this name, or only for those who have logged in (hf auth login)"
     if any(name in kinds for name in ("LocalEntryNotFound", "ConnectionError", "ConnectError", "Timeout")):
         return "the Hub cannot be reached, and it is in no cache on this machine"
-    return quoted(error) or type(error).__name__
+    return quoted(str(error).strip().partition(". ")[0], 300) or type(error).__name__  # a sentence, not cut within
 
 
 def is_intact(header: Mapping[str, Any], tensors: "Mapping[str, Tensor | np.ndarray]") -> bool:

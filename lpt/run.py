@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from lpt.config import Config, load_config_of_run
+from lpt.config import Config, data_of_run, load_config_of_run
 from lpt.data import LOCATION_SETTINGS, load_task
 from lpt.data.image_hashes import hashes_to_store
 from lpt.data.task import Task
@@ -417,6 +417,6 @@ def report_again(out: Path, *, against: Sequence[Path] = ()) -> Rows:
     test = None
     if (out / "config.yaml").exists():
         with contextlib.suppress(LptError, OSError, ValueError):  # a page without pictures is better than none
-            task = load_task(**load_config_of_run(out / "config.yaml").data)
+            task = load_task(**data_of_run(out / "config.yaml"))
             test = task.test if task.manifest()["sha256"] == split_of(out).get("sha256") else None
     return write_page(out, test=test, against=against)

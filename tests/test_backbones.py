@@ -323,6 +323,7 @@ def test_a_download_that_fails_is_told_in_our_words(monkeypatch, capsys, tmp_pat
         (unknown, r"\(the Hub cannot be reached, and it is in no cache on this machine\)"),
         (TimeoutError("read timed out"), r"\(the Hub cannot be reached.*\)"),
         (missing, r"\(the Hub has none of this name, or only for those who have logged in.*\)"),
+        (OSError("The mirror says no. Please " + "check " * 90), r"\(The mirror says no\)"),
         (OSError(28, "No space left on device"), r"\(.*No space left on device\)"),
     ):
 

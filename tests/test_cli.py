@@ -116,6 +116,9 @@ def test_inspect_and_list_say_what_there_is(run_folder, capsys):
     assert code == 0
     for part in ("format 2", "nano", "classes   10", "pool.tokens", "measured  few"):
         assert part in said
+    settings = [line for line in said.splitlines() if line.startswith("settings  ")]
+    assert "epochs=[2, 2]" in settings[0] and "topk=2" in " ".join(settings)
+    assert 2 < len(settings) < 10 and max(map(len, settings)) <= 110  # one line of 700 letters before
     for what, part in (
         ("methods", "lpt"), ("backbones", "timm"), ("data", "cifar100-lt"), ("losses", "agcl"),
     ):  # fmt: skip

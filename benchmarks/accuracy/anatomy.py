@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.accuracy.__main__ import interval
 from lpt.config import nested
 from lpt.data import Images, load_task
 from lpt.metrics import summarize
 from lpt.model.classifier import PromptedClassifier
+from lpt.report.over_seeds import interval
 from lpt.serve.opening import open_prompt
 
 METRICS = ("accuracy", "class_accuracy", "many", "medium", "few")

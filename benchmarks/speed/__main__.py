@@ -28,7 +28,6 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.accuracy.__main__ import processor
 from benchmarks.data.photos import photo
 from lpt.data.loader import Order, made_ahead
 from lpt.data.preprocess import File, Preprocess, available_cores
@@ -39,6 +38,7 @@ from lpt.model.backbones.timm_vit import TimmViT, untrained
 from lpt.model.classifier import PromptedClassifier
 from lpt.model.heads import CosineHead
 from lpt.model.prompts import DeepPrompt, PromptPool
+from lpt.sweep import processor
 from tests.support.plain import plain_forward
 
 CLASSES = 100

@@ -43,8 +43,8 @@ class Told(NamedTuple):
 
 
 class Tracking:
-    """What the trackers `names` are told of the run in the folder `out`. They start when there is something to say:
-    then the folder is the run's own.
+    """What the trackers `names` are told of the run in the folder `out`. They start when there is something to say: the
+    folder is the run's own then.
 
     `parameters` are said once, nested dicts as `section.key`; `costs` hold the steps of earlier phases, so that a step
     of the run is one number.

@@ -9,6 +9,7 @@ from lpt.engine.session import Session
 from lpt.errors import quoted
 from lpt.methods import baselines, daso, decoupled, finessl, fixmatch, lpt, pre_finetune, two_stage, ulfine
 from lpt.methods.method import Method, resolver
+from lpt.methods.own import find_method
 from lpt.model.backbones.base import Backbone
 
 METHODS: dict[str, Method] = {
@@ -26,6 +27,11 @@ METHODS: dict[str, Method] = {
     "knn": Method(baselines.knn, ends_in_epochs=False, head=lambda settings: "neighbors"),
     "zero_shot": Method(baselines.zero_shot, ends_in_epochs=False),
 }
+
+
+def find(name: Any) -> Method:
+    """The method of that name: of METHODS, or `module:function`. Raises LptError."""
+    return find_method(name, METHODS)
 
 
 def described(name: str, settings: Mapping[str, Any]) -> str:
@@ -54,17 +60,17 @@ def build_recipe(config: Mapping[str, Any], task: Task, backbone: Backbone, sess
     Raises LptError for an unknown method, ConfigError for settings that it does not have or take, all at once, and
     whatever the method itself refuses.
     """
-    return resolver(METHODS, task, backbone, session)(config).build()
+    return resolver(find, task, backbone, session)(config).build()
 
 
 def nested_methods(config: Mapping[str, Any]) -> Iterator[tuple[str, Method]]:
     """(name, method) of the method that `config` names, and of those inside it, the innermost last. Raises LptError
     where one is unknown or has no name, ConfigError for settings that it does not take."""
-    for step in resolver(METHODS)(config).chain:
+    for step in resolver(find)(config).chain:
         yield step.name, step.method
 
 
 def nested_settings(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """(name, settings with their defaults) of the same methods. Raises what `nested_methods` does."""
-    for step in resolver(METHODS)(config).chain:
+    for step in resolver(find)(config).chain:
         yield step.name, step.settings

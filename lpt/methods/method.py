@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lpt.engine.phase import Recipe, checked_recipe
-from lpt.errors import ConfigError, LptError, did_you_mean
+from lpt.errors import ConfigError, LptError
 from lpt.settings import call_with, settings_of, validated
 
 HeadKind = Literal["cosine", "linear", "neighbors", "fused", "pool"]
@@ -71,8 +71,8 @@ Resolve = Callable[[Mapping[str, Any]], InnerMethod]
 """Name and settings of a method, as a config has them → that method, checked."""
 
 
-def resolver(methods: Mapping[str, Method], *context: Any) -> Resolve:
-    """Finds methods in `methods`; their recipes are built with `context`, which is (task, backbone, session).
+def resolver(find: Callable[[Any], Method], *context: Any) -> Resolve:
+    """Finds methods by `find`; their recipes are built with `context`, which is (task, backbone, session).
 
     What it returns raises LptError for a method that is unknown or has no name, and ConfigError with all mistakes in
     the settings of one.
@@ -82,9 +82,7 @@ def resolver(methods: Mapping[str, Method], *context: Any) -> Resolve:
         if "name" not in config:
             raise LptError(f"method: {dict(config)} has no name, which says what is to run")
         name = config["name"]
-        if not isinstance(name, str) or name not in methods:
-            raise LptError(f"method {name!r} is unknown ({', '.join(methods)}){did_you_mean(str(name)[:99], methods)}")
-        method = methods[name]
+        method = find(name)
         given = {key: value for key, value in config.items() if key != "name"}
         settings, mistakes = validated("method", settings_of(method.build), given)
         if mistakes:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lpt.errors import BackboneError
+from lpt.files import why_not_downloaded
 from lpt.model.backbones.timm_vit import check_fit, read_weights
 
 TEMPLATE = "a photo of a {}"
@@ -76,10 +77,9 @@ class TextTower:
             return get_tokenizer(self.model)
         except Exception as error:  # transformers and its parts raise errors of any class
             wanted = self.config["text_cfg"].get("hf_tokenizer_name") or self.model
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
             raise BackboneError(
-                f"the tokenizer {wanted} of {self.name} could not be loaded ({reason}): it needs transformers and a "
-                "download, or else set prototypes.weights to a safetensors file"
+                f"the tokenizer {wanted} of {self.name} could not be loaded ({why_not_downloaded(error)}): it needs "
+                "transformers and a download, or else set prototypes.weights to a safetensors file"
             ) from error
 
 
