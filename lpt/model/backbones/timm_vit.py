@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lpt.data.preprocess import Preprocess
 from lpt.errors import BackboneError, did_you_mean, quoted
 from lpt.files import read_tensors, why_not_downloaded
-from lpt.model.backbones.base import Backbone, KeyValue, Prompt, fill, fingerprint_of, without_numbers
+from lpt.model.backbones.base import Backbone, KeyValue, Prompt, fill, fingerprint_of, with_memory, without_numbers
 
 SUPPORTED = (
     "plain and rotary ViTs of timm: vit_*, deit_*, deit3_*, vit_*_dinov2, vit_*_clip_*, vit_*_siglip_*, "
@@ -184,10 +184,10 @@ def is_rotary(architecture: str) -> bool:
 
 
 def empty(architecture: str, build: Callable[[], Any]) -> Any:
-    """The model that `build` makes of an architecture, for `fill`."""
+    """The model that `build` makes of an architecture, with memory for what `fill` copies into it."""
     from lpt.model.backbones import eva_vit
 
-    return eva_vit.without_numbers(build) if is_rotary(architecture) else without_numbers(build)
+    return eva_vit.without_numbers(build) if is_rotary(architecture) else with_memory(without_numbers(build))
 
 
 def untrained(
@@ -212,12 +212,11 @@ def untrained(
 
 def _wrap(vit: Any, name: str, image_size: int | None) -> TimmViT:
     from timm.data.config import resolve_model_data_config
-    from timm.models.eva import Eva
 
-    from lpt.model.backbones.eva_vit import EvaViT
+    from lpt.model.backbones.eva_vit import EvaViT, is_eva
 
     config = resolve_model_data_config(vit)
-    native, is_eva = config["input_size"][-1], isinstance(vit, Eva)
+    native, rotary = config["input_size"][-1], is_eva(vit)
     size = image_size or native
     fingerprint = fingerprint_of(vit.named_parameters())  # before positions are resampled to another size
     set_size(vit, size, name)
@@ -227,9 +226,9 @@ def _wrap(vit: Any, name: str, image_size: int | None) -> TimmViT:
         std=tuple(config["std"]),
         interpolation="bicubic" if config["interpolation"] == "bicubic" else "bilinear",
         crop_ratio=config["crop_pct"] if size == native else 1.0,
-        square=is_eva and config["crop_mode"] == "squash",  # of plain ViTs prompt files say otherwise
+        square=rotary and config["crop_mode"] == "squash",  # of plain ViTs prompt files say otherwise
     )
-    return (EvaViT if is_eva else TimmViT)(vit, name=name, preprocess=preprocess, fingerprint=fingerprint)
+    return (EvaViT if rotary else TimmViT)(vit, name=name, preprocess=preprocess, fingerprint=fingerprint)
 
 
 def set_size(vit: Any, size: int, name: str) -> None:
@@ -281,12 +280,11 @@ def refuse_unserved(name: str, architecture: str, supported: str = SUPPORTED) ->
 def refuse_unserved_module(name: str, vit: Any, supported: str = SUPPORTED) -> None:
     """Once it is built: are all its blocks those that `TimmViT.block` or `EvaViT.block` runs?"""
     from timm.layers.attention import Attention
-    from timm.models.eva import Eva
     from timm.models.vision_transformer import Block, VisionTransformer
 
-    from lpt.model.backbones.eva_vit import unserved_part
+    from lpt.model.backbones.eva_vit import is_eva, unserved_part
 
-    if type(vit) is Eva:
+    if is_eva(vit):
         if part := unserved_part(vit):
             raise BackboneError(f"backbone {name} ({part}) has no prompt seam; supported: {supported}")
         return
