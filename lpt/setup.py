@@ -19,6 +19,7 @@ from lpt.model.backbones import load_backbone, random_backbone
 from lpt.model.backbones.base import Backbone, fingerprint_of, read_prototypes
 from lpt.model.backbones.clip_text import read_templates
 from lpt.model.backbones.labels_seen import labels_seen
+from lpt.model.backbones.published import forbids_commercial_use, licence
 
 
 class Setup:
@@ -72,6 +73,9 @@ class Setup:
                 f"warning: {self.backbone.name} has seen {len(shared)} of these {len(self.task.classes)} classes as "
                 f"labels of {name}"
             )
+        terms = licence(self.backbone.name)
+        if terms and forbids_commercial_use(terms):
+            yield f"warning: the weights of {self.backbone.name} are under {terms}, which forbids commercial use"
 
 
 def check_memory(

@@ -109,7 +109,7 @@ def _read_config(name: str, model: str, tag: str, *, needs_tag: bool) -> tuple[d
             + (did_you_mean(model, open_clip.list_models()) or f"; supported: {SUPPORTED}")
         )
     config: Any = open_clip.get_model_config(model)
-    _refuse_unserved(name, config)
+    refuse_unserved_tower(name, config)
     tags = open_clip.list_pretrained_tags_by_model(model)
     if tag and not open_clip.is_pretrained_cfg(model, tag):
         hint = did_you_mean(tag, tags) or f"; its tags are {', '.join(tags) or 'none'}"
@@ -148,7 +148,7 @@ def _preprocess(published: Mapping[str, Any], size: int) -> Preprocess:
     )
 
 
-def _refuse_unserved(name: str, config: Mapping[str, Any]) -> None:
+def refuse_unserved_tower(name: str, config: Mapping[str, Any]) -> None:
     """Before any download: raises BackboneError for a tower that is not one of `SUPPORTED`."""
     import timm
     from open_clip import CLIPVisionCfg

@@ -19,6 +19,7 @@ from lpt.data.preprocess import Preprocess
 from lpt.errors import BackboneError, did_you_mean, quoted
 from lpt.files import read_tensors, why_not_downloaded
 from lpt.model.backbones.base import Backbone, KeyValue, Prompt, fill, fingerprint_of, with_memory, without_numbers
+from lpt.model.backbones.published import SERVED, module_of, nearest
 
 SUPPORTED = (
     "plain and rotary ViTs of timm: vit_*, deit_*, deit3_*, vit_*_dinov2, vit_*_clip_*, vit_*_siglip_*, "
@@ -178,9 +179,7 @@ def load(name: str, *, weights: Path | None = None, image_size: int | None = Non
 
 def is_rotary(architecture: str) -> bool:
     """Whether it is one of timm's `Eva` models."""
-    from timm.models import model_entrypoint
-
-    return model_entrypoint(architecture).__module__.rpartition(".")[2] == "eva"
+    return module_of(architecture) == "eva"
 
 
 def empty(architecture: str, build: Callable[[], Any]) -> Any:
@@ -249,7 +248,8 @@ def _refuse_unknown(name: str, architecture: str) -> None:
     if not timm.is_model(architecture):
         raise BackboneError(
             f"backbone {name} is not a model of timm {timm.__version__}"
-            + did_you_mean(architecture, timm.list_models("*vit*") + timm.list_models("deit*"))
+            + did_you_mean(architecture, timm.list_models("*vit*") + timm.list_models(["deit*", "eva*"]))
+            + nearest(name.partition(":")[2])
         )
 
 
@@ -265,16 +265,20 @@ def _refuse_unpublished(name: str) -> None:
             f"give backbone.weights a local file, or a full tag ({', '.join(published[:6]) or 'none published'})"
         )
     if name not in published:
-        raise BackboneError(f"backbone timm:{name} has no published weights{did_you_mean(name, published)}")
+        hint = did_you_mean(name, published) or nearest(name)
+        raise BackboneError(f"backbone timm:{name} has no published weights{hint}")
 
 
 def refuse_unserved(name: str, architecture: str, supported: str = SUPPORTED) -> None:
     """Before any download: is this one of timm's plain or rotary ViTs at all?"""
-    from timm.models import model_entrypoint
+    module = module_of(architecture)
+    if module not in SERVED or "_distilled_" in architecture:
+        raise BackboneError(f"backbone {name} (timm's {module}) has no prompt seam; {_instead(name, supported)}")
 
-    module = model_entrypoint(architecture).__module__.rpartition(".")[2]
-    if module not in ("vision_transformer", "deit", "eva") or "_distilled_" in architecture:
-        raise BackboneError(f"backbone {name} (timm's {module}) has no prompt seam; supported: {supported}")
+
+def _instead(name: str, supported: str) -> str:
+    """What there is instead of a refused model, for the end of a sentence."""
+    return f"supported: {supported}{nearest(name.partition(':')[2])}"
 
 
 def refuse_unserved_module(name: str, vit: Any, supported: str = SUPPORTED) -> None:
@@ -286,15 +290,15 @@ def refuse_unserved_module(name: str, vit: Any, supported: str = SUPPORTED) -> N
 
     if is_eva(vit):
         if part := unserved_part(vit):
-            raise BackboneError(f"backbone {name} ({part}) has no prompt seam; supported: {supported}")
+            raise BackboneError(f"backbone {name} ({part}) has no prompt seam; {_instead(name, supported)}")
         return
     # Exact types: a subclass may compute something else in its forward.
     if type(vit) is not VisionTransformer:
-        raise BackboneError(f"backbone {name} ({type(vit).__name__}) has no prompt seam; supported: {supported}")
+        raise BackboneError(f"backbone {name} ({type(vit).__name__}) has no prompt seam; {_instead(name, supported)}")
     for block in vit.blocks:
         if type(block) is not Block or type(block.attn) is not Attention or block.attn.gate is not None:
             kind = type(vit.blocks[0]).__name__
-            raise BackboneError(f"backbone {name} ({kind}) has no prompt seam; supported: {supported}")
+            raise BackboneError(f"backbone {name} ({kind}) has no prompt seam; {_instead(name, supported)}")
 
 
 def _load_weights(vit: nn.Module, path: Path, architecture: str) -> None:
