@@ -550,6 +550,9 @@ def list_(
     what: Annotated[
         str | None, typer.Argument(help="methods, backbones, data, losses, presets, configs or suites")
     ] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="of backbones: all published weights by family, with size and licence")
+    ] = False,
 ) -> None:
     """What there is."""
     from lpt.errors import did_you_mean
@@ -558,6 +561,14 @@ def list_(
     lists = tables()
     if what is not None and what not in lists:
         raise LptError(f"there is no list of {what!r}: {', '.join(lists)}{did_you_mean(what, lists)}")
+    if everything:
+        if what != "backbones":
+            raise LptError(f"--all is for backbones, not for {what or 'all lists'}: lpt list backbones --all")
+        from lpt.model.backbones.catalogue import lines
+
+        for line in lines():
+            print(line)
+        return
     for kind in [what] if what else lists:
         if what is None:
             print(f"{kind}:")

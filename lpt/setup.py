@@ -18,8 +18,8 @@ from lpt.methods import nested_methods, nested_settings
 from lpt.model.backbones import load_backbone, random_backbone
 from lpt.model.backbones.base import Backbone, fingerprint_of, read_prototypes
 from lpt.model.backbones.clip_text import read_templates
-from lpt.model.backbones.clip_vit import ClipViT
 from lpt.model.backbones.labels_seen import labels_seen
+from lpt.model.backbones.published import forbids_commercial_use, licence
 
 
 class Setup:
@@ -73,6 +73,9 @@ class Setup:
                 f"warning: {self.backbone.name} has seen {len(shared)} of these {len(self.task.classes)} classes as "
                 f"labels of {name}"
             )
+        terms = licence(self.backbone.name)
+        if terms and forbids_commercial_use(terms):
+            yield f"warning: the weights of {self.backbone.name} are under {terms}, which forbids commercial use"
 
 
 def check_memory(
@@ -131,7 +134,7 @@ def open_backbone(config: Config, *, read_weights: bool = True) -> Backbone:
     backbone.preprocess = preprocess
     if config.prototypes.weights and read_weights:
         backbone.prototypes = read_prototypes(Path(config.prototypes.weights))
-    elif isinstance(backbone, ClipViT):
+    elif backbone.texts is not None:
         backbone.templates = read_templates(config.prototypes.template)
     return backbone
 
@@ -147,6 +150,6 @@ def _weights_identity(backbone: Backbone, precision: str) -> str:
     identity = f"{backbone.fingerprint} in {precision}"
     if backbone.prototypes:
         return f"{identity} with prototypes {fingerprint_of(backbone.prototypes.items())}"
-    if isinstance(backbone, ClipViT):
+    if backbone.texts is not None:
         return f"{identity} with texts {backbone.templates}"
     return identity

@@ -15,9 +15,9 @@ from lpt.config import resolve
 from lpt.errors import BackboneError
 from lpt.methods.supervised import build_model
 from lpt.model.adapters import with_adapter
-from lpt.model.backbones import clip_text, load_backbone
+from lpt.model.backbones import clip_text, load_backbone, random_backbone
 from lpt.model.backbones.clip_text import read_templates
-from lpt.model.backbones.clip_vit import ClipViT
+from lpt.model.backbones.eva_vit import EvaViT
 from lpt.model.heads import CosineHead
 from lpt.setup import open_backbone
 from tests.support.plain import plain_block
@@ -67,7 +67,7 @@ def test_features_are_those_of_open_clip(tmp_path, quick_gelu, changes):
     config = {**CONFIG, "vision_cfg": {**VISION, **changes}}
     model, name, path = stored(tmp_path, config, name="features", quick_gelu=quick_gelu)
     backbone = load_backbone(f"open_clip:{name}", weights=path)
-    assert isinstance(backbone, ClipViT) and backbone.name == "open_clip:features"
+    assert backbone.texts is not None and backbone.name == "open_clip:features"
     assert (backbone.depth, backbone.width, backbone.prefix, backbone.reads) == (3, 64, 1, 1)
     assert (backbone.feature_width, backbone.joint_width, backbone.dtype) == (64, 48, torch.float32)
     joint = backbone.project(feature(backbone, views()))
@@ -411,3 +411,87 @@ def test_pickles_are_refused_and_a_failed_download_is_told(monkeypatch):
     monkeypatch.setitem(_PRETRAINED["ViT-B-16"], "pickled", {"hf_hub": "someone/small/pytorch_model.bin"})
     with pytest.raises(BackboneError, match=r"someone/small has no weights but pytorch_model\.bin, and pickles"):
         load_backbone("open_clip:ViT-B-16/pickled")
+
+
+# Towers of today: timm's rotary ones, and SigLIP 2's, with the text towers that open_clip has for them.
+
+PE = {
+    "embed_dim": 192,
+    "custom_text": True,
+    "vision_cfg": {
+        "image_size": 384,
+        "timm_model_name": "vit_pe_core_tiny_patch16_384",
+        "timm_pool": "map",
+        "timm_proj": None,
+    },
+    "text_cfg": {**TEXT, "context_length": 32, "norm_kwargs": {"eps": 1e-5}},
+}
+EVA = {
+    "embed_dim": 48,
+    "custom_text": True,
+    "vision_cfg": {
+        "image_size": 224,
+        "timm_model_name": "eva02_tiny_patch14_224",
+        "timm_pool": "token",
+        "timm_proj": None,
+    },
+    "text_cfg": TEXT,
+}
+SIGLIP2 = {
+    "embed_dim": 96,
+    "custom_text": True,
+    "vision_cfg": {"image_size": 160, "timm_model_name": "test_vit3", "timm_pool": "map", "timm_proj": "none"},
+    "text_cfg": {
+        **TEXT,
+        "context_length": 64,
+        "no_causal_mask": True,
+        "proj_bias": True,
+        "pool_type": "last",
+        "norm_kwargs": {"eps": 1e-6},
+        "act_kwargs": {"approximate": "tanh"},
+    },
+}
+
+
+@pytest.mark.parametrize("family", ["PE", "EVA", "SIGLIP2"])
+def test_towers_of_today_and_their_texts(tmp_path, family):
+    config = {"PE": PE, "EVA": EVA, "SIGLIP2": SIGLIP2}[family]
+    # A name with SigLIP in it would have open_clip download that tokenizer.
+    model, name, path = stored(tmp_path, config, name=f"today-{config['embed_dim']}")
+    size = config["vision_cfg"]["image_size"]
+    if family != "SIGLIP2":  # theirs has a bias, which is zero in what is published
+        tensors = load_file(path)
+        tensors["visual.trunk.head.bias"].zero_()
+        model.visual.trunk.head.bias.zero_()
+        save_file(tensors, path)
+    backbone = load_backbone(f"open_clip:{name}", weights=path)
+    assert isinstance(backbone, EvaViT) == (family != "SIGLIP2") and backbone.joint_width == config["embed_dim"]
+    found, expected = backbone.project(feature(backbone, views(1, size))), model.encode_image(views(1, size))
+    assert ((found - expected).norm() / expected.norm()).item() <= 1e-4
+    tokens, prompt = backbone.embed(views(1, size)), torch.randn(3, backbone.width)
+    slow = plain_block(backbone, 0, tokens, prompt)
+    torch.testing.assert_close(backbone.block(0, tokens, prompt), slow, rtol=1e-4, atol=1e-4)
+    tokenizer = open_clip.get_tokenizer(name)
+    rows = [F.normalize(model.encode_text(tokenizer([f"a photo of a {c}"]))[0], dim=0) for c in CLASSES]
+    torch.testing.assert_close(backbone.class_prototypes(CLASSES), torch.stack(rows), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("model", ["PE-Core-T-16-384", "ViT-B-16-SigLIP2", "EVA02-B-16"])
+def test_published_text_towers_fit(model, tmp_path):
+    """Of the real configs, with random weights by open_clip's own names; a tokenizer of another library is left out."""
+    config = open_clip.get_model_config(model)
+    text = {**config["text_cfg"], "layers": 1, "vocab_size": 64}
+    built = open_clip.model.CustomTextCLIP(config["embed_dim"], {"layers": 1, "width": 64, "patch_size": 32}, text)
+    tensors = {f"text.{key}": value.contiguous() for key, value in built.text.state_dict().items()}
+    save_file(tensors, tmp_path / "w.safetensors")
+    tower = clip_text.TextTower(
+        f"open_clip:{model}", model, {**config, "text_cfg": text, "quick_gelu": False}, tmp_path / "w.safetensors"
+    )._tower()
+    tokens = torch.ones(2, text["context_length"], dtype=torch.long)
+    torch.testing.assert_close(tower(tokens), built.eval().encode_text(tokens), rtol=1e-4, atol=1e-5)
+
+
+def test_the_perception_encoder_of_open_clip_is_rotary():
+    backbone = random_backbone("open_clip:PE-Core-T-16-384/meta", image_size=64)
+    assert isinstance(backbone, EvaViT) and backbone.projection is not None
+    assert (backbone.projection.shape, backbone.preprocess.size, backbone.reads) == ((192, 512), 64, None)

@@ -9,7 +9,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import Any, NamedTuple, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,14 @@ class KeyValue(NamedTuple):
 
 
 Prompt = Tensor | KeyValue
+
+
+class Texts(Protocol):
+    """What makes vectors of class names, in the joint space of images and texts."""
+
+    def encode(
+        self, classes: Sequence[str], templates: Sequence[str], device: torch.device
+    ) -> Mapping[str, Tensor]: ...
 
 
 class Backbone(nn.Module, ABC):
@@ -62,6 +70,12 @@ class Backbone(nn.Module, ABC):
     """From a feature to the joint space [D' J], a buffer; None where features are in it already."""
     prototypes: Mapping[str, Tensor] | None = None
     """Class name → vector [J] in the joint space, for example of a text; None until somebody gives or makes them."""
+    texts: Texts | None = None
+    """What makes prototypes when they are first asked for, unless somebody gives some; None without a text tower."""
+    templates: tuple[str, ...] = ()
+    """Of those texts."""
+    encoded = False
+    """Whether `prototypes` are of texts, and not given by somebody."""
 
     # Set by `lpt.model.adapters` in a copy of it.
     learned: frozenset[str] = frozenset()
@@ -115,10 +129,17 @@ class Backbone(nn.Module, ABC):
         return joint.to(self.projection.device, torch.float32) @ self.projection.float().T
 
     def class_prototypes(self, classes: Sequence[str]) -> Tensor:
-        """The prototypes [C J] of `classes`, by name: case is ignored, and an underscore is a space.
+        """The prototypes [C J] of `classes`, by name: case is ignored, and an underscore is a space. Those of texts are
+        made where they are new.
 
         Raises BackboneError where there are none, where a class has none, and where they do not fit the joint space.
         """
+        if self.texts is not None and (self.prototypes is None or self.encoded):
+            known = dict(self.prototypes or {})
+            new = [name for name in classes if name not in known]
+            if new:
+                known |= self.texts.encode(new, self.templates, next(self.parameters()).device)
+            self.prototypes, self.encoded = known, True
         if self.prototypes is None:
             raise BackboneError(f"{self.name} has no class prototypes: set prototypes.weights to a safetensors file")
         known = {_comparable(name): row for name, row in self.prototypes.items()}

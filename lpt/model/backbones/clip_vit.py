@@ -1,9 +1,9 @@
-"""Image towers of open_clip behind the seam: CLIP's own ViTs and SigLIP's.
+"""Image towers of open_clip behind the seam, with texts: CLIP's own ViTs, SigLIP's, EVA-02's, Perception Encoder's.
 
 Shapes: feature [B D'], projection [D' J] to the joint space of images and texts, prototypes [C J] there.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -16,10 +16,12 @@ from lpt.data.preprocess import Preprocess
 from lpt.errors import BackboneError, did_you_mean, require
 from lpt.model.backbones.base import fingerprint_of, with_memory, without_numbers
 from lpt.model.backbones.clip_text import TEMPLATE, TextTower
+from lpt.model.backbones.eva_vit import EvaViT, is_eva
 from lpt.model.backbones.timm_vit import (
     TimmViT,
     check_fit,
     download_errors,
+    empty,
     read_weights,
     refuse_unserved,
     refuse_unserved_module,
@@ -27,8 +29,8 @@ from lpt.model.backbones.timm_vit import (
 )
 
 SUPPORTED = (
-    "open_clip's own ViTs that read the class token (ViT-B-16, ViT-L-14, ...), and plain timm ViTs with one matrix or "
-    "nothing behind them (ViT-*-SigLIP, ViT-*-SigLIP2)"
+    "open_clip's own ViTs that read the class token (ViT-B-16, ViT-L-14, ...), and plain and rotary timm ViTs with one "
+    "matrix or nothing behind them (ViT-*-SigLIP, ViT-*-SigLIP2, PE-Core-*, EVA02-*)"
 )
 HUB_FILE = "open_clip_model.safetensors"
 """What open_clip calls the weights in a repository of its own."""
@@ -49,40 +51,7 @@ OPEN_CLIP_NAMES = {
 """Parts of timm's names of tensors, and open_clip's, in the order of their replacement."""
 
 
-class ClipViT(TimmViT):
-    """An image tower of open_clip as a timm ViT, with its projection to the joint space beside it.
-
-    `templates` make texts of class names when prototypes are first asked for. `encoded` says that `prototypes` are of
-    such texts, and not given by somebody.
-    """
-
-    def __init__(
-        self,
-        vit: Any,
-        *,
-        name: str,
-        preprocess: Preprocess,
-        fingerprint: str,
-        projection: Tensor | None = None,
-        texts: TextTower,
-    ) -> None:
-        super().__init__(vit, name=name, preprocess=preprocess, fingerprint=fingerprint)
-        self.projection, self.texts = projection, texts
-        self.templates: tuple[str, ...] = (TEMPLATE,)
-        self.encoded = False
-
-    def class_prototypes(self, classes: Sequence[str]) -> Tensor:
-        """[C J] of texts, each of which is encoded once, unless `prototypes` were given. Raises BackboneError."""
-        if self.prototypes is None or self.encoded:
-            known = dict(self.prototypes or {})
-            new = [name for name in classes if name not in known]
-            if new:
-                known |= self.texts.encode(new, self.templates, next(self.parameters()).device)
-            self.prototypes, self.encoded = known, True
-        return super().class_prototypes(classes)
-
-
-def load(model: str, *, weights: Path | None = None, image_size: int | None = None) -> ClipViT:
+def load(model: str, *, weights: Path | None = None, image_size: int | None = None) -> TimmViT:
     """`model` is `<model>/<tag>` of open_clip; the tag may be left out where `weights`, a local safetensors file in
     open_clip's key names, is given.
 
@@ -97,7 +66,7 @@ def load(model: str, *, weights: Path | None = None, image_size: int | None = No
     return _open(name, model, config, published, path, image_size)
 
 
-def untrained(model: str, *, image_size: int | None = None) -> ClipViT:
+def untrained(model: str, *, image_size: int | None = None) -> TimmViT:
     """The architecture of `load` with random weights: nothing is read or downloaded, and it has no texts."""
     name = f"open_clip:{model}"
     model, _, tag = model.partition("/")
@@ -112,7 +81,7 @@ def _open(
     published: Mapping[str, Any],
     path: Path | None,
     image_size: int | None,
-) -> ClipViT:
+) -> TimmViT:
     """The image tower with the weights at `path`, random ones where there is none."""
     is_timm_tower = bool(config["vision_cfg"].get("timm_model_name"))
     vit, projection = (_timm_tower if is_timm_tower else _own_tower)(name, config, path)
@@ -120,14 +89,11 @@ def _open(
     fingerprint = _fingerprint(vit, projection, quick_gelu=config["quick_gelu"] and not is_timm_tower)
     size = image_size or vit.patch_embed.img_size[0]
     set_size(vit, size, name)
-    return ClipViT(
-        vit,
-        name=name,
-        preprocess=_preprocess(published, size),
-        fingerprint=fingerprint,
-        projection=projection,
-        texts=TextTower(name, model, config, path or Path()),
-    )
+    kind = EvaViT if is_eva(vit) else TimmViT
+    backbone = kind(vit, name=name, preprocess=_preprocess(published, size), fingerprint=fingerprint)
+    backbone.projection, backbone.templates = projection, (TEMPLATE,)
+    backbone.texts = TextTower(name, model, config, path or Path())
+    return backbone
 
 
 def _read_config(name: str, model: str, tag: str, *, needs_tag: bool) -> tuple[dict[str, Any], Mapping[str, Any]]:
@@ -144,7 +110,7 @@ def _read_config(name: str, model: str, tag: str, *, needs_tag: bool) -> tuple[d
             + (did_you_mean(model, open_clip.list_models()) or f"; supported: {SUPPORTED}")
         )
     config: Any = open_clip.get_model_config(model)
-    _refuse_unserved(name, config)
+    refuse_unserved_tower(name, config)
     tags = open_clip.list_pretrained_tags_by_model(model)
     if tag and not open_clip.is_pretrained_cfg(model, tag):
         hint = did_you_mean(tag, tags) or f"; its tags are {', '.join(tags) or 'none'}"
@@ -183,7 +149,7 @@ def _preprocess(published: Mapping[str, Any], size: int) -> Preprocess:
     )
 
 
-def _refuse_unserved(name: str, config: Mapping[str, Any]) -> None:
+def refuse_unserved_tower(name: str, config: Mapping[str, Any]) -> None:
     """Before any download: raises BackboneError for a tower that is not one of `SUPPORTED`."""
     import timm
     from open_clip import CLIPVisionCfg
@@ -272,7 +238,7 @@ def _timm_tower(name: str, config: Mapping[str, Any], path: Path | None) -> tupl
         proj=vision.timm_proj,
         proj_bias=vision.timm_proj_bias,
     )
-    tower: Any = build() if path is None else with_memory(without_numbers(build))
+    tower: Any = build() if path is None else empty(vision.timm_model_name, build)
     refuse_unserved_module(name, tower.trunk, SUPPORTED)
     _fill({f"visual.{key}": value for key, value in tower.state_dict().items()}, path, name)
     # timm's own classifier may be the projection, or open_clip adds one behind the trunk.

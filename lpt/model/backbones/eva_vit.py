@@ -153,7 +153,7 @@ def _turned(heads: Tensor, rotation: Rotation | None) -> Tensor:
     else:
         swapped = heads.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
     # In the rotation's precision, which may be a higher one, and back: as in timm.
-    return (heads * cos + swapped * sin).to(heads.dtype)
+    return torch.addcmul(heads * cos, swapped, sin).to(heads.dtype)
 
 
 def _rotation(angles: Tensor, prefix: int, *, half: bool) -> Rotation:
@@ -198,6 +198,13 @@ def _bias(attn: Any) -> Tensor | None:
 def _loses_update(attn: Any) -> bool:
     """Whether timm's own forward would read the packed matrix past peft's low-rank update of it."""
     return attn.qkv is not None and hasattr(attn.qkv, "lora_A") and _bias(attn) is not None
+
+
+def is_eva(vit: Any) -> bool:
+    """Whether it is timm's class of rotary ViTs."""
+    from timm.models.eva import Eva
+
+    return type(vit) is Eva  # a subclass may compute something else in its forward
 
 
 def unserved_part(vit: Any) -> str | None:

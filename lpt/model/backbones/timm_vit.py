@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from lpt.data.preprocess import Preprocess
 from lpt.errors import BackboneError, did_you_mean, quoted
 from lpt.files import read_tensors, why_not_downloaded
-from lpt.model.backbones.base import Backbone, KeyValue, Prompt, fill, fingerprint_of, without_numbers
+from lpt.model.backbones.base import Backbone, KeyValue, Prompt, fill, fingerprint_of, with_memory, without_numbers
+from lpt.model.backbones.published import SERVED, module_of, nearest
 
 SUPPORTED = (
     "plain and rotary ViTs of timm: vit_*, deit_*, deit3_*, vit_*_dinov2, vit_*_clip_*, vit_*_siglip_*, "
@@ -181,16 +182,14 @@ def load(name: str, *, weights: Path | None = None, image_size: int | None = Non
 
 def is_rotary(architecture: str) -> bool:
     """Whether it is one of timm's `Eva` models."""
-    from timm.models import model_entrypoint
-
-    return model_entrypoint(architecture).__module__.rpartition(".")[2] == "eva"
+    return module_of(architecture) == "eva"
 
 
 def empty(architecture: str, build: Callable[[], Any]) -> Any:
-    """The model that `build` makes of an architecture, for `fill`."""
+    """The model that `build` makes of an architecture, with memory for what `fill` copies into it."""
     from lpt.model.backbones import eva_vit
 
-    return eva_vit.without_numbers(build) if is_rotary(architecture) else without_numbers(build)
+    return eva_vit.without_numbers(build) if is_rotary(architecture) else with_memory(without_numbers(build))
 
 
 def untrained(
@@ -215,12 +214,11 @@ def untrained(
 
 def _wrap(vit: Any, name: str, image_size: int | None) -> TimmViT:
     from timm.data.config import resolve_model_data_config
-    from timm.models.eva import Eva
 
-    from lpt.model.backbones.eva_vit import EvaViT
+    from lpt.model.backbones.eva_vit import EvaViT, is_eva
 
     config = resolve_model_data_config(vit)
-    native, is_eva = config["input_size"][-1], isinstance(vit, Eva)
+    native, rotary = config["input_size"][-1], is_eva(vit)
     size = image_size or native
     fingerprint = fingerprint_of(vit.named_parameters())  # before positions are resampled to another size
     set_size(vit, size, name)
@@ -230,9 +228,9 @@ def _wrap(vit: Any, name: str, image_size: int | None) -> TimmViT:
         std=tuple(config["std"]),
         interpolation="bicubic" if config["interpolation"] == "bicubic" else "bilinear",
         crop_ratio=config["crop_pct"] if size == native else 1.0,
-        square=is_eva and config["crop_mode"] == "squash",  # of plain ViTs prompt files say otherwise
+        square=rotary and config["crop_mode"] == "squash",  # of plain ViTs prompt files say otherwise
     )
-    return (EvaViT if is_eva else TimmViT)(vit, name=name, preprocess=preprocess, fingerprint=fingerprint)
+    return (EvaViT if rotary else TimmViT)(vit, name=name, preprocess=preprocess, fingerprint=fingerprint)
 
 
 def set_size(vit: Any, size: int, name: str) -> None:
@@ -253,7 +251,8 @@ def _refuse_unknown(name: str, architecture: str) -> None:
     if not timm.is_model(architecture):
         raise BackboneError(
             f"backbone {name} is not a model of timm {timm.__version__}"
-            + did_you_mean(architecture, timm.list_models("*vit*") + timm.list_models("deit*"))
+            + did_you_mean(architecture, timm.list_models("*vit*") + timm.list_models(["deit*", "eva*"]))
+            + nearest(name.partition(":")[2])
         )
 
 
@@ -269,37 +268,40 @@ def _refuse_unpublished(name: str) -> None:
             f"give backbone.weights a local file, or a full tag ({', '.join(published[:6]) or 'none published'})"
         )
     if name not in published:
-        raise BackboneError(f"backbone timm:{name} has no published weights{did_you_mean(name, published)}")
+        hint = did_you_mean(name, published) or nearest(name)
+        raise BackboneError(f"backbone timm:{name} has no published weights{hint}")
 
 
 def refuse_unserved(name: str, architecture: str, supported: str = SUPPORTED) -> None:
     """Before any download: is this one of timm's plain or rotary ViTs at all?"""
-    from timm.models import model_entrypoint
+    module = module_of(architecture)
+    if module not in SERVED or "_distilled_" in architecture:
+        raise BackboneError(f"backbone {name} (timm's {module}) has no prompt seam; {_instead(name, supported)}")
 
-    module = model_entrypoint(architecture).__module__.rpartition(".")[2]
-    if module not in ("vision_transformer", "deit", "eva") or "_distilled_" in architecture:
-        raise BackboneError(f"backbone {name} (timm's {module}) has no prompt seam; supported: {supported}")
+
+def _instead(name: str, supported: str) -> str:
+    """What there is instead of a refused model, for the end of a sentence."""
+    return f"supported: {supported}{nearest(name.partition(':')[2])}"
 
 
 def refuse_unserved_module(name: str, vit: Any, supported: str = SUPPORTED) -> None:
     """Once it is built: are all its blocks those that `TimmViT.block` or `EvaViT.block` runs?"""
     from timm.layers.attention import Attention
-    from timm.models.eva import Eva
     from timm.models.vision_transformer import Block, VisionTransformer
 
-    from lpt.model.backbones.eva_vit import unserved_part
+    from lpt.model.backbones.eva_vit import is_eva, unserved_part
 
-    if type(vit) is Eva:
+    if is_eva(vit):
         if part := unserved_part(vit):
-            raise BackboneError(f"backbone {name} ({part}) has no prompt seam; supported: {supported}")
+            raise BackboneError(f"backbone {name} ({part}) has no prompt seam; {_instead(name, supported)}")
         return
     # Exact types: a subclass may compute something else in its forward.
     if type(vit) is not VisionTransformer:
-        raise BackboneError(f"backbone {name} ({type(vit).__name__}) has no prompt seam; supported: {supported}")
+        raise BackboneError(f"backbone {name} ({type(vit).__name__}) has no prompt seam; {_instead(name, supported)}")
     for block in vit.blocks:
         if type(block) is not Block or type(block.attn) is not Attention or block.attn.gate is not None:
             kind = type(vit.blocks[0]).__name__
-            raise BackboneError(f"backbone {name} ({kind}) has no prompt seam; supported: {supported}")
+            raise BackboneError(f"backbone {name} ({kind}) has no prompt seam; {_instead(name, supported)}")
 
 
 def _load_weights(vit: nn.Module, path: Path, architecture: str) -> None:
