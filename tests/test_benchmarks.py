@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,10 +18,14 @@ from lpt.config import load_config
 def test_every_row_of_every_suite_resolves(suite):
     rows = yaml.safe_load(suite.read_text())["rows"]
     assert len({row["method"] for row in rows}) == len(rows)
-    hashes = {accuracy.config_hash(row["config"], row.get("set", [])) for row in rows}
-    assert len(hashes) == len(rows)
+    given = SimpleNamespace(suite=suite.stem, overrides=[])
+    keys = accuracy.Suite(given, rows, [], suite)
+    assert len({keys.key(row, 0) for row in rows}) == len(rows)
     for row in rows:
-        load_config(row["config"], row.get("set", []))
+        if "soup_of" in row:
+            assert {keys.row_called(name)["seed_plus"] for name in row["soup_of"]} != {0}
+        else:
+            load_config(row["config"], keys.overrides(row, 0))
 
 
 def test_the_hash_ignores_places_and_sees_settings():

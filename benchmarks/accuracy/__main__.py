@@ -5,8 +5,16 @@
 
 Each row of `suites/NAME.yaml` is a config with overrides. A row whose result is there with the same config hash and the
 same commit of the package is skipped, and every result is written as soon as it is there, so a killed suite goes on
-where it was. Runs stay in `runs/accuracy/NAME`. A row with `phase1_of: ROW` differs from that row in phase 2 alone and
-starts from its phase 1. `--jobs N` runs N at a time, each with its share of the cores.
+where it was. Runs stay in `runs/accuracy/NAME`. `--jobs N` runs N at a time, each with its share of the cores.
+A row may also have
+
+- `phase1_of: ROW`: it differs from that row in phase 2 alone and starts from its phase 1;
+- `arm: ARM`: it is an arm of `benchmarks.accuracy.fair`, which `lpt train` has no settings for;
+- `seed_plus: K`: its own seed is K more, and its start that of the suite's seed, for soups;
+- `soup_of: [ROW, ...]` in place of a config: the average of these rows' prompt files. Its work is theirs together.
+
+A suite with `measured: held_out` tells metrics after the last epoch on held-out images and none on test images: rates
+are chosen there.
 """
 
 import argparse
@@ -45,6 +53,11 @@ OPTIONAL_COLUMNS = {
     "wrong ones' confidence": "pseudo_labels.false_confidence",
     "linear head": "heads.linear.class_accuracy",
     "similarity": "heads.similarity.class_accuracy",
+    "five crops": "five_crops.class_accuracy",
+    "five crops, few": "five_crops.few",
+    "prompted pass": "passes.prompted.class_accuracy",
+    "masked": "passes.head masked.class_accuracy",
+    "masked mean": "passes.mean masked.class_accuracy",
 }
 """Shown where any row has them, by path in a report: pseudo-labels of the last round, each head of a fused one."""
 WORK = ("steps", "images", "flops")
@@ -64,7 +77,8 @@ def main() -> None:
     parser.add_argument("--compare", nargs=2, metavar="ROW", help="only compare two rows that have been run")
     parser.add_argument("overrides", nargs="*", help="section.key=value for every row, for example data.root=DIR")
     given = parser.parse_args()
-    rows = yaml.safe_load((HERE / "suites" / f"{given.suite}.yaml").read_text())["rows"]
+    told = yaml.safe_load((HERE / "suites" / f"{given.suite}.yaml").read_text())
+    rows, given.held_out = told["rows"], told.get("measured") == "held_out"
     wanted = [name for name in given.methods.split(",") if name]
     if unknown := {*wanted, *(given.compare or [])} - {row["method"] for row in rows}:
         parser.error(f"the suite has no row {', '.join(sorted(unknown))}")
@@ -76,12 +90,20 @@ def main() -> None:
     suite = Suite(given, rows, results, path)
     chosen_rows = [row for row in rows if not wanted or row["method"] in wanted]
     for seed in map(int, given.seeds.split(",")):
-        for is_continued in (False, True):  # rows that start from another row's phase 1 come after it
-            wave = [row for row in chosen_rows if ("phase1_of" in row) == is_continued]
+        for wave in waves(chosen_rows):
             with ThreadPoolExecutor(given.jobs) as pool:
                 list(pool.map(partial(suite.run_row, seed=seed), wave))
     write(path, given.suite, rows, results)
     print(path.with_suffix(".md").read_text())
+
+
+def waves(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Rows that need no other, rows that start from another's phase 1, and soups of both."""
+    return [
+        [row for row in rows if "phase1_of" not in row and "soup_of" not in row],
+        [row for row in rows if "phase1_of" in row],
+        [row for row in rows if "soup_of" in row],
+    ]
 
 
 class Suite:
@@ -95,25 +117,45 @@ class Suite:
         self.writing = Lock()
 
     def overrides(self, row: dict[str, Any], seed: int) -> list[str]:
-        return [*row.get("set", []), f"train.seed={seed}", *self.given.overrides]
+        own = [f"train.seed={seed + row.get('seed_plus', 0)}"]
+        if "seed_plus" in row:
+            own.append(f"train.start_seed={seed}")
+        return [*row.get("set", []), *own, *self.given.overrides]
+
+    def key(self, row: dict[str, Any], seed: int) -> str:
+        """Of everything that moves a number of this row."""
+        if "soup_of" in row:
+            parts = [self.key(self.row_called(name), seed) for name in row["soup_of"]]
+            return hashlib.sha256("+".join(parts).encode()).hexdigest()[:12]
+        key = config_hash(row["config"], self.overrides(row, seed))
+        return hashlib.sha256(f"{key} {row['arm']}".encode()).hexdigest()[:12] if "arm" in row else key
+
+    def row_called(self, name: str) -> dict[str, Any]:
+        return next(row for row in self.rows if row["method"] == name)
 
     def folder(self, row: dict[str, Any], seed: int) -> Path:
-        key = config_hash(row["config"], self.overrides(row, seed))
-        return folder(self.given.suite, row["method"], seed, key, self.commit)
+        return folder(self.given.suite, row["method"], seed, self.key(row, seed), self.commit)
 
     def run_row(self, row: dict[str, Any], *, seed: int) -> None:
         """Runs one row with one seed, unless its result is there."""
-        overrides = self.overrides(row, seed)
-        key = config_hash(row["config"], overrides)
+        overrides, key = self.overrides(row, seed), self.key(row, seed)
         if any(result["config_hash"] == key and result["commit"] == self.commit for result in self.results):
             return
         print(f"{row['method']}  seed {seed}", flush=True)
         out = self.folder(row, seed)
         if "phase1_of" in row and not out.exists():
-            source = next(other for other in self.rows if other["method"] == row["phase1_of"])
-            share_phase1(self.folder(source, seed), out, row["config"], overrides)
-        report = run(row["config"], overrides, out, threads=max(1, (os.cpu_count() or 1) // self.given.jobs))
+            share_phase1(self.folder(self.row_called(row["phase1_of"]), seed), out, row["config"], overrides)
+        threads = max(1, (os.cpu_count() or 1) // self.given.jobs)
+        if "soup_of" in row:
+            sources = [self.folder(self.row_called(name), seed) for name in row["soup_of"]]
+            report = run_soup(sources, out, self.given.overrides, threads=threads)
+        else:
+            arm = {"arm": row["arm"]} if "arm" in row else {}
+            report = run(row["config"], overrides, out, threads=threads, **arm)
+        if self.given.held_out:
+            report = measured_on_held_out(report, out)
         facts = {"method": row["method"], "setting": row.get("set", []), "config_hash": key, "commit": self.commit}
+        facts["seed"] = seed
         with self.writing:
             self.results[:] = [
                 result for result in self.results if (result["method"], result["seed"]) != (row["method"], seed)
@@ -234,14 +276,61 @@ def of_phase1(config: Config) -> dict[str, Any]:
     return {**config.model_dump(), "method": method}
 
 
-def run(config: str, overrides: list[str], out: Path, *, threads: int | None = None) -> dict[str, Any]:
-    """The report of `lpt train` in a process of its own, and the processor that it ran on."""
-    command = [sys.executable, "-m", "lpt", "train", config, *overrides, "--out", str(out), "--resume"]
-    environment = dict(os.environ)
-    if threads:
-        environment["OMP_NUM_THREADS"] = str(threads)
-    subprocess.run(command, check=True, env=environment)
+def run(
+    config: str, overrides: list[str], out: Path, *, threads: int | None = None, arm: str | None = None
+) -> dict[str, Any]:
+    """The report of `lpt train`, or of an arm, in a process of its own, and the processor that it ran on."""
+    if arm is None:
+        words = ["lpt", "train", config, *overrides, "--out", str(out), "--resume"]
+    else:
+        words = ["benchmarks.accuracy.fair", config, *overrides, "--arm", arm, "--out", str(out)]
+    in_process(words, threads)
     return {**json.loads((out / "report.json").read_text()), "processor": processor()}
+
+
+def in_process(words: list[str], threads: int | None) -> None:
+    """`python -m` of these words, with so many threads."""
+    environment = dict(os.environ) | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    subprocess.run([sys.executable, "-m", *words], check=True, env=environment)
+
+
+def run_soup(sources: list[Path], out: Path, overrides: list[str], *, threads: int | None = None) -> dict[str, Any]:
+    """The report of the soup of finished runs: its metrics, and the work of all of them together."""
+    for source in sources:
+        if not (source / "report.json").exists():
+            sys.exit(f"{source} has to be run first: its prompt file is a part of a soup")
+    out.mkdir(parents=True, exist_ok=True)
+    prompt, metrics = out / "prompt.safetensors", out / "metrics.json"
+    files = [str(source / "prompt.safetensors") for source in sources]
+    in_process(["lpt", "soup", *files, "--out", str(prompt)], threads)
+    kept = [text for text in overrides if text.startswith(("data.root=", "backbone.weights=", "train.device="))]
+    in_process(["lpt", "evaluate", str(prompt), *kept, "--json", str(metrics)], threads)
+    reports = [json.loads((source / "report.json").read_text()) for source in sources]
+    together = {
+        "cost": {key: sum(report["cost"][key] for report in reports) for key in WORK},
+        "seconds": sum(report["seconds"] for report in reports),
+        "peak_memory_bytes": max(report["peak_memory_bytes"] for report in reports),
+        "trainable_parameters": reports[0]["trainable_parameters"],
+        "prompt_bytes": prompt.stat().st_size,
+        "processor": processor(),
+    }
+    report = {**json.loads(metrics.read_text()), **together}
+    write_atomic(out / "report.json", json.dumps(report, indent=1).encode())
+    return report
+
+
+FACTS_OF_A_RUN = ("described", "seed", "data", "cost", "seconds", "peak_memory_bytes", "trainable_parameters")
+"""And sizes, versions and processor: what is known of a run beside its metrics."""
+
+
+def measured_on_held_out(report: dict[str, Any], out: Path) -> dict[str, Any]:
+    """The report, with metrics after the last epoch on held-out images in place of all that it says of test ones."""
+    lines = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
+    measured = [line["val"] for line in lines if "val" in line]
+    if not measured:
+        sys.exit(f"{out} has no held-out images: set data.val_per_class")
+    kept = {key: report[key] for key in (*FACTS_OF_A_RUN, "prompt_bytes", "versions", "processor")}
+    return {**kept, **dict.fromkeys(COLUMNS), **measured[-1]}
 
 
 def processor() -> str:
@@ -270,7 +359,9 @@ def table(suite: str, rows: list[dict[str, Any]], results: list[dict[str, Any]])
             cells = [row["method"], str(len(runs)), *metric_cells(runs, optional), *cost_cells(runs, has_work)]
             lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "What each row sets beyond its config:", ""]
-    lines += [f"- **{row['method']}**: {' '.join(row.get('set', [])) or '-'}" for row in rows]
+    for row in rows:
+        others = [f"{key} {row[key]}" for key in ("arm", "phase1_of", "seed_plus", "soup_of") if key in row]
+        lines.append(f"- **{row['method']}**: {' '.join([*row.get('set', []), *others]) or '-'}")
     if results:
         latest = results[-1]
         versions = ", ".join(f"{package} {version}" for package, version in latest["versions"].items())
