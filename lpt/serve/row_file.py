@@ -92,7 +92,8 @@ class RowFile:
         if job is None:
             return
         ours = json.loads(json.dumps(self.job))
-        names = [key for key in ours if not isinstance(job, dict) or job.get(key) != ours[key]]
+        theirs = job if isinstance(job, dict) else {}
+        names = [key for key in {**ours, **theirs} if theirs.get(key) != ours.get(key)]
         if names:
             raise LptError(
                 f"--out {self.path} was begun with other settings ({quoted(', '.join(names))}): give those again, "
