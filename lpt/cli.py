@@ -326,7 +326,8 @@ def inspect(prompt: Annotated[Path, typer.Argument(help="a prompt file")]) -> No
     print(f"{prompt}  format {header.format}, {prompt.stat().st_size:,} bytes")
     print(f"method    {quoted(header.method)}  {quoted(json.dumps(header.settings), 1000)}")
     made_with = quoted(f"{header.backbone.name}, weights {header.backbone.fingerprint}")
-    print(f"backbone  {made_with}, {header.backbone.image_size} px")
+    eps = f", LayerNorm ε {header.backbone.norm_eps}" if header.backbone.norm_eps else ""
+    print(f"backbone  {made_with}, {header.backbone.image_size} px{eps}")
     shown = quoted(", ".join(header.classes[:6])) + (", ..." if len(header.classes) > 6 else "")
     print(f"classes   {len(header.classes)}: {shown}; {max(header.counts)} to {min(header.counts)} training images")
     facts = [quoted(header.data.get(key), 100) for key in ("name", "split_sha256")]

@@ -41,6 +41,8 @@ class BackboneSettings(BaseModel):
     name: str
     weights: str | None = None
     image_size: int | None = Field(default=None, ge=1, le=MAX_VIEW)
+    norm_eps: float | None = Field(default=None, ge=1e-12, le=0.1)
+    """ε of the backbone's LayerNorms; by default the model's own, 1e-6 in timm's ViTs. LPT was published with 1e-5."""
     transform: Transform = "timm"
     """Whose pixels: the backbone's own (timm), or those of LIFT's or LPT's code."""
     min_area: float | None = Field(default=None, gt=0, le=1)
@@ -116,6 +118,7 @@ class Config(BaseModel):
         parts["method"] = {"name": self.method["name"], **self.stored_method_settings()}
         for part, key in (
             ("backbone", "weights"),
+            ("backbone", "norm_eps"),  # part of `backbone` where it is not the model's own
             ("train", "device"),
             ("train", "feature_cache"),
             ("train", "checkpoint_seconds"),

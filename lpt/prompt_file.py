@@ -73,7 +73,10 @@ def save_prompt(
             format=FORMAT,
             method=method,
             backbone=BackboneFacts(
-                name=backbone.name, fingerprint=backbone.fingerprint, image_size=backbone.preprocess.size
+                name=backbone.name,
+                fingerprint=backbone.fingerprint,
+                image_size=backbone.preprocess.size,
+                norm_eps=backbone.norm_eps,
             ),
             preprocess=backbone.preprocess,
             classes=list(model.classes),
@@ -95,14 +98,21 @@ def save_prompt(
                 f"prompt file {path} is not written: in {storage} {name} holds numbers that are not finite or above "
                 f"{LARGEST_NUMBER:g}: lower method.lr, or use train.storage=fp32"
             )
+    write_atomic(Path(path), to_bytes(tensors, lpt=_content(path, header)))
+    return header
+
+
+def _content(path: str | Path, header: Header) -> dict[str, Any]:
+    """The header as it is stored: what came after format 2 is left out where a file does not have it."""
     try:
         content = json.loads(header.model_dump_json())
     except ValueError as error:
         raise PromptFileError(f"prompt file {path} is not written: its facts are no JSON: {quoted(error)}") from None
     if header.trained_on is None:
         del content["trained_on"]
-    write_atomic(Path(path), to_bytes(tensors, lpt=content))
-    return header
+    if header.backbone.norm_eps is None:
+        del content["backbone"]["norm_eps"]
+    return content
 
 
 def beyond_fp16(model: PromptedClassifier) -> str | None:
@@ -149,6 +159,13 @@ def load_prompt(path: str | Path, backbone: Backbone) -> PromptedClassifier:
 
 def _check_identity(path: Path, header: Header, backbone: Backbone) -> None:
     """Is `backbone` the one that the file was made with, at the same size of images?"""
+    if header.backbone.norm_eps != backbone.norm_eps:
+        theirs, ours = header.backbone.norm_eps, backbone.norm_eps
+        raise PromptFileError(
+            f"prompt file {path} was made with {_eps(theirs)} in the LayerNorms of {quoted(header.backbone.name)}, "
+            f"here they have {_eps(ours)}: "
+            + (f"set backbone.norm_eps={theirs}" if theirs else "leave out backbone.norm_eps")
+        )
     if header.backbone.fingerprint != backbone.fingerprint:
         raise PromptFileError(
             f"prompt file {path} is for backbone {quoted(header.backbone.name)} "
@@ -165,6 +182,10 @@ def _check_identity(path: Path, header: Header, backbone: Backbone) -> None:
             f"prompt file {path} was made at {header.backbone.image_size} pixels, this backbone is at "
             f"{backbone.preprocess.size}: set backbone.image_size={header.backbone.image_size}"
         )
+
+
+def _eps(norm_eps: float | None) -> str:
+    return "the model's own ε" if norm_eps is None else f"ε = {norm_eps}"
 
 
 def _architecture(name: str) -> str:

@@ -46,6 +46,8 @@ class BackboneFacts(BaseModel):
     name: str
     fingerprint: str
     image_size: int = Field(gt=0, le=MAX_VIEW)
+    norm_eps: float | None = Field(default=None, ge=1e-12, le=0.1)
+    """ε of its LayerNorms where it is not the model's own. Absent where it is None."""
 
 
 class Inside(BaseModel):
