@@ -318,6 +318,27 @@ def pseudo_label(
 
 
 @app.command()
+def edit(
+    prompt: Annotated[Path, typer.Argument(help="a prompt file of LPT")],
+    settings: Annotated[
+        list[str], typer.Argument(metavar="KEY=VALUE ...", help="method.query=none or early; data.root=DIR as in train")
+    ],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="write the edited prompt file there")],
+) -> None:
+    """A prompt file whose images get their group prompts without a query pass, which is a third of inference.
+
+    early: by a linear map of earlier tokens; none: every image the same ones. Both are found on the training images.
+    """
+    from lpt.config import nested
+    from lpt.serve.editing import edit_prompt
+
+    edit_prompt(prompt, out, nested(settings), say=print)
+    print(
+        f"prompt file  {out}  {out.stat().st_size:,} bytes, {prompt.stat().st_size:,} before; lpt evaluate measures it"
+    )
+
+
+@app.command()
 def inspect(prompt: Annotated[Path, typer.Argument(help="a prompt file")]) -> None:
     """What is in a prompt file: method, backbone, classes, sizes, numbers; at most a screenful of it."""
     from lpt.prompt_header import read_header

@@ -32,6 +32,9 @@ STORED_SPELLING = {("la_on", "labeled"): "labelled"}
 LATER_SETTINGS = {"split_column": None, "split_by": "position"}
 """Settings of `data:` that came after run folders were written, and what a run of before has in their place: with that
 its hash is the one of before."""
+LATER_METHOD_SETTINGS = {"lpt": {"query": "full", "tuning": "vpt_deep", "bottleneck": 0, "rank": 8}}
+"""Settings of methods that came later, with their values where nobody sets them: hashes and prompt files have none of
+these then, as those of before."""
 WorkerCount = Literal["auto"] | Annotated[int, Field(ge=0, le=1024)]
 
 
@@ -287,9 +290,12 @@ def _method_section(given: Any, section: str = "method") -> tuple[dict[str, Any]
 
 
 def _as_stored(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of a method, and of those inside it, in the spelling of STORED_SPELLING."""
-    stored = {}
+    """Settings of a method, and of those inside it, in the spelling of STORED_SPELLING, but for LATER_METHOD_SETTINGS
+    with their usual values."""
+    stored, later = {}, LATER_METHOD_SETTINGS.get(settings.get("name", ""), {})
     for key, value in settings.items():
+        if key in later and later[key] == value:
+            continue
         if isinstance(value, Mapping):
             stored[key] = _as_stored(value)
         else:

@@ -63,12 +63,13 @@ class PrefixCache:
         self.limit, self.bytes = limit, 0
         self._of: tuple[object, object] = (None, None)
         self._state: tuple[object, ...] = ()
-        self._cached: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self._cached: dict[tuple[int, int], tuple[Tensor, Tensor | None]] = {}
 
     def prefixes(
         self, model: PromptedClassifier, images: Images | Files, batches: Sequence[Tensor], *, workers: Workers = "auto"
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """(tokens [B P+N D], query [B D']) of each batch of rows of `images`; no query where nothing is cached."""
+        """(tokens [B P+N D], query [B D']) of each batch of rows of `images`; no query where nothing is cached, or the
+        model needs none."""
         state, device = model.prefix_state, next(model.parameters()).device
         if state is not None:
             self._forget_others(model, images, (*state, model.backbone.preprocess))
@@ -78,13 +79,15 @@ class PrefixCache:
             for key in keys:
                 if state is not None and key in self._cached:
                     tokens, query = self._cached[key]
-                    yield tokens.to(device, non_blocking=True), query.to(device, non_blocking=True)
+                    tokens = tokens.to(device, non_blocking=True)
+                    yield tokens, None if query is None else query.to(device, non_blocking=True)
                     continue
                 tokens = model.prefix(next(views))
-                query = None if state is None else model.query(tokens)
-                if query is not None and self.bytes + tokens.nbytes + query.nbytes <= self.limit:
-                    self._cached[key] = (_in_main_memory(tokens), _in_main_memory(query))
-                    self.bytes += tokens.nbytes + query.nbytes
+                query = model.query(tokens) if state is not None and model.needs_query else None
+                size = tokens.nbytes + (0 if query is None else query.nbytes)
+                if state is not None and self.bytes + size <= self.limit:
+                    self._cached[key] = (_in_main_memory(tokens), None if query is None else _in_main_memory(query))
+                    self.bytes += size
                 yield tokens, query
 
     def _forget_others(self, model: PromptedClassifier, images: Images | Files, state: tuple[object, ...]) -> None:
@@ -361,10 +364,12 @@ def _identity(model: PromptedClassifier, images: Images | Files) -> str:
     facts = (backbone.fingerprint, backbone.dtype, device, torch.__version__, backbone.preprocess.test_view)
     if isinstance(images, Files):
         facts = (*facts, backbone.preprocess.cutter)
+    if model.pool is not None and model.pool.query == "early":
+        facts = (*facts, model.pool.prefix_blocks)
     digest.update(repr(facts).encode())
     digest.update(f"{backbone.name} {type(model.shared).__name__}".encode())
     for name, value in sorted(model.learned_state().items()):
-        if name.startswith(("shared.", "backbone.")):
+        if name.startswith(("shared.", "backbone.", "pool.query_map")):
             digest.update(f"{name}{tuple(value.shape)}".encode() + value.detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()[:20]
 
