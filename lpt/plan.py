@@ -22,7 +22,7 @@ from lpt.engine.evaluate import features, predict
 from lpt.engine.loop import batches_ahead, images_per_step, train_step
 from lpt.engine.phase import Phase
 from lpt.engine.phase_state import PhaseState
-from lpt.engine.query import MOST_IMAGES, fit_query_map
+from lpt.engine.query import MOST_FITTED, fit_query_map
 from lpt.engine.session import Cost, Session
 from lpt.methods import build_recipe
 from lpt.model.classifier import PromptedClassifier
@@ -135,7 +135,7 @@ class PlanningSession(Session):
         began = time.perf_counter()
         fitted = fit_query_map(model, few)
         self.probe_seconds.append(seconds := time.perf_counter() - began)
-        self.plan.spend("features", seconds / len(few) * min(len(images), MOST_IMAGES))
+        self.plan.spend("features", seconds / len(few) * min(len(images), MOST_FITTED))
         return fitted
 
     def view_features(

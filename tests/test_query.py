@@ -10,41 +10,16 @@ from lpt.engine.query import RIDGES, fit_query_map, most_chosen, ridge
 from lpt.errors import LptError, PromptFileError
 from lpt.files import read_tensors
 from lpt.model.backbones import timm_vit
-from lpt.model.prompts import PromptPool, summarized, summary_width
+from lpt.model.prompts import summarized
 from lpt.prompt_file import read_prompt
 from tests.support.plain import plain_feature
-from tests.support.toy import images, prompted, small_backbone, toy_images, toy_task
+from tests.support.toy import images, of_mode, prompted, small_backbone, toy_images, toy_task
 from tests.support.training import bind, recipe_of, train
 
 SETTINGS = dict(
     prompt_length=2, prefix_blocks=2, pool_size=4, topk=2, epochs=(1, 1), optimizer="adamw", lr=(5e-3, 5e-3)
 )
 LABELS = torch.arange(4).repeat(40)
-
-
-def of_mode(model, mode, *, query_map=None, ids=None):
-    """The same model with another `query`: with none it has the prompts `ids` alone."""
-    old, backbone = model.pool, model.backbone
-    kept = torch.arange(len(old.keys)) if mode != "none" else ids
-    pool = PromptPool(
-        size=len(kept),
-        topk=old.topk,
-        prefix_blocks=old.prefix_blocks,
-        depth=backbone.depth,
-        length=old.tokens.shape[2],
-        width=backbone.width,
-        key_width=backbone.feature_width,
-        query=mode,
-        summary_width=summary_width(backbone.width, backbone.prefix),
-    )
-    with torch.no_grad():
-        pool.tokens.copy_(old.tokens[kept])
-        pool.keys.copy_(old.keys[kept])
-        pool.centre.copy_(old.centre)
-        if query_map is not None:
-            pool.query_map.copy_(query_map)
-    model.pool = pool
-    return model.only_train().eval()
 
 
 def test_the_ridge_is_the_one_of_gcv_found_slowly():
@@ -160,7 +135,8 @@ def test_the_most_chosen_prompts_are_counted_as_sets():
 
 def test_of_many_images_some_are_looked_at(monkeypatch):
     model, taken = prompted(small_backbone()).only_train().eval(), toy_images(LABELS)
-    monkeypatch.setattr(query_module, "MOST_IMAGES", 30)
+    monkeypatch.setattr(query_module, "MOST_COUNTED", 30)
+    monkeypatch.setattr(query_module, "MOST_FITTED", 30)
     rows = torch.randperm(160, generator=torch.Generator().manual_seed(0))[:30].sort().values
     ids, share = most_chosen(model, taken)
     assert (ids.tolist(), share) == (most_chosen(model, taken.subset(rows.tolist()))[0].tolist(), share)

@@ -42,13 +42,19 @@ HEAD_METRICS = (
 
 
 class Predictions(NamedTuple):
-    """Logits [N C], labels [N], the group prompts [N k] that each image got where there is a pool, and the logits
-    [N C] of each head by itself where there are two."""
+    """Logits [N C], labels [N], the group prompts [N k] that each image got where there is a pool, the logits [N C] of
+    each head by itself where there are two, and what was asked for beside these [N ...]."""
 
     logits: Tensor
     labels: Tensor
     ids: Tensor | None
     head_logits: Mapping[str, Tensor] = MappingProxyType({})
+    beside: Mapping[str, Tensor] = MappingProxyType({})
+
+
+Beside = Callable[[PromptedClassifier, Tensor, Tensor, Tensor | None, Output], Mapping[str, Tensor]]
+"""`(model, rows [B], prefix tokens, query, output) -> {name: [B ...]}`: what else is wanted of each batch, without a
+second pass through the prefix."""
 
 
 class PrefixCache:
@@ -108,16 +114,17 @@ def predict(
     folder: Path | None = None,
     say: Callable[[str], None] = lambda text: None,
     workers: Workers = "auto",
+    beside: Beside | None = None,
 ) -> Predictions:
     """Clean predictions, in order: the test view, no noise, no margin, no dropout. On several processes each
     predicts its share and all get the whole. Leaves the model in eval mode. Raises DataError for an image file that
     cannot be decoded, TrainingError for an image that the model has no finite answer to.
 
     `cache` and `folder` save what earlier calls have computed: prefixes of a model with a pool in memory, `features`
-    of one without in files, and `say` is told of those that are damaged.
+    of one without in files, and `say` is told of those that are damaged. `beside` is asked for more of each batch.
     """
     model.eval()
-    if folder and model.pool is None:
+    if folder and model.pool is None and beside is None:
         cached = features(model, images, folder=folder, batch_size=batch_size, say=say, workers=workers).to(
             next(model.parameters()).device
         )
@@ -125,13 +132,18 @@ def predict(
         logits = model.classify(cached).float().cpu()
         return _checked(Predictions(logits, images.labels, None, each_head), model, images)
     gathered = GatheredRows(len(images), next(model.parameters()).device)
-    for output in _outputs(model, images, batch_size, cache, workers):
+    for rows, tokens, query, output in _outputs(model, images, batch_size, cache, workers):
         heads = {f"head/{name}": logits for name, logits in _head_logits(model, output.feature).items()}
+        others = beside(model, rows, tokens, query, output) if beside else {}
         ids = {} if output.ids is None else {"ids": output.ids}
         gathered.add({"logits": output.logits.float(), **ids, **heads})
+        gathered.add({f"beside/{name}": values for name, values in others.items()})
     whole = gathered.whole()
-    heads = {name.removeprefix("head/"): logits for name, logits in whole.items() if name.startswith("head/")}
-    return _checked(Predictions(whole["logits"], images.labels, whole.get("ids"), heads), model, images)
+    heads, others = (
+        {name.removeprefix(kind): values for name, values in whole.items() if name.startswith(kind)}
+        for kind in ("head/", "beside/")
+    )
+    return _checked(Predictions(whole["logits"], images.labels, whole.get("ids"), heads, others), model, images)
 
 
 class TopPredictions(NamedTuple):
@@ -155,7 +167,7 @@ def predict_top(
     model.eval()
     topk = min(topk, len(model.classes))
     gathered = GatheredRows(len(images), next(model.parameters()).device)
-    for output in _outputs(model, images, batch_size, None, workers):
+    for _, _, _, output in _outputs(model, images, batch_size, None, workers):
         best = model.probabilities(output.logits.float()).topk(topk)
         gathered.add({"probabilities": best.values, "classes": best.indices})
     whole = gathered.whole()
@@ -166,13 +178,14 @@ def predict_top(
 
 def _outputs(
     model: PromptedClassifier, images: Images | Files, batch_size: int, cache: PrefixCache | None, workers: Workers
-) -> Iterator[Output]:
-    """What the model says of this process's rows, batch by batch."""
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None, Output]]:
+    """(rows [B], prefix tokens, query where it is known already, what the model says) of this process's rows."""
     cache = cache or PrefixCache(limit=0)
     with _naming_memory(batch_size):
         batches = _local_rows(images).split(batch_size)
-        for tokens, query in cache.prefixes(model, images, batches, workers=workers):
-            yield model.tail(tokens, query=query)
+        prefixes = cache.prefixes(model, images, batches, workers=workers)
+        for rows, (tokens, query) in zip(batches, prefixes, strict=True):
+            yield rows, tokens, query, model.tail(tokens, query=query)
 
 
 def best_class(model: PromptedClassifier, logits: Tensor) -> tuple[Tensor, Tensor]:

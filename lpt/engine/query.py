@@ -15,8 +15,8 @@ from lpt.engine.processes import all_gather_rows, all_reduce_sum, rank_and_world
 from lpt.model.classifier import PromptedClassifier
 from lpt.model.prompts import mapped, summarized, summary_width
 
-MOST_IMAGES = 10_000
-"""Of more, so many are looked at, drawn by chance: several for each number of the map."""
+MOST_FITTED, MOST_COUNTED = 10_000, 4_000
+"""Of more images, so many are looked at, drawn by chance: several for each number of a map, or for a common choice."""
 BATCH = 128
 RIDGES = tuple(10.0**k for k in range(-6, 3))
 """λ, as a share of the mean eigenvalue of the summaries' covariance."""
@@ -35,7 +35,7 @@ def fit_query_map(model: PromptedClassifier, images: Images | Files, *, workers:
     width, feature_width = summary_width(backbone.width, backbone.prefix), backbone.feature_width
     shapes = ((), (width,), (feature_width,), (width, width), (width, feature_width), ())
     sums = [torch.zeros(shape, dtype=torch.double) for shape in shapes]
-    for tokens in _prefixes(model, images, workers):
+    for tokens in _prefixes(model, images, MOST_FITTED, workers):
         x = summarized(tokens, backbone.prefix).double().cpu()
         y = model.shared_feature(tokens).double().cpu()
         moments = (torch.tensor(len(x)), x.sum(0), y.sum(0), x.T @ x, x.T @ y, y.square().sum())
@@ -75,8 +75,8 @@ def most_chosen(
     """(the group prompts [k] that most test views of `images` choose together, in ascending order; the share of images
     that does). Of sets chosen equally often the first in order."""
     assert model.pool is not None
-    parts = [_chosen(model, tokens) for tokens in _prefixes(model, images, workers)]
-    number, device = min(len(images), MOST_IMAGES), next(model.parameters()).device
+    parts = [_chosen(model, tokens) for tokens in _prefixes(model, images, MOST_COUNTED, workers)]
+    number, device = min(len(images), MOST_COUNTED), next(model.parameters()).device
     local = torch.cat(parts) if parts else torch.zeros(0, model.pool.topk, dtype=torch.long, device=device)
     ids = all_gather_rows(local, number).cpu().sort(dim=1).values
     sets, times = ids.unique(dim=0, return_counts=True)  # in lexicographic order
@@ -92,7 +92,7 @@ def agreement(
     feature under the shared prompt gives them."""
     query_map = query_map.to(next(model.parameters()).device)
     same = seen = 0
-    for tokens in _prefixes(model, images, workers):
+    for tokens in _prefixes(model, images, MOST_COUNTED, workers):
         early = mapped(tokens, query_map, model.backbone.prefix)
         chosen = [model.match(query)[1].sort(dim=1).values for query in (early, model.shared_feature(tokens))]
         same += int((chosen[0] == chosen[1]).all(1).sum())
@@ -109,10 +109,10 @@ def _chosen(model: PromptedClassifier, tokens: Tensor) -> Tensor:
     return model.match(model.query(tokens))[1]
 
 
-def _prefixes(model: PromptedClassifier, images: Images | Files, workers: Workers) -> Iterator[Tensor]:
-    """The tokens [B P+N D] at the first block with group prompts of this process's share of (some) `images`."""
+def _prefixes(model: PromptedClassifier, images: Images | Files, most: int, workers: Workers) -> Iterator[Tensor]:
+    """The tokens [B P+N D] at the first block with group prompts, of this process's share of at most so many images."""
     rank, world = rank_and_world()
-    rows = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:MOST_IMAGES].sort().values
+    rows = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:most].sort().values
     batches = [batch for batch in rows[rank::world].split(BATCH) if len(batch)]
     with views_ahead(model, images, batches, workers=workers) as ahead:
         for views in ahead:
