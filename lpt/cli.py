@@ -355,6 +355,27 @@ def pseudo_label(
 
 
 @app.command()
+def edit(
+    prompt: Annotated[Path, typer.Argument(help="a prompt file of LPT")],
+    settings: Annotated[
+        list[str], typer.Argument(metavar="KEY=VALUE ...", help="method.query=none or early; data.root=DIR as in train")
+    ],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="write the edited prompt file there")],
+) -> None:
+    """A prompt file whose images get their group prompts without a query pass, which is a third of inference.
+
+    early: by a linear map of earlier tokens; none: every image the same ones. Both are found on the training images.
+    """
+    from lpt.config import nested
+    from lpt.serve.editing import edit_prompt
+
+    edit_prompt(prompt, out, nested(settings), say=print)
+    print(
+        f"prompt file  {out}  {out.stat().st_size:,} bytes, {prompt.stat().st_size:,} before; lpt evaluate measures it"
+    )
+
+
+@app.command()
 def inspect(prompt: Annotated[Path, typer.Argument(help="a prompt file")]) -> None:
     """What is in a prompt file: method, backbone, classes, sizes, numbers; at most a screenful of it."""
     from lpt.prompt_header import read_header
@@ -364,7 +385,8 @@ def inspect(prompt: Annotated[Path, typer.Argument(help="a prompt file")]) -> No
     print(f"method    {quoted(header.method)}")
     _print_few("settings", _in_lines(f"{quoted(k, 60)}={quoted(json.dumps(v))}" for k, v in header.settings.items()))
     made_with = quoted(f"{header.backbone.name}, weights {header.backbone.fingerprint}")
-    print(f"backbone  {made_with}, {header.backbone.image_size} px")
+    eps = f", LayerNorm ε {header.backbone.norm_eps}" if header.backbone.norm_eps else ""
+    print(f"backbone  {made_with}, {header.backbone.image_size} px{eps}")
     shown = quoted(", ".join(header.classes[:6])) + (", ..." if len(header.classes) > 6 else "")
     print(f"classes   {len(header.classes)}: {shown}; {max(header.counts)} to {min(header.counts)} training images")
     facts = [quoted(header.data.get(key), 100) for key in ("name", "split_sha256")]

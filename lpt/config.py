@@ -49,7 +49,9 @@ LATER_METHOD_SETTINGS = {
     "smooth_targets": 0.0,
     "prompt_init": "normal",
 }
-"""The same of methods, and of those inside them: left at this, they are not in the hash."""
+"""The same of every method, and of those inside it: left at this they are neither in hashes nor in prompt files."""
+LATER_SETTINGS_OF = {"lpt": {"query": "full", "tuning": "vpt_deep", "bottleneck": 0, "rank": 8}}
+"""And of one method."""
 LATER_SECTION_SETTINGS: dict[str, dict[str, Any]] = {
     "train": {"tf32": False, "gnm": 0.0, "tta": "none", "start_seed": None},
     "backbone": {"crop_schedule": "fixed", "interpolation": None},
@@ -64,6 +66,8 @@ class BackboneSettings(BaseModel):
     name: str
     weights: str | None = None
     image_size: int | None = Field(default=None, ge=1, le=MAX_VIEW)
+    norm_eps: float | None = Field(default=None, ge=1e-12, le=0.1)
+    """ε of the backbone's LayerNorms; by default the model's own, 1e-6 in timm's ViTs. LPT was published with 1e-5."""
     transform: Transform = "timm"
     """Whose pixels: the backbone's own (timm), or those of LIFT's or LPT's code."""
     min_area: float | None = Field(default=None, gt=0, le=1)
@@ -151,9 +155,10 @@ class Config(BaseModel):
         Neither the places of files nor the device nor how often checkpoints are written are.
         """
         parts = self.model_dump()
-        parts["method"] = {"name": self.method["name"], **_without_later(self.stored_method_settings())}
+        parts["method"] = {"name": self.method["name"], **self.stored_method_settings()}
         for part, key in (
             ("backbone", "weights"),
+            ("backbone", "norm_eps"),  # part of `backbone` where it is not the model's own
             ("train", "device"),
             ("train", "feature_cache"),
             ("train", "checkpoint_seconds"),
@@ -343,24 +348,17 @@ def _method_section(given: Any, section: str = "method") -> tuple[dict[str, Any]
 
 
 def _as_stored(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of a method, and of those inside it, in the spelling of STORED_SPELLING."""
-    stored = {}
+    """Settings of a method, and of those inside it, in the spelling of STORED_SPELLING, but for later ones with the
+    values of before."""
+    stored, later = {}, {**LATER_METHOD_SETTINGS, **LATER_SETTINGS_OF.get(settings.get("name", ""), {})}
     for key, value in settings.items():
+        if key in later and later[key] == value:
+            continue
         if isinstance(value, Mapping):
             stored[key] = _as_stored(value)
         else:
             stored[key] = STORED_SPELLING.get((key, value), value) if isinstance(value, str) else value
     return stored
-
-
-def _without_later(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of a method, and of those inside it, without LATER_METHOD_SETTINGS that are left as they are."""
-    kept = {}
-    for key, value in settings.items():
-        if key in LATER_METHOD_SETTINGS and value == LATER_METHOD_SETTINGS[key]:
-            continue
-        kept[key] = _without_later(value) if isinstance(value, Mapping) else value
-    return kept
 
 
 def _override(tree: dict[str, Any], text: str) -> str | None:

@@ -140,9 +140,8 @@ def _inside(outer: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
 
 def _adapter_setting(settings: Mapping[str, Any]) -> str | None:
     """The setting that says how wide adapters are, None where there are none."""
-    names = {"lora": ("rank",), "lora_qv": ("rank",), "adaptformer": ("bottleneck", "adapter_dim")}.get(
-        settings.get("tuning", ""), ()
-    )
+    kind = settings.get("tuning", "").rpartition("+")[2]  # of vpt_deep+lora the second
+    names = {"lora": ("rank",), "lora_qv": ("rank",), "adaptformer": ("bottleneck", "adapter_dim")}.get(kind, ())
     return next((name for name in names if name in settings), None)
 
 
@@ -158,7 +157,8 @@ def _of_method(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
         width = settings[setting]
         facts["adapter_width"] = width if isinstance(width, int) else 0  # else it is a small one by rule
     if name == "lpt" and settings["epochs"][1]:
-        facts |= {"pool_size": settings["pool_size"], "prefix_blocks": max(0, settings["prefix_blocks"])}
+        size = settings["topk"] if settings["query"] == "none" else settings["pool_size"]
+        facts |= {"pool_size": size, "prefix_blocks": max(0, settings["prefix_blocks"])}
     if "ratio" in settings:
         strong = settings["ratio"] * settings["strong_views"] if settings.get("lambda_u", 1) else 0
         facts["rows"] = (1 + strong) / settings.get("micro_batches", 1)

@@ -28,6 +28,26 @@ def mean_of_present(values: Tensor) -> float | None:
     return present.mean().item() if len(present) else None
 
 
+def paired_difference(first: Tensor, second: Tensor, labels: Tensor) -> tuple[float, float, float] | None:
+    """(difference, low, high) of the class means of `first` and `second` [N], whether each answer is right, on the same
+    images: Σ_c d̄_c / C with its 95 % normal interval over images, stratified by class, ± 1.96 √(Σ_c s_c²/n_c) / C. A
+    class with a single image has the variance within the other classes. None without images."""
+    if len(labels) == 0:
+        return None
+    difference = first.double() - second.double()
+    counts = torch.bincount(labels)
+    sums = torch.zeros(len(counts), dtype=torch.double).index_add_(0, labels, difference)
+    squares = torch.zeros(len(counts), dtype=torch.double).index_add_(0, labels, difference.square())
+    present = counts > 0
+    n, means = counts[present].double(), sums[present] / counts[present]
+    within = (squares[present] - n * means.square()).clamp(min=0)
+    freedom = (n - 1).sum()
+    pooled = within.sum() / freedom if freedom > 0 else difference.square().mean()
+    variance = torch.where(n > 1, within / (n - 1).clamp(min=1), pooled)
+    middle, half = means.mean().item(), 1.96 * (variance / n).sum().sqrt().item() / len(n)
+    return middle, middle - half, middle + half
+
+
 NUMBERS_AT_ONCE = 2**21
 """Entries of [N C] that are looked at together: 16 MiB in double precision."""
 

@@ -22,6 +22,7 @@ from lpt.engine.evaluate import features, predict
 from lpt.engine.loop import batches_ahead, images_per_step, train_step
 from lpt.engine.phase import Phase
 from lpt.engine.phase_state import PhaseState
+from lpt.engine.query import MOST_FITTED, fit_query_map
 from lpt.engine.session import Cost, Session
 from lpt.methods import build_recipe
 from lpt.model.classifier import PromptedClassifier
@@ -130,6 +131,14 @@ class PlanningSession(Session):
     def features(self, name: str, model: PromptedClassifier, images: Images | Files) -> Tensor:
         few = images.subset(range(min(PROBE_IMAGES, len(images))))
         return self._stand_in(lambda: features(model, few), len(few), len(images))
+
+    def query_map(self, model: PromptedClassifier, images: Images | Files) -> Tensor:
+        few = images.subset(range(min(PROBE_IMAGES, len(images))))
+        began = time.perf_counter()
+        fitted = fit_query_map(model, few)
+        self.probe_seconds.append(seconds := time.perf_counter() - began)
+        self.plan.spend("features", seconds / len(few) * min(len(images), MOST_FITTED))
+        return fitted
 
     def view_features(
         self, name: str, model: PromptedClassifier, images: ImageSource, *, strong: bool = False

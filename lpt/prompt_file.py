@@ -1,11 +1,12 @@
 """Prompt files: one safetensors file with what was learned, a JSON header, and never the frozen backbone.
 
-Format 2; format 1 has no SHA-256 and is still read. Tensors: `shared.tokens` [L n D], `pool.tokens` [K L' n D],
-`pool.keys` [K D'], `pool.centre` [D'], `head.weight` [C D'], `head.bias` [C] where the head is linear and not cosine,
-or `head.bank` [N D'] where it is nearest neighbours, `query_head.weight` [C D'] where the query has a head of its own,
-`calibration.scale` and `.offset` [C], with a fused head `head.scales` [2], `.prototypes`, `.texts` and `.visual` [C J],
-`.seen` and `.frequency` [C], and `backbone.*`, what was learned inside a copy of the backbone as the header's `inside`
-says. A shallow prompt has L = 1. The header stands under `lpt` in the file's metadata.
+Format 2, or 3 where a tensor is later than that; format 1 has no SHA-256 and is still read. Tensors: `shared.tokens`
+[L n D], `pool.tokens` [K L' n D], `pool.keys` [K D'], `pool.centre` [D'], `pool.query_map` [D' S+1] where the query is
+early, `head.weight` [C D'], `head.bias` [C] where the head is linear and not cosine, or `head.bank` [N D'] where it is
+nearest neighbours, `query_head.weight` [C D'] where the query has a head of its own, `calibration.scale` and `.offset`
+[C], with a fused head `head.scales` [2], `.prototypes`, `.texts` and `.visual` [C J], `.seen` and `.frequency` [C], and
+`backbone.*`, what was learned inside a copy of the backbone as the header's `inside` says. A shallow prompt has L = 1.
+The header stands under `lpt` in the file's metadata.
 """
 
 import json
@@ -28,8 +29,8 @@ from lpt.model.backbones.base import Backbone
 from lpt.model.classifier import PromptedClassifier
 from lpt.model.head_spec import HeadSpec, head_fields
 from lpt.model.heads import Calibration, CosineHead
-from lpt.model.prompts import DeepPrompt, PromptPool, ShallowPrompt
-from lpt.prompt_header import FORMAT, LARGEST_NUMBER, BackboneFacts, Header, Inside, read_header
+from lpt.model.prompts import DeepPrompt, PromptPool, ShallowPrompt, summary_width
+from lpt.prompt_header import LARGEST_NUMBER, BackboneFacts, Header, Inside, format_of, read_header
 
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 
@@ -70,10 +71,13 @@ def save_prompt(
         facts["data"] = {"name": model.trained_on.name, "labelled_sha256": labeled_sha256, **facts.get("data", {})}
     try:
         header = Header(
-            format=FORMAT,
+            format=format_of(model.learned_state()),
             method=method,
             backbone=BackboneFacts(
-                name=backbone.name, fingerprint=backbone.fingerprint, image_size=backbone.preprocess.size
+                name=backbone.name,
+                fingerprint=backbone.fingerprint,
+                image_size=backbone.preprocess.size,
+                norm_eps=backbone.norm_eps,
             ),
             preprocess=backbone.preprocess,
             classes=list(model.classes),
@@ -81,6 +85,7 @@ def save_prompt(
             scale=model.head.scale,
             topk=pool.topk if pool else 0,
             first=pool.prefix_blocks if pool else 0,
+            query=pool.query if pool else "full",
             inside=Inside.model_validate(backbone.recipe) if backbone.recipe else None,
             **(facts | head_fields(model.head)),
         )
@@ -101,6 +106,11 @@ def save_prompt(
 
 def write_prompt(path: str | Path, header: Header, tensors: Mapping[str, Tensor]) -> None:
     """Writes a prompt file, whole or not at all. Raises PromptFileError for facts that are no JSON, and DiskError."""
+    write_atomic(Path(path), to_bytes(tensors, lpt=stored_header(path, header)))
+
+
+def stored_header(path: str | Path, header: Header) -> dict[str, Any]:
+    """The header as `path` is to hold it: what came later is left out where a file does not have it."""
     try:
         content = json.loads(header.model_dump_json())
     except ValueError as error:
@@ -109,7 +119,11 @@ def write_prompt(path: str | Path, header: Header, tensors: Mapping[str, Tensor]
         del content["trained_on"]
     if header.preprocess.crops == "fixed":
         del content["preprocess"]["crops"]
-    write_atomic(Path(path), to_bytes(tensors, lpt=content))
+    if header.query == "full":
+        del content["query"]
+    if header.backbone.norm_eps is None:
+        del content["backbone"]["norm_eps"]
+    return content
 
 
 def beyond_fp16(model: PromptedClassifier) -> str | None:
@@ -156,6 +170,13 @@ def load_prompt(path: str | Path, backbone: Backbone) -> PromptedClassifier:
 
 def _check_identity(path: Path, header: Header, backbone: Backbone) -> None:
     """Is `backbone` the one that the file was made with, at the same size of images?"""
+    if header.backbone.norm_eps != backbone.norm_eps:
+        theirs, ours = header.backbone.norm_eps, backbone.norm_eps
+        raise PromptFileError(
+            f"prompt file {path} was made with {_eps(theirs)} in the LayerNorms of {quoted(header.backbone.name)}, "
+            f"here they have {_eps(ours)}: "
+            + (f"set backbone.norm_eps={theirs}" if theirs else "leave out backbone.norm_eps")
+        )
     if header.backbone.fingerprint != backbone.fingerprint:
         raise PromptFileError(
             f"prompt file {path} is for backbone {quoted(header.backbone.name)} "
@@ -174,6 +195,10 @@ def _check_identity(path: Path, header: Header, backbone: Backbone) -> None:
         )
 
 
+def _eps(norm_eps: float | None) -> str:
+    return "the model's own ε" if norm_eps is None else f"ε = {norm_eps}"
+
+
 def _architecture(name: str) -> str:
     """A backbone's name without its family and tag.
 
@@ -186,6 +211,7 @@ def _architecture(name: str) -> str:
 def _check_widths(path: Path, tensors: Mapping[str, Tensor], head: HeadSpec, backbone: Backbone) -> None:
     widths = {"shared.tokens": backbone.width, "pool.tokens": backbone.width}
     widths |= {"pool.keys": backbone.feature_width, "query_head.weight": backbone.feature_width}
+    widths |= {"pool.query_map": summary_width(backbone.width, backbone.prefix) + 1}
     for name, width in (widths | head.widths(backbone)).items():
         if name in tensors and tensors[name].shape[-1] != width:
             raise PromptFileError(
@@ -264,6 +290,8 @@ def _pool(header: Header, tensors: Mapping[str, Tensor], backbone: Backbone) -> 
         length=length,
         width=width,
         key_width=backbone.feature_width,
+        query=header.query,
+        summary_width=summary_width(backbone.width, backbone.prefix),
     )
 
 

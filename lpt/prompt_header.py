@@ -5,7 +5,7 @@ The format is described in `lpt.prompt_file`, which writes it and makes models o
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -16,12 +16,14 @@ from lpt.errors import PromptFileError, check_kind, quoted
 from lpt.files import dtype_name, is_intact, read_arrays
 from lpt.model.head_spec import HEAD_RANKS, Fused, HeadSpec, Space, head_problem, head_spec
 from lpt.settings import MAX_ADAPTER_WIDTH
-from lpt.terms import MAX_VIEW, AdapterKind, GroupRule, Pixels, unpacked
+from lpt.terms import MAX_VIEW, AdapterKind, GroupRule, Pixels, QueryMode, unpacked
 
 Arrays = Mapping[str, np.ndarray]
 """The tensors of a file by name."""
 
-FORMAT = 2
+FORMAT = 3
+SINCE_FORMAT_3 = ("pool.query_map",)
+"""Tensors that format 2 did not have: files without them are still of format 2, which older versions read."""
 LARGEST_NUMBER = 1e6
 """Nothing that was learned is larger; what is, is no model, and makes answers that are not finite."""
 LARGEST_MEAN, STD_RANGE = 10.0, (1e-3, 1e3)
@@ -34,6 +36,7 @@ RANKS = {
     "pool.tokens": 4,
     "pool.keys": 2,
     "pool.centre": 1,
+    "pool.query_map": 2,
     "query_head.weight": 2,
     "calibration.scale": 1,
     "calibration.offset": 1,
@@ -46,6 +49,8 @@ class BackboneFacts(BaseModel):
     name: str
     fingerprint: str
     image_size: int = Field(gt=0, le=MAX_VIEW)
+    norm_eps: float | None = Field(default=None, ge=1e-12, le=0.1)
+    """ε of its LayerNorms where it is not the model's own. Absent where it is None."""
 
 
 class Inside(BaseModel):
@@ -84,6 +89,8 @@ class Header(BaseModel):
     precision: Literal["fp32", "bf16"] = "fp32"
     data: dict[str, Any] = {}
     """Of the training data; may hold anything that a run has said of it."""
+    query: QueryMode = "full"
+    """How group prompts are chosen. Absent where it is full."""
     trained_on: str | None = None
     """Short hashes of the training images (`lpt.data.image_hashes`), where the test part is not an official one: the
     folder or the split may be another when the file is evaluated. Absent where it is None."""
@@ -139,6 +146,11 @@ class Header(BaseModel):
 
     def head_spec(self, tensors: Mapping[str, Any]) -> HeadSpec:
         return head_spec({**dict(self), "num_classes": len(self.classes)}, tensors)
+
+
+def format_of(tensors: Iterable[str]) -> int:
+    """The first format that has all of these tensors."""
+    return FORMAT if any(name in SINCE_FORMAT_3 for name in tensors) else 2
 
 
 # A file may come from anybody: nothing in it is believed before it is checked.
@@ -247,13 +259,21 @@ def _calibration_problem(header: Header, arrays: Arrays) -> str | None:
 def _pool_problem(header: Header, arrays: Arrays) -> str | None:
     parts = [name for name in ("pool.tokens", "pool.keys", "pool.centre") if name in arrays]
     if not parts:
-        return "a query head needs a pool" if "query_head.weight" in arrays else None
+        if "query_head.weight" in arrays:
+            return "a query head needs a pool"
+        return "a query needs a pool" if "pool.query_map" in arrays or header.query != "full" else None
     if len(parts) != 3:
         return f"a pool needs tokens, keys and centre, there is {', '.join(parts)}"
     prompts, keys = len(arrays["pool.tokens"]), len(arrays["pool.keys"])
     if prompts != keys:
         return f"{keys} keys for {prompts} group prompts"
-    return None if 1 <= header.topk <= keys else f"topk {header.topk} does not fit a pool of {keys}"
+    if not 1 <= header.topk <= keys:
+        return f"topk {header.topk} does not fit a pool of {keys}"
+    if ("pool.query_map" in arrays) != (header.query == "early"):
+        return f"a query map belongs to query early, its query is {header.query}"
+    if header.query == "none" and keys != header.topk:
+        return f"{keys} group prompts for every image, topk is {header.topk}"
+    return "a query head needs a full query" if "query_head.weight" in arrays and header.query != "full" else None
 
 
 def _numbers_problem(header: Header, arrays: Arrays) -> str | None:

@@ -25,6 +25,8 @@ from lpt.engine.history import History
 from lpt.engine.lock import locked
 from lpt.engine.loop import follow
 from lpt.engine.processes import naming_lost_peers
+from lpt.engine.query import most_chosen
+from lpt.engine.retrieval import Arms, looked_at
 from lpt.engine.selection import Best, watched
 from lpt.engine.session import Log, OnStep, Session, total_cost
 from lpt.engine.stopping import Stop
@@ -39,6 +41,7 @@ from lpt.prompt_file import DTYPES, beyond_fp16, save_prompt
 from lpt.report.finished import Rows, command_of, split_of, write_page
 from lpt.report.markdown import markdown, table
 from lpt.report.pseudo_labels import diagnose, read_last_round
+from lpt.report.retrieval import bought
 from lpt.settings import Positive, Seed, Weight, checked_arguments
 from lpt.setup import Setup, check_memory
 
@@ -307,10 +310,11 @@ def measure_run(setup: Setup, folder: RunFolder, session: Session, model: Prompt
         storage = "fp32"
     model.round_to(DTYPES[storage])
     model.only_train().eval()
-    predictions = predict(model, task.test, folder=session.feature_cache, say=session.log, workers=settings.workers)
+    predictions, retrieval = predict_test(setup, session, model)
     metrics = measure(model, predictions, task.counts, group_rule=task.group_rule)
     report = {
         **metrics,
+        **({"retrieval": retrieval} if retrieval else {}),
         "method": setup.config.method["name"],
         "described": described(setup.config.method["name"], setup.config.method),
         "selection": selection,
@@ -331,6 +335,41 @@ def measure_run(setup: Setup, folder: RunFolder, session: Session, model: Prompt
         measured = measure(model, crops, task.counts, group_rule=task.group_rule)
         report["five_crops"] = {key: measured[key] for key in FIVE_CROP_METRICS}
     return Results(model, predictions, storage, report)
+
+
+def predict_test(
+    setup: Setup, session: Session, model: PromptedClassifier
+) -> tuple[Predictions, dict[str, Any] | None]:
+    """(what `model` predicts on the test set, what its group prompts buy where it has any).
+
+    The second is of held-out images where there are some, since it is to choose by, and else of the test images, from
+    the prefix tokens of the same pass.
+    """
+    task, workers = setup.task, setup.config.train.workers
+    images = task.test if task.val is None else task.val
+    arms, constant, chosen_by = None, [], 0.0
+    if model.pool is not None:
+        ids, chosen_by = most_chosen(model, task.train, workers=workers)
+        arms, constant = Arms.of(model, images.labels, constant=ids, seed=session.seed), ids.tolist()
+    beside = arms if task.val is None else None
+    predictions = predict(
+        model, task.test, folder=session.feature_cache, say=session.log, workers=workers, beside=beside
+    )
+    if arms is None:
+        return predictions, None
+    answers = (predictions if beside else predict(model, images, workers=workers, beside=arms)).beside
+    answer = "both" if model.query_head is not None else "fixed" if "fixed" in answers else "retrieved"
+    retrieval = bought(
+        *looked_at(answers, images.labels),
+        task.counts,
+        group_rule=task.group_rule,
+        answer=answer,
+        images="test" if task.val is None else "held-out",
+        constant=constant,
+        chosen_by=chosen_by,
+    )
+    session.log(retrieval["says"])
+    return predictions, retrieval
 
 
 def data_facts(setup: Setup) -> dict[str, Any]:

@@ -121,9 +121,11 @@ def open_backbone(config: Config, *, read_weights: bool = True) -> Backbone:
     """The backbone of a config, in fp32 on the CPU, with its pixels and class prototypes. Raises BackboneError."""
     settings = config.backbone
     if read_weights:
-        backbone = load_backbone(settings.name, weights=settings.weights, image_size=settings.image_size)
+        backbone = load_backbone(
+            settings.name, weights=settings.weights, image_size=settings.image_size, norm_eps=settings.norm_eps
+        )
     else:
-        backbone = random_backbone(settings.name, image_size=settings.image_size)
+        backbone = random_backbone(settings.name, image_size=settings.image_size, norm_eps=settings.norm_eps)
     preprocess = backbone.preprocess.as_published(settings.transform).with_(flip=settings.flip)
     if settings.interpolation is not None:
         preprocess = preprocess.with_(interpolation=settings.interpolation)

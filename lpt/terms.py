@@ -15,6 +15,9 @@ GroupRule = Literal["lt20", "le20", "thirds"]
 """How many, medium and few are told apart."""
 AdapterKind = Literal["bias", "norm", "adaptformer", "lora", "lora_qv", "full"]
 """What may be learned inside a backbone."""
+QueryMode = Literal["full", "early", "none"]
+"""How group prompts are chosen: by the feature under the shared prompt, as in LPT; by a linear map of the tokens that
+the first block with group prompts gets; or not at all, since all images have the same."""
 Cutter = Literal["pillow", "torch"]
 """Whose code decodes and resamples files: prompt files of before are Pillow's."""
 Ensemble = Literal["none", "five_crop"]

@@ -44,13 +44,19 @@ HEAD_METRICS = (
 
 
 class Predictions(NamedTuple):
-    """Logits [N C], labels [N], the group prompts [N k] that each image got where there is a pool, and the logits
-    [N C] of each head by itself where there are two."""
+    """Logits [N C], labels [N], the group prompts [N k] that each image got where there is a pool, the logits [N C] of
+    each head by itself where there are two, and what was asked for beside these [N ...]."""
 
     logits: Tensor
     labels: Tensor
     ids: Tensor | None
     head_logits: Mapping[str, Tensor] = MappingProxyType({})
+    beside: Mapping[str, Tensor] = MappingProxyType({})
+
+
+Beside = Callable[[PromptedClassifier, Tensor, Tensor, Tensor | None, Output], Mapping[str, Tensor]]
+"""`(model, rows [B], prefix tokens, query, output) -> {name: [B ...]}`: what else is wanted of each batch, without a
+second pass through the prefix."""
 
 
 class PrefixCache:
@@ -65,12 +71,13 @@ class PrefixCache:
         self.limit, self.bytes = limit, 0
         self._of: tuple[object, object] = (None, None)
         self._state: tuple[object, ...] = ()
-        self._cached: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self._cached: dict[tuple[int, int], tuple[Tensor, Tensor | None]] = {}
 
     def prefixes(
         self, model: PromptedClassifier, images: Images | Files, batches: Sequence[Tensor], *, workers: Workers = "auto"
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """(tokens [B P+N D], query [B D']) of each batch of rows of `images`; no query where nothing is cached."""
+        """(tokens [B P+N D], query [B D']) of each batch of rows of `images`; no query where nothing is cached, or the
+        model needs none."""
         state, device = model.prefix_state, next(model.parameters()).device
         if state is not None:
             self._forget_others(model, images, (*state, model.backbone.preprocess))
@@ -80,13 +87,15 @@ class PrefixCache:
             for key in keys:
                 if state is not None and key in self._cached:
                     tokens, query = self._cached[key]
-                    yield tokens.to(device, non_blocking=True), query.to(device, non_blocking=True)
+                    tokens = tokens.to(device, non_blocking=True)
+                    yield tokens, None if query is None else query.to(device, non_blocking=True)
                     continue
                 tokens = model.prefix(next(views))
-                query = None if state is None else model.query(tokens)
-                if query is not None and self.bytes + tokens.nbytes + query.nbytes <= self.limit:
-                    self._cached[key] = (_in_main_memory(tokens), _in_main_memory(query))
-                    self.bytes += tokens.nbytes + query.nbytes
+                query = model.query(tokens) if state is not None and model.needs_query else None
+                size = tokens.nbytes + (0 if query is None else query.nbytes)
+                if state is not None and self.bytes + size <= self.limit:
+                    self._cached[key] = (_in_main_memory(tokens), None if query is None else _in_main_memory(query))
+                    self.bytes += size
                 yield tokens, query
 
     def _forget_others(self, model: PromptedClassifier, images: Images | Files, state: tuple[object, ...]) -> None:
@@ -108,6 +117,7 @@ def predict(
     say: Callable[[str], None] = lambda text: None,
     workers: Workers = "auto",
     tta: Ensemble = "none",
+    beside: Beside | None = None,
 ) -> Predictions:
     """Clean predictions, in order: the test view, no noise, no margin, no dropout. On several processes each
     predicts its share and all get the whole. Leaves the model in eval mode. Raises DataError for an image file that
@@ -115,7 +125,8 @@ def predict(
 
     `cache` and `folder` save what earlier calls have computed: prefixes of a model with a pool in memory, `features`
     of one without in files, and `say` is told of those that are damaged. With `tta="five_crop"` logits are means over
-    five crops of each image; group prompts and single heads are not told then, and nothing is kept.
+    five crops of each image; group prompts and single heads are not told then, and nothing is kept. `beside` is asked
+    for more of each batch.
     """
     model.eval()
     if tta != "none":
@@ -126,7 +137,7 @@ def predict(
             for views in ahead:
                 gathered.add({"logits": mean_logits(model, views)})
         return _checked(Predictions(gathered.whole()["logits"], images.labels, None), model, images)
-    if folder and model.pool is None:
+    if folder and model.pool is None and beside is None:
         cached = features(model, images, folder=folder, batch_size=batch_size, say=say, workers=workers).to(
             next(model.parameters()).device
         )
@@ -134,13 +145,18 @@ def predict(
         logits = model.classify(cached).float().cpu()
         return _checked(Predictions(logits, images.labels, None, each_head), model, images)
     gathered = GatheredRows(len(images), next(model.parameters()).device)
-    for output in _outputs(model, images, batch_size, cache, workers):
+    for rows, tokens, query, output in _outputs(model, images, batch_size, cache, workers):
         heads = {f"head/{name}": logits for name, logits in _head_logits(model, output.feature).items()}
+        others = beside(model, rows, tokens, query, output) if beside else {}
         ids = {} if output.ids is None else {"ids": output.ids}
         gathered.add({"logits": output.logits.float(), **ids, **heads})
+        gathered.add({f"beside/{name}": values for name, values in others.items()})
     whole = gathered.whole()
-    heads = {name.removeprefix("head/"): logits for name, logits in whole.items() if name.startswith("head/")}
-    return _checked(Predictions(whole["logits"], images.labels, whole.get("ids"), heads), model, images)
+    heads, others = (
+        {name.removeprefix(kind): values for name, values in whole.items() if name.startswith(kind)}
+        for kind in ("head/", "beside/")
+    )
+    return _checked(Predictions(whole["logits"], images.labels, whole.get("ids"), heads, others), model, images)
 
 
 def mean_logits(model: PromptedClassifier, views: Tensor) -> Tensor:
@@ -172,7 +188,7 @@ def predict_top(
     model.eval()
     topk = min(topk, len(model.classes))
     gathered = GatheredRows(len(images), next(model.parameters()).device)
-    for output in _outputs(model, images, batch_size, None, workers):
+    for _, _, _, output in _outputs(model, images, batch_size, None, workers):
         best = model.probabilities(output.logits.float()).topk(topk)
         gathered.add({"probabilities": best.values, "classes": best.indices})
     whole = gathered.whole()
@@ -183,13 +199,14 @@ def predict_top(
 
 def _outputs(
     model: PromptedClassifier, images: Images | Files, batch_size: int, cache: PrefixCache | None, workers: Workers
-) -> Iterator[Output]:
-    """What the model says of this process's rows, batch by batch."""
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None, Output]]:
+    """(rows [B], prefix tokens, query where it is known already, what the model says) of this process's rows."""
     cache = cache or PrefixCache(limit=0)
     with _naming_memory(batch_size):
         batches = _local_rows(images).split(batch_size)
-        for tokens, query in cache.prefixes(model, images, batches, workers=workers):
-            yield model.tail(tokens, query=query)
+        prefixes = cache.prefixes(model, images, batches, workers=workers)
+        for rows, (tokens, query) in zip(batches, prefixes, strict=True):
+            yield rows, tokens, query, model.tail(tokens, query=query)
 
 
 def best_class(model: PromptedClassifier, logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -388,10 +405,12 @@ def _identity(model: PromptedClassifier, images: Images | Files) -> str:
     facts = (backbone.fingerprint, backbone.dtype, device, torch.__version__, backbone.preprocess.test_view)
     if isinstance(images, Files):
         facts = (*facts, backbone.preprocess.cutter)
+    if model.pool is not None and model.pool.query == "early":
+        facts = (*facts, model.pool.prefix_blocks)
     digest.update(repr(facts).encode())
     digest.update(f"{backbone.name} {type(model.shared).__name__}".encode())
     for name, value in sorted(model.learned_state().items()):
-        if name.startswith(("shared.", "backbone.")):
+        if name.startswith(("shared.", "backbone.", "pool.query_map")):
             digest.update(f"{name}{tuple(value.shape)}".encode() + value.detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()[:20]
 

@@ -19,6 +19,7 @@ from lpt.engine.evaluate import feature_problem, features
 from lpt.engine.history import History
 from lpt.engine.phase import EpochEnd
 from lpt.engine.processes import all_agree, all_gather_rows, rank_and_world
+from lpt.engine.query import fit_query_map
 from lpt.engine.stopping import Stop
 from lpt.model.classifier import PromptedClassifier
 
@@ -107,6 +108,10 @@ class Session:
             return features(model, images, folder=self.feature_cache, say=self.log, workers=self.workers)
 
         return self.once(name, images, compute, problem=_problem_with(len(images), model.backbone.feature_width))
+
+    def query_map(self, model: PromptedClassifier, images: Images | Files) -> Tensor:
+        """What makes early queries of `model` [D' S+1] (`lpt.engine.query.fit_query_map`), fitted once in a run."""
+        return self.once("query-map", images, lambda: fit_query_map(model, images, workers=self.workers))
 
     def view_features(
         self, name: str, model: PromptedClassifier, images: ImageSource, *, strong: bool = False

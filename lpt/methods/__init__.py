@@ -44,6 +44,8 @@ def described(name: str, settings: Mapping[str, Any]) -> str:
     """
     parts = [quoted(name, 40)]
     tuning, adjust, epochs = settings.get("tuning"), settings.get("adjust"), settings.get("epochs")
+    if name == "lpt" and tuning == "vpt_deep":  # as it is usually
+        tuning = None
     parts += [quoted(one, 40) for one in (tuning, adjust) if isinstance(one, str)]
     if name == "lpt" and isinstance(epochs, list | tuple) and len(epochs) == 2 and 0 in epochs:
         parts.append("phase 1" if epochs[1] == 0 else "phase 2")

@@ -5,6 +5,9 @@ with keys: an image's query, its feature under the shared prompt, picks the `top
 nearest, and their mean is added to the shared prompt from block `prefix_blocks` on. Both phases sample
 twice, class-balanced and instance-balanced, and sum an asymmetric Gaussian-clouded loss over the two streams.
 
+Ours, not LPT's: `tuning` puts LoRA or AdaptFormer into phase 1, beside the shared prompt or in its place; with `query`
+early or none, images get their group prompts without a pass of their own.
+
 Shapes: views [B 3 H W], logits [B C], queries [N D'].
 """
 
@@ -25,12 +28,20 @@ from lpt.engine.session import Log, Session
 from lpt.engine.step_memory import StepMemory
 from lpt.errors import LptError
 from lpt.losses import GCL, CrossEntropy, LogitAdjusted, cloud_noise
+from lpt.methods.supervised import tunable_names
+from lpt.model.adapters import auto_bottleneck, with_adapter
 from lpt.model.backbones.base import Backbone
 from lpt.model.classifier import PromptedClassifier
 from lpt.model.heads import CosineHead, class_means
 from lpt.model.matching import class_keys, key_usage, kmeans_keys
-from lpt.model.prompts import DeepPrompt, PromptPool
-from lpt.settings import FractionBelowOne, Positive, Scale
+from lpt.model.prompts import DeepPrompt, PromptPool, summary_width
+from lpt.settings import AdapterWidth, FractionBelowOne, Positive, Rank, Scale
+from lpt.terms import AdapterKind, QueryMode
+
+Phase1 = Literal["vpt_deep", "lora", "adaptformer", "vpt_deep+lora", "vpt_deep+adaptformer"]
+"""What phase 1 tunes beside the head: the shared prompt, something inside the backbone in its place, or both."""
+
+INSIDE: tuple[AdapterKind, ...] = ("lora", "adaptformer")
 
 COLLAPSED = 3.0
 """A key perplexity below this is reported as a collapse: almost all images share the same prompts."""
@@ -42,10 +53,14 @@ def tune(
     backbone: Backbone,
     session: Session,
     *,
+    tuning: Phase1 = "vpt_deep",
     prompt_length: Positive = 10,
+    bottleneck: AdapterWidth = 0,
+    rank: Rank = 8,
     prefix_blocks: int = 6,
     pool_size: Positive = 20,
     topk: Positive = 2,
+    query: QueryMode = "full",
     epochs: tuple[int, int] = (40, 40),
     optimizer: Optimizer = "sgd",
     lr: tuple[FractionBelowOne, FractionBelowOne] = (0.02, 0.02),
@@ -80,18 +95,27 @@ def tune(
 
     Options that are not LPT's: `query_centering`, `key_init`, `head_init`; `pool_init=shared` starts every group
     prompt from the shared one (random ones take a share of the attention at once: phase 2 then starts far below
-    the end of phase 1); `query_head` keeps phase 1's head for the query, and predictions average both.
+    the end of phase 1); `query_head` keeps phase 1's head for the query, and predictions average both. `tuning` is
+    what phase 1 learns beside the head: `bottleneck` is AdaptFormer's (0 is LIFT's width for the number of classes),
+    `rank` LoRA's. `query=early` takes the query from the tokens of block `prefix_blocks`, by a linear map that is
+    fitted to the training images; with `none` there are `topk` group prompts in all, which every image gets. Both spare
+    the query its pass, and `query_head` its subject: predictions are of the prompted pass alone.
     """
     if min(epochs) < 0 or epochs[0] + epochs[1] == 0:
         raise LptError(f"method.epochs {list(epochs)} trains nothing: give (phase 1, phase 2), for example [40, 40]")
-    if key_init == "kmeans" and epochs[1] and pool_size > len(task.train):
+    if key_init == "kmeans" and query != "none" and epochs[1] and pool_size > len(task.train):
         raise LptError(f"method.pool_size {pool_size} needs as many training images, there are {len(task.train)}")
+    parts = tuning.split("+")
+    if pool_init == "shared" and "vpt_deep" not in parts:
+        raise LptError(f"method.pool_init=shared needs a shared prompt, method.tuning={tuning} has none: use tn")
     device = next(backbone.parameters()).device
     generator = torch.Generator().manual_seed(session.start)
     head = CosineHead(num_classes=len(task.classes), width=backbone.feature_width, scale=scale, generator=generator)
-    shared = DeepPrompt(layers=backbone.depth, length=prompt_length, width=backbone.width, generator=generator)
+    shared = None
+    if "vpt_deep" in parts:
+        shared = DeepPrompt(layers=backbone.depth, length=prompt_length, width=backbone.width, generator=generator)
     pool = PromptPool(  # made before phase 1, so that a pool that cannot be served fails at once
-        size=pool_size,
+        size=topk if query == "none" else pool_size,
         topk=topk,
         prefix_blocks=prefix_blocks,
         depth=backbone.depth,
@@ -99,7 +123,13 @@ def tune(
         width=backbone.width,
         key_width=backbone.feature_width,
         generator=generator,
+        query=query,
+        summary_width=summary_width(backbone.width, backbone.prefix),
     )
+    for kind in INSIDE:
+        if kind in parts:
+            width = bottleneck or auto_bottleneck(len(task.classes), backbone.depth)
+            backbone = with_adapter(backbone, kind, bottleneck=width, rank=rank, seed=session.seed)
     model = PromptedClassifier(backbone, head, classes=task.classes, shared=shared).to(device)
     labels, batch_size = task.train.labels, session.batch_size
     if head_init == "class_mean":
@@ -144,20 +174,25 @@ def tune(
 
     def phases() -> Iterator[Phase]:
         # Phase 1: the shared prompt and the head.
-        yield phase(1, "shared.", "head.", reports_keys=False)
+        yield phase(1, *tunable_names(model), reports_keys=False)
         if not epochs[1]:
             return
         # Phase 2: group prompts, their keys, and the head that phase 1 left.
-        if query_centering == "mean" or key_init == "kmeans":
+        model.phase1_head = head.weight.detach().clone()
+        if pool.query_map is not None:
+            model.pool = pool.to(device)  # now, since queries are early ones from here on
+            pool.query_map.copy_(session.query_map(model, task.train))
+        if query != "none" and (query_centering == "mean" or key_init == "kmeans"):
             queries = session.features("queries", model, task.train)
             start_keys(pool, queries, center=query_centering == "mean", kmeans=key_init == "kmeans", seed=session.seed)
-        if pool_init == "shared":  # with half of the usual start's noise, so that the prompts differ
+        if pool_init == "shared" and shared is not None:
+            # With half of the usual start's noise, so that the prompts differ.
             with torch.no_grad():
-                pool.tokens.mul_(0.5).add_(shared.tokens[prefix_blocks:].cpu())
-        if query_head:
+                pool.tokens.mul_(0.5).add_(shared.tokens[prefix_blocks:].to(pool.tokens.device))
+        if query_head and query == "full":
             model.query_head = copy.deepcopy(head)
         model.pool = pool.to(device)
-        yield phase(2, "pool.", "head.", reports_keys=True)
+        yield phase(2, "pool.", "head.", reports_keys=query != "none")
 
     return Recipe(model, phases())
 
@@ -175,7 +210,7 @@ def dual_streams(
 
 @dataclass(frozen=True, kw_only=True)
 class DualStreamStep:
-    """L = A(balanced) - β S_key + η [A(instance) - β S_key] (LPT §2.6), a part for each stream; without a pool S_key
+    """L = A(balanced) - β S_key + η [A(instance) - β S_key] (LPT §2.6), a part for each stream; without keys S_key
     is 0. η falls from `eta0` to 0 over the epochs.
 
     What needs no gradient runs once for both streams; the tails, one after the other, hold one stream's activations at
@@ -193,7 +228,7 @@ class DualStreamStep:
         self, model: PromptedClassifier, batches: dict[str, Batch], progress: Progress
     ) -> Iterator[dict[str, Tensor]]:
         tokens = model.prefix(torch.cat([batch.views for batch in batches.values()]))
-        queries = None if model.pool is None else model.query(tokens)
+        queries = model.query(tokens) if model.needs_query else None
         eta = instance_weight(self.eta0, progress.epoch / progress.epochs)
         start = 0
         for stream, batch in batches.items():

@@ -4,6 +4,7 @@ Shapes: images [B 3 H W], tokens [B P+N D], query and feature [B D'], logits [B 
 """
 
 import contextlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -31,11 +32,14 @@ class Output(NamedTuple):
 class PromptedClassifier(nn.Module):
     """A backbone with a shared prompt, a pool of group prompts (Dong 2023, LPT) and a head; prompts are optional.
 
+    LPT's query is a pass of its own through the blocks after the prefix; a pool whose `query` is early or none spares
+    it (ours), and the answer is then that of the prompted pass alone.
+
     `classes` names the rows of the head, `calibration` scales and shifts its logits. What trains are prompts, keys and
     head, and of the backbone only what `lpt.model.adapters` has put there or thawed (`backbone.learned`).
 
     `query_head` (ours, not LPT's) is the head of phase 1, kept for the query. LPT needs a pass for the query and one
-    with group prompts anyway: in eval mode the logits are the mean of what both say.
+    with group prompts anyway: in eval mode the logits are the mean of what both say, where the query is a full one.
     """
 
     def __init__(
@@ -56,8 +60,12 @@ class PromptedClassifier(nn.Module):
         """How the task that the model was tuned for tells many, medium and few apart; None where nobody has said."""
         self.trained_on: Task | None = None
         """That task, of which a prompt file remembers the training images; None where nobody has said."""
-        # Both caches are (state that they were computed from, result).
+        self.phase1_head: Tensor | None = None
+        """The rows [C D'] of the head as LPT's phase 1 left it, for who asks what phase 2 has bought; in no file."""
+        self._learned = [p for name, p in backbone.named_parameters() if name in backbone.learned]
+        # These caches are (state that they were computed from, result).
         self._shared_cache: tuple[tuple[object, ...], list[KeyValue]] | None = None
+        self._fixed_cache: tuple[tuple[object, ...], list[KeyValue]] | None = None
         self._index_cache: tuple[tuple[object, ...], KeyIndex] | None = None
 
     # One forward, in three parts. LPT's query pass and prompted pass are the same up to the first block with
@@ -79,7 +87,20 @@ class PromptedClassifier(nn.Module):
 
     @torch.no_grad()
     def query(self, tokens: Tensor) -> Tensor:
-        """The feature [B D'] under the shared prompt alone, from the prefix's tokens; never with a gradient."""
+        """What an image's group prompts are chosen by [B D'], from the prefix's tokens; never with a gradient: the
+        feature under the shared prompt alone, or an early query."""
+        if self.pool is not None and self.pool.query == "early":
+            return self.pool.early_query(tokens, self.backbone.prefix)
+        return self._after_prefix(tokens, None)
+
+    @property
+    def needs_query(self) -> bool:
+        """Whether group prompts are chosen for each image."""
+        return self.pool is not None and self.pool.query != "none"
+
+    @torch.no_grad()
+    def shared_feature(self, tokens: Tensor) -> Tensor:
+        """The feature [B D'] under the shared prompt alone, whatever the query is, from the prefix's tokens."""
         return self._after_prefix(tokens, None)
 
     def tail(self, tokens: Tensor, *, query: Tensor | None = None, feature_mask: Tensor | None = None) -> Output:
@@ -88,15 +109,23 @@ class PromptedClassifier(nn.Module):
         `tokens` are the prefix's; `query` saves its computation where it is known.
         """
         similarity = ids = group = None
-        if self.pool is not None:
+        if self.pool is not None and self.pool.query == "none":
+            group = self._fixed_prompts(self.pool)
+        elif self.pool is not None:
             query = self.query(tokens) if query is None else query
-            similarity, ids = self._match(query - self.pool.centre, self.pool)
-            group = self.pool.ensemble(ids)
+            similarity, ids = self.match(query)
+            group = _by_block(self.pool.ensemble(ids))
         feature = self._after_prefix(tokens, group)
         logits = self.head(feature if feature_mask is None else feature * feature_mask)
         if self.query_head is not None and query is not None and not self.training:
             logits = (logits + self.query_head(query)) / 2
         return Output(self._calibrated(logits), feature, similarity, ids)
+
+    @torch.no_grad()
+    def tail_feature(self, tokens: Tensor, ids: Tensor) -> Tensor:
+        """The feature [B D'] with the group prompts `ids` [B k], whatever the query would choose."""
+        assert self.pool is not None
+        return self._after_prefix(tokens, _by_block(self.pool.ensemble(ids)))
 
     def feature(self, images: Tensor) -> Tensor:
         """[B 3 H W] → [B D'] under the shared prompt alone, with a gradient where something learns."""
@@ -114,17 +143,23 @@ class PromptedClassifier(nn.Module):
     def prefix_state(self) -> tuple[object, ...] | None:
         """While it is equal, prefix tokens and query of an image stay what they are: both may be cached.
 
-        None where there is nothing to cache: without a pool, or while the shared prompt trains.
+        None where there is nothing to cache: without a pool, or while the shared prompt or the backbone trains.
         """
-        if self.pool is None or (self.shared is not None and self.shared.tokens.requires_grad):
+        before = self._learned if self.shared is None else [self.shared.tokens, *self._learned]
+        if self.pool is None or any(value.requires_grad for value in before):
             return None
-        return (self._prefix_blocks, self.backbone.dtype, *self._shared_version)
+        query = () if self.pool.query_map is None else _version(self.pool.query_map)
+        return (self._prefix_blocks, self.backbone.dtype, self.pool.query, *query, *self._shared_version)
 
     def _calibrated(self, logits: Tensor) -> Tensor:
         return logits if self.calibration is None else self.calibration(logits)
 
-    def _match(self, query: Tensor, pool: PromptPool) -> tuple[Tensor, Tensor]:
-        """(similarity, ids): in torch where keys may train, else through an exact FAISS index if the pool is large."""
+    def match(self, query: Tensor) -> tuple[Tensor, Tensor]:
+        """(similarity, ids) [B k] of the group prompts that queries [B D'] choose: in torch where keys may train, else
+        through an exact FAISS index if the pool is large."""
+        pool = self.pool
+        assert pool is not None
+        query = query - pool.centre
         keys_train = pool.keys.requires_grad and torch.is_grad_enabled()
         if len(pool.keys) < MIN_KEYS_FOR_INDEX or keys_train:
             return match(query, pool.keys, pool.topk)
@@ -134,13 +169,13 @@ class PromptedClassifier(nn.Module):
         similarity, ids = self._index_cache[1].match(query, pool.topk)
         return similarity.to(query.device), ids.to(query.device)
 
-    def _after_prefix(self, tokens: Tensor, group: Tensor | None) -> Tensor:
-        """The blocks after the prefix and pooling; `group` [B L n D] are each image's prompts for these L blocks."""
+    def _after_prefix(self, tokens: Tensor, group: Sequence[Prompt] | None) -> Tensor:
+        """The blocks after the prefix and pooling; `group` are the group prompts of each of these blocks."""
         with self._autocast():
             for i in range(self._prefix_blocks, self.backbone.depth):
                 prompts = self._shared_prompt(i)
                 if group is not None:
-                    prompts = [*prompts, group[:, i - self._prefix_blocks]]
+                    prompts = [*prompts, group[i - self._prefix_blocks]]
                 tokens = self.backbone.block(i, tokens, prompts, keep=self._tokens_needed(i))
             if isinstance(self.shared, ShallowPrompt):
                 tokens = self.shared.removed(tokens)
@@ -167,7 +202,7 @@ class PromptedClassifier(nn.Module):
         if not isinstance(self.shared, DeepPrompt):
             return []
         tokens = self.shared.tokens
-        if tokens.requires_grad and torch.is_grad_enabled():
+        if torch.is_grad_enabled() and any(value.requires_grad for value in (tokens, *self._learned)):
             return [tokens[i]]
         return [self._shared_keys_values(tokens)[i]]
 
@@ -179,13 +214,22 @@ class PromptedClassifier(nn.Module):
             self._shared_cache = (version, constants)
         return self._shared_cache[1]
 
+    def _fixed_prompts(self, pool: PromptPool) -> Sequence[Prompt]:
+        """The group prompts of each block where they are every image's: constant keys and values, unless they train."""
+        if torch.is_grad_enabled() and any(value.requires_grad for value in (pool.tokens, *self._learned)):
+            return _by_block(pool.fixed())
+        version = (*_version(pool.tokens), *map(_version, self._learned), self.backbone.dtype)
+        if self._fixed_cache is None or self._fixed_cache[0] != version:
+            with torch.no_grad():
+                prompts = enumerate(pool.fixed()[0], start=pool.prefix_blocks)
+                self._fixed_cache = (version, [self.backbone.keys_values(i, prompt) for i, prompt in prompts])
+        return self._fixed_cache[1]
+
     @property
     def _shared_version(self) -> tuple[object, ...]:
-        """Changes with any write to the shared prompt, which raises its tensor's version."""
-        if self.shared is None:
-            return ()
-        tokens = self.shared.tokens
-        return (tokens._version, tokens.data_ptr(), tokens.device)
+        """Changes with any write to the shared prompt or to what is learned in the backbone."""
+        shared = () if self.shared is None else _version(self.shared.tokens)
+        return (*shared, *map(_version, self._learned))
 
     # What trains, and what is stored.
 
@@ -227,3 +271,13 @@ class PromptedClassifier(nn.Module):
     def trainable_parameters(self) -> int:
         """Number of parameters that a phase may train: all but the backbone's frozen ones. Buffers are none."""
         return sum(parameter.numel() for name, parameter in self.named_parameters() if self._may_learn(name))
+
+
+def _version(tensor: Tensor) -> tuple[object, ...]:
+    """Changes with any write to it."""
+    return (tensor._version, tensor.data_ptr(), tensor.device)
+
+
+def _by_block(group: Tensor) -> list[Prompt]:
+    """Each image's prompts for L blocks [B L n D] as L prompts [B n D]."""
+    return [group[:, j] for j in range(group.shape[1])]

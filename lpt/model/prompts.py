@@ -1,15 +1,17 @@
 """Learned tokens: the prompt that all images share, and the pool of group prompts that each image chooses from.
 
-Shapes: deep prompt [L n D], shallow prompt [1 n D], pool [K L n D], keys [K D'].
+Shapes: tokens [B P+N D], deep prompt [L n D], shallow prompt [1 n D], pool [K L n D], keys [K D'].
 """
 
 import math
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lpt.errors import LptError
+from lpt.terms import QueryMode
 
 
 def _truncated_normal(*shape: int, generator: torch.Generator | None) -> nn.Parameter:
@@ -61,8 +63,10 @@ class PromptPool(nn.Module):
     """`size` group prompts for the last blocks, each found by its key (Dong 2023, LPT).
 
     `.tokens` [K L n D] are for blocks `prefix_blocks`..depth-1; `.keys` [K D'] are in the space of queries;
-    `.centre` [D'] is subtracted from every query (zero unless queries are centered). Raises LptError for a
-    `prefix_blocks` that leaves no block, and for a `topk` that the pool does not hold.
+    `.centre` [D'] is subtracted from every query (zero unless queries are centered). With `query` early `.query_map`
+    [D' S+1] makes the query of `summarized` tokens, its last column being added (ours, not LPT's); with none the pool
+    holds no more than the `topk` prompts that every image gets. Raises LptError for a `prefix_blocks` that leaves no
+    block, and for a `topk` that the pool does not hold.
     """
 
     def __init__(
@@ -76,8 +80,12 @@ class PromptPool(nn.Module):
         width: int,
         key_width: int,
         generator: torch.Generator | None = None,
+        query: QueryMode = "full",
+        summary_width: int = 0,
     ) -> None:
+        """`summary_width` is S, of `summarized` tokens; it matters where `query` is early."""
         super().__init__()
+        assert query != "none" or size == topk, (size, topk)
         if not 0 <= prefix_blocks < depth:
             raise LptError(
                 f"method.prefix_blocks {prefix_blocks} leaves no block for the group prompts: "
@@ -85,12 +93,23 @@ class PromptPool(nn.Module):
             )
         if not 1 <= topk <= size:
             raise LptError(f"method.topk {topk} does not fit a pool of {size} group prompts: use 1 to {size}")
-        self.topk, self.prefix_blocks = topk, prefix_blocks
+        self.topk, self.prefix_blocks, self.query = topk, prefix_blocks, query
         self.tokens = _truncated_normal(size, depth - prefix_blocks, length, width, generator=generator)
         self.keys = _truncated_normal(size, key_width, generator=generator)
         # Prompt files and checkpoints store `pool.centre`: the name of the tensor stays as it is spelled there.
         self.register_buffer("centre", torch.zeros(key_width))
         self.centre: Tensor
+        self.query_map: Tensor | None
+        self.register_buffer("query_map", torch.zeros(key_width, summary_width + 1) if query == "early" else None)
+
+    def early_query(self, tokens: Tensor, prefix: int) -> Tensor:
+        """The query [B D'] from the tokens that the first block with group prompts gets."""
+        assert self.query_map is not None
+        return mapped(tokens, self.query_map, prefix)
+
+    def fixed(self) -> Tensor:
+        """The mean of all prompts, which is every image's where there is no query. [1 L n D]"""
+        return self.ensemble(torch.arange(len(self.tokens), device=self.tokens.device)[None])
 
     def ensemble(self, ids: Tensor) -> Tensor:
         """The unweighted mean of the chosen prompts. ids [B k] → [B L n D]."""
@@ -98,3 +117,20 @@ class PromptPool(nn.Module):
         shares = torch.zeros(len(ids), len(self.tokens), dtype=self.tokens.dtype, device=ids.device)
         shares.scatter_(1, ids, 1 / ids.shape[1])
         return (shares @ self.tokens.flatten(1)).unflatten(1, self.tokens.shape[1:])
+
+
+def summarized(tokens: Tensor, prefix: int) -> Tensor:
+    """What an early query is made of, in fp32: CLS, if it is there before the patches (`prefix` counts the tokens that
+    are), and the mean of the patches. [B P+N D] → [B 2D], or [B D] without CLS."""
+    patches = tokens[:, prefix:].float().mean(1)
+    return torch.cat([tokens[:, 0].float(), patches], dim=1) if prefix else patches
+
+
+def mapped(tokens: Tensor, query_map: Tensor, prefix: int) -> Tensor:
+    """The query [B D'] that `query_map` [D' S+1] makes of `summarized` tokens; its last column is added."""
+    return F.linear(summarized(tokens, prefix), query_map[:, :-1], query_map[:, -1])
+
+
+def summary_width(width: int, prefix: int) -> int:
+    """Of `summarized` tokens of this width."""
+    return 2 * width if prefix else width

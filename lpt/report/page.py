@@ -17,7 +17,7 @@ from lpt.data.longtail import GROUPS
 from lpt.data.preprocess import decoded
 from lpt.data.task import Files, Images
 from lpt.errors import DataError
-from lpt.report import plots
+from lpt.report import plots, retrieval
 from lpt.report.markdown import cost_line, percent, pseudo_label_line, row_name, single_head_line, watched_line
 from lpt.report.quoting import for_html
 
@@ -81,6 +81,7 @@ def html(
         _calibration(report, predictions),
         _worst_classes(report, classes, predictions, test),
         *_key_usage(report),
+        *_retrieval(report),
         *_pseudo_labels(report),
     ]
     if history:
@@ -230,6 +231,20 @@ def _key_usage(report: Mapping[str, Any]) -> list[str]:
         f"{usage['dead_keys']} of them chosen less than once in a hundred."
     )
     return [_section("Which keys were chosen", plots.key_usage(usage["selections"]), note)]
+
+
+def _retrieval(report: Mapping[str, Any]) -> list[str]:
+    """What the pool's prompts and their choice buy, if the method has one."""
+    bought = report.get("retrieval")
+    if not bought:
+        return []
+    head = "".join(f"<th>{for_html(cell)}</th>" for cell in retrieval.HEAD)
+    body = "".join(
+        f"<tr>{''.join(f'<td>{for_html(cell)}</td>' for cell in row)}</tr>" for row in retrieval.rows(bought)
+    )
+    sentence = f"<p>{for_html(retrieval.sentence(bought))}</p>"
+    table = f"{sentence}<table><tr>{head}</tr>{body}</table>"
+    return [_section("What retrieval buys", table, retrieval.note(bought))]
 
 
 def _pseudo_labels(report: Mapping[str, Any]) -> list[str]:

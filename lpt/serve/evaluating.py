@@ -42,7 +42,7 @@ def evaluate_prompt(
     """
     header, _ = read_prompt(path)
     loading = check_loading(settings, sections=("data", "backbone", "train"))
-    task = _load_task(header, settings.get("data", {}))
+    task = load_task_of(header, settings.get("data", {}))
     task, trained_on, remark = without_training_images(task, header)
     images, unmatched = match_classes(task, header.classes, path)
     model, _ = open_prompt(path, **loading, at_once=min(PREDICTED_AT_ONCE, len(images)))
@@ -77,7 +77,7 @@ def evaluate_prompt(
     }
 
 
-def _load_task(header: Header, given: Mapping[str, Any]) -> Task:
+def load_task_of(header: Header, given: Mapping[str, Any]) -> Task:
     """The task that the section `data` in `given` means, where it is silent that of the prompt file."""
     stored = header.data.get("settings")
     if not isinstance(stored, dict):
@@ -90,7 +90,7 @@ def _load_task(header: Header, given: Mapping[str, Any]) -> Task:
     if not settings.get("name"):
         raise DataError("data.name is missing: the prompt file does not say which data it was made with")
     task = load_task(**check_data(settings))
-    if "split off" in task.facts.get("test_part", "") and not _was_trained_on(task, header):
+    if "split off" in task.facts.get("test_part", "") and not was_trained_on(task, header):
         return _tested_on_all_images(task)
     return task
 
@@ -98,30 +98,30 @@ def _load_task(header: Header, given: Mapping[str, Any]) -> Task:
 def held_out_of(header: Header, given: Mapping[str, Any]) -> tuple[Task, str, bool]:
     """(the task that `given` means, with labeled images that were not trained on as its test part; what these are;
     whether that is certain): the held-out part where there is one, else the test part."""
-    return _held_out_of(_load_task(header, given), header)
+    return _held_out_of(load_task_of(header, given), header)
 
 
 def held_out_in(folder: Path, header: Header) -> tuple[Task, str, bool, int]:
     """As `held_out_of`, of all images in class folders but for those that were trained on, whose number is the last; of
     the folder that was trained on, its held-out or test part."""
     task = load_task(**check_data({"name": "folder", "root": str(folder)}))
-    if _was_trained_on(task, header):
+    if was_trained_on(task, header):
         return *_held_out_of(task, header), 0
     task, trained_on, _ = without_training_images(_tested_on_all_images(task), header)
     return task, "given as held out", header.trained_on is not None, trained_on
 
 
 def _held_out_of(task: Task, header: Header) -> tuple[Task, str, bool]:
-    is_same = _was_trained_on(task, header)
+    is_same = was_trained_on(task, header)
     # Held out now and not in training: a part that is no part of the training images as they were.
-    if task.val is not None and (is_same or _was_trained_on(replace(task, val=None), header)):
+    if task.val is not None and (is_same or was_trained_on(replace(task, val=None), header)):
         return replace(task, test=task.val, val=None), f"held out of {task.name}", True
     is_known = is_same or (header.trained_on is not None and can_be_hashed(task.test))
     is_official = task.test_is_official and task.name == header.data.get("name")
     return without_training_images(task, header)[0], f"test images of {task.name}", is_known or is_official
 
 
-def _was_trained_on(task: Task, header: Header) -> bool:
+def was_trained_on(task: Task, header: Header) -> bool:
     """Whether the prompt file's run had this split of labeled images; the unlabeled ones need not be at hand."""
     labeled_sha256 = replace(task, unlabeled=None).manifest()["sha256"]
     return labeled_sha256 == header.data.get("labelled_sha256", header.data.get("split_sha256"))
@@ -143,7 +143,7 @@ def without_training_images(task: Task, header: Header) -> tuple[Task, int, str]
 
     The split that the prompt file was trained with holds none. Raises DataError where nothing is left to test on.
     """
-    if _was_trained_on(task, header):
+    if was_trained_on(task, header):
         return task, 0, ""
     if header.trained_on is None:  # of an official test part, or of lpt 0.1
         if header.data.get("name") in (None, task.name) and not task.test_is_official:

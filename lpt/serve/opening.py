@@ -40,7 +40,9 @@ def open_prompt(
         raise PromptFileError(
             f"prompt file {path} is for {quoted(backbone_name)}: give backbone.name if you want that made"
         )
-    backbone = load_backbone(backbone_name, weights=weights, image_size=header.backbone.image_size)
+    backbone = load_backbone(
+        backbone_name, weights=weights, image_size=header.backbone.image_size, norm_eps=header.backbone.norm_eps
+    )
     backbone.preprocess = Preprocess(**vars(header.preprocess))
     backbone = backbone.to(PRECISIONS[pick_precision(precision or header.precision, torch_device)])
     what = f"prompt file {path} on {backbone.name}"

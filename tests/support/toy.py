@@ -10,7 +10,7 @@ from lpt.model.backbones import timm_vit
 from lpt.model.backbones.timm_vit import TimmViT
 from lpt.model.classifier import PromptedClassifier
 from lpt.model.heads import CosineHead
-from lpt.model.prompts import DeepPrompt, PromptPool
+from lpt.model.prompts import DeepPrompt, PromptPool, summary_width
 
 
 def small_backbone(*, depth: int = 4, width: int = 32, heads: int = 2, size: int = 32, seed: int = 0) -> TimmViT:
@@ -61,6 +61,31 @@ def prompted(backbone, *, num_classes: int = 7, pool: bool = True, length: int =
         shared=DeepPrompt(layers=backbone.depth, length=length, width=backbone.width, generator=generator),
         pool=group if pool else None,
     )
+
+
+def of_mode(model, mode, *, query_map=None, ids=None):
+    """The same model with another `query`: with none it has the prompts `ids` alone."""
+    old, backbone = model.pool, model.backbone
+    kept = torch.arange(len(old.keys)) if mode != "none" else ids
+    pool = PromptPool(
+        size=len(kept),
+        topk=old.topk,
+        prefix_blocks=old.prefix_blocks,
+        depth=backbone.depth,
+        length=old.tokens.shape[2],
+        width=backbone.width,
+        key_width=backbone.feature_width,
+        query=mode,
+        summary_width=summary_width(backbone.width, backbone.prefix),
+    )
+    with torch.no_grad():
+        pool.tokens.copy_(old.tokens[kept])
+        pool.keys.copy_(old.keys[kept])
+        pool.centre.copy_(old.centre)
+        if query_map is not None:
+            pool.query_map.copy_(query_map)
+    model.pool = pool
+    return model.only_train().eval()
 
 
 def images(backbone, n: int = 6, seed: int = 0):

@@ -64,6 +64,8 @@ class Backbone(nn.Module, ABC):
     """P, the number of tokens before those of patches: CLS and registers."""
     reads: int | None
     """How many leading tokens `pool` reads: 1 where it reads CLS alone, None where it reads all."""
+    norm_eps: float | None = None
+    """The ε of its LayerNorms where `with_norm_eps` has given it another one than the model's own."""
 
     # The joint space of images and texts.
     projection: Tensor | None
@@ -229,6 +231,30 @@ def with_memory(module: Built) -> Built:
                 stored = name not in part._non_persistent_buffers_set
                 part.register_buffer(name, torch.empty(buffer.shape, dtype=buffer.dtype), persistent=stored)
     return module
+
+
+def with_norm_eps(backbone: Backbone, norm_eps: float | None) -> Backbone:
+    """The same backbone with ε = `norm_eps` in all of its LayerNorms; None, or the one that they have, changes nothing.
+
+    Another ε makes another function of the same weights, and so another fingerprint: LPT's code has 1e-5 where timm's
+    ViTs have 1e-6. A text tower beside it keeps its own. Raises BackboneError where other norms than LayerNorms would
+    keep theirs.
+    """
+    if norm_eps is None:
+        return backbone
+    norms = {name: module for name, module in backbone.named_modules() if isinstance(module, nn.LayerNorm)}
+    others = [n for n, module in backbone.named_modules() if hasattr(module, "eps") and n not in norms]
+    if others or not norms:
+        what = f"{others[0]} is none" if others else "it has none"
+        raise BackboneError(f"backbone.norm_eps is the ε of LayerNorms, {what} in {backbone.name}: leave it out")
+    if all(norm.eps == norm_eps for norm in norms.values()):
+        return backbone
+    for norm in norms.values():
+        norm.eps = norm_eps
+    backbone.norm_eps = norm_eps
+    digest = hashlib.sha256(f"{backbone.fingerprint} norm_eps {norm_eps!r}".encode())
+    backbone.fingerprint = digest.hexdigest()[: len(backbone.fingerprint)]
+    return backbone
 
 
 def fingerprint_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
