@@ -9,7 +9,7 @@ says. A shallow prompt has L = 1. The header stands under `lpt` in the file's me
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -128,16 +128,23 @@ def load_prompt(path: str | Path, backbone: Backbone) -> PromptedClassifier:
     """The model of a prompt file on `backbone`, which must be the one it was made with. Raises PromptFileError."""
     check_kind("load_prompt: backbone", backbone, Backbone, "give what lpt.load_backbone returns")
     check_kind("prompt file", path, (str, Path), "give the path of a file")
-    path = Path(path)
-    header, tensors = read_prompt(path)
+    return build_model(Path(path), read_prompt(path), backbone)
+
+
+def build_model(
+    path: Path, prompt: PromptFile, backbone: Backbone, *, adapt: Callable[[Inside], Backbone] | None = None
+) -> PromptedClassifier:
+    """The model of a file that has been read, as `load_prompt` makes it. What is learned inside a backbone goes into
+    the copy of it that `adapt` returns; by default a new one. Raises PromptFileError."""
+    header, tensors = prompt
     head = header.head_spec(tensors)
     # All sizes are checked before anything is made that is much larger than the file.
-    _check_identity(path, header, backbone)
+    check_identity(path, header, backbone)
     _check_widths(path, tensors, head, backbone)
     _check_inside(path, header, tensors)
     _check_blocks(path, header, tensors, backbone)
     if header.inside:
-        backbone = with_adapter(backbone, **header.inside.model_dump())
+        backbone = adapt(header.inside) if adapt else with_adapter(backbone, **header.inside.model_dump())
     model = _build(header, tensors, head, backbone)
     _fill(path, model, tensors)
     model.group_rule = header.group_rule
@@ -147,7 +154,7 @@ def load_prompt(path: str | Path, backbone: Backbone) -> PromptedClassifier:
 # Checks against a backbone. Each raises PromptFileError.
 
 
-def _check_identity(path: Path, header: Header, backbone: Backbone) -> None:
+def check_identity(path: Path, header: Header, backbone: Backbone) -> None:
     """Is `backbone` the one that the file was made with, at the same size of images?"""
     if header.backbone.fingerprint != backbone.fingerprint:
         raise PromptFileError(

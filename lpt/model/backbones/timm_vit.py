@@ -121,8 +121,9 @@ def _project(qkv: Any, tokens: Tensor, first: int, last: int) -> Tensor:
     rows = slice(first * width, last * width)
     packed = F.linear(tokens, qkv.weight[rows], None if qkv.bias is None else qkv.bias[rows])
     if hasattr(qkv, "lora_A"):
-        low_rank = qkv.lora_A["default"](tokens)
-        packed = packed + qkv.scaling["default"] * F.linear(low_rank, qkv.lora_B["default"].weight[rows])
+        low_rank, weight = qkv.lora_A["default"](tokens), qkv.lora_B["default"].weight[..., rows, :]
+        update = F.linear(low_rank, weight) if weight.dim() == 2 else low_rank @ weight.mT  # 3: each image has its own
+        packed = packed + qkv.scaling["default"] * update
     return packed
 
 
