@@ -318,6 +318,42 @@ def pseudo_label(
 
 
 @app.command()
+def route(
+    library: Annotated[Path, typer.Argument(metavar="DIR", help="a folder of prompt files")],
+    images: Annotated[list[Path], typer.Argument(help="image files or folders; backbone.weights=FILE as in train")],
+    accept: Annotated[float, typer.Option(help="the share of a task's own images that is to be taken")] = 0.95,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the answers there")] = None,
+) -> None:
+    """Whose image is this? The task with the nearest class mean on the bare backbone, or none where none is near.
+
+    An image that cannot be decoded is named and the others go on (exit 1).
+    """
+    from lpt.files import write_atomic
+    from lpt.serve.opening import check_loading, open_bank
+    from lpt.serve.predicting import find_images
+
+    paths, settings = _paths_and_settings(images)
+    files, left_out = find_images(paths)
+    bank = open_bank(library, **check_loading(settings, sections=("backbone", "train")), accept=accept)
+    for line in [*bank.refused.values(), *left_out]:
+        print(line, file=sys.stderr)
+    answers: list[dict[str, Any]] = []
+    for file, found in zip(files, bank.route(files), strict=True):
+        if isinstance(found, LptError):
+            answers.append({"image": printable(str(file)), "error": str(found)})
+            print(f"error: {quoted(found, 4096)}", file=sys.stderr)
+            continue
+        answers.append({"image": printable(str(file)), **found._asdict()})
+        nearest = "" if found.task else f"; nearest is {quoted(found.nearest)}"
+        scores = f"{found.score:.3f}, from {found.threshold:.3f} on"
+        print(f"{quoted(file, 4096)}  {quoted(found.task or 'none')}  {scores}{nearest}")
+    if json_file:
+        write_atomic(json_file, json.dumps(answers, indent=1).encode())
+    if any("error" in answer for answer in answers):
+        raise typer.Exit(1)
+
+
+@app.command()
 def inspect(prompt: Annotated[Path, typer.Argument(help="a prompt file")]) -> None:
     """What is in a prompt file: method, backbone, classes, sizes, numbers; at most a screenful of it."""
     from lpt.prompt_header import read_header

@@ -1,11 +1,12 @@
 """Prompt files: one safetensors file with what was learned, a JSON header, and never the frozen backbone.
 
-Format 2; format 1 has no SHA-256 and is still read. Tensors: `shared.tokens` [L n D], `pool.tokens` [K L' n D],
-`pool.keys` [K D'], `pool.centre` [D'], `head.weight` [C D'], `head.bias` [C] where the head is linear and not cosine,
-or `head.bank` [N D'] where it is nearest neighbours, `query_head.weight` [C D'] where the query has a head of its own,
-`calibration.scale` and `.offset` [C], with a fused head `head.scales` [2], `.prototypes`, `.texts` and `.visual` [C J],
-`.seen` and `.frequency` [C], and `backbone.*`, what was learned inside a copy of the backbone as the header's `inside`
-says. A shallow prompt has L = 1. The header stands under `lpt` in the file's metadata.
+Format 3 where images can be routed to it, else 2; format 1 has no SHA-256; all are read. Tensors: `shared.tokens`
+[L n D], `pool.tokens` [K L' n D], `pool.keys` [K D'], `pool.centre` [D'], `head.weight` [C D'], `head.bias` [C] where
+the head is linear and not cosine, or `head.bank` [N D'] where it is nearest neighbours, `query_head.weight` [C D']
+where the query has a head of its own, `calibration.scale` and `.offset` [C], with a fused head `head.scales` [2],
+`.prototypes`, `.texts` and `.visual` [C J], `.seen` and `.frequency` [C], and `backbone.*`, what was learned inside a
+copy of the backbone as the header's `inside` says. `task.means` [C D'] in fp16 and `task.scores` [101] in fp32 are no
+part of the model. A shallow prompt has L = 1. The header stands under `lpt` in the file's metadata.
 """
 
 import json
@@ -29,8 +30,11 @@ from lpt.model.classifier import PromptedClassifier
 from lpt.model.head_spec import HeadSpec, head_fields
 from lpt.model.heads import Calibration, CosineHead
 from lpt.model.prompts import DeepPrompt, PromptPool, ShallowPrompt
-from lpt.prompt_header import FORMAT, LARGEST_NUMBER, BackboneFacts, Header, Inside, read_header
+from lpt.model.task_means import TaskMeans
+from lpt.prompt_header import FORMAT, FORMAT_WITHOUT_MEANS, LARGEST_NUMBER, BackboneFacts, Header, Inside, read_header
 
+TASK = "task."
+"""How names of tensors begin that are no part of the model."""
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -70,7 +74,7 @@ def save_prompt(
         facts["data"] = {"name": model.trained_on.name, "labelled_sha256": labeled_sha256, **facts.get("data", {})}
     try:
         header = Header(
-            format=FORMAT,
+            format=FORMAT if model.task_means else FORMAT_WITHOUT_MEANS,
             method=method,
             backbone=BackboneFacts(
                 name=backbone.name, fingerprint=backbone.fingerprint, image_size=backbone.preprocess.size
@@ -95,6 +99,9 @@ def save_prompt(
                 f"prompt file {path} is not written: in {storage} {name} holds numbers that are not finite or above "
                 f"{LARGEST_NUMBER:g}: lower method.lr, or use train.storage=fp32"
             )
+    if model.task_means:
+        # Cosines near 1, where fp16 has steps of a thousandth, would be taken for one another.
+        tensors |= {f"{TASK}means": model.task_means.means.half(), f"{TASK}scores": model.task_means.scores.float()}
     try:
         content = json.loads(header.model_dump_json())
     except ValueError as error:
@@ -146,9 +153,16 @@ def build_model(
     if header.inside:
         backbone = adapt(header.inside) if adapt else with_adapter(backbone, **header.inside.model_dump())
     model = _build(header, tensors, head, backbone)
-    _fill(path, model, tensors)
-    model.group_rule = header.group_rule
+    _fill(path, model, {name: value for name, value in tensors.items() if not name.startswith(TASK)})
+    model.group_rule, model.task_means = header.group_rule, means_of(tensors)
     return model.to(next(backbone.parameters()).device).eval()
+
+
+def means_of(tensors: Mapping[str, Tensor]) -> TaskMeans | None:
+    """Of a file's tensors; None for files of before, and for tasks that were never trained on images."""
+    if f"{TASK}means" not in tensors:
+        return None
+    return TaskMeans(tensors[f"{TASK}means"], tensors[f"{TASK}scores"])
 
 
 # Checks against a backbone. Each raises PromptFileError.
@@ -185,7 +199,11 @@ def _architecture(name: str) -> str:
 
 def _check_widths(path: Path, tensors: Mapping[str, Tensor], head: HeadSpec, backbone: Backbone) -> None:
     widths = {"shared.tokens": backbone.width, "pool.tokens": backbone.width}
-    widths |= {"pool.keys": backbone.feature_width, "query_head.weight": backbone.feature_width}
+    widths |= {
+        "task.means": backbone.feature_width,
+        "pool.keys": backbone.feature_width,
+        "query_head.weight": backbone.feature_width,
+    }
     for name, width in (widths | head.widths(backbone)).items():
         if name in tensors and tensors[name].shape[-1] != width:
             raise PromptFileError(

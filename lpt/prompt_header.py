@@ -16,12 +16,14 @@ from lpt.errors import PromptFileError, check_kind, quoted
 from lpt.files import dtype_name, is_intact, read_arrays
 from lpt.model.head_spec import HEAD_RANKS, Fused, HeadSpec, Space, head_problem, head_spec
 from lpt.settings import MAX_ADAPTER_WIDTH
-from lpt.terms import MAX_VIEW, AdapterKind, GroupRule, Pixels, unpacked
+from lpt.terms import MAX_VIEW, NUM_SCORES, AdapterKind, GroupRule, Pixels, unpacked
 
 Arrays = Mapping[str, np.ndarray]
 """The tensors of a file by name."""
 
-FORMAT = 2
+FORMAT = 3
+FORMAT_WITHOUT_MEANS = 2
+"""Which older versions read, too."""
 LARGEST_NUMBER = 1e6
 """Nothing that was learned is larger; what is, is no model, and makes answers that are not finite."""
 LARGEST_MEAN, STD_RANGE = 10.0, (1e-3, 1e3)
@@ -37,6 +39,8 @@ RANKS = {
     "query_head.weight": 2,
     "calibration.scale": 1,
     "calibration.offset": 1,
+    "task.means": 2,
+    "task.scores": 1,
     **HEAD_RANKS,
 }
 """Number of axes of every tensor that a file can hold, but for `backbone.*`."""
@@ -256,6 +260,20 @@ def _pool_problem(header: Header, arrays: Arrays) -> str | None:
     return None if 1 <= header.topk <= keys else f"topk {header.topk} does not fit a pool of {keys}"
 
 
+def _means_problem(header: Header, arrays: Arrays) -> str | None:
+    parts = [name for name in ("task.means", "task.scores") if name in arrays]
+    if not parts:
+        return None
+    if len(parts) != 2:
+        return f"{parts[0]} stands alone"
+    means, scores = arrays["task.means"], arrays["task.scores"]
+    if len(means) != len(header.classes):
+        return f"{len(means)} class means for {len(header.classes)} classes"
+    if len(scores) != NUM_SCORES or not (np.diff(scores) >= 0).all():
+        return f"task.scores are no {NUM_SCORES} quantiles"
+    return None
+
+
 def _numbers_problem(header: Header, arrays: Arrays) -> str | None:
     for name, value in arrays.items():
         if value.dtype not in (np.float16, np.float32):
@@ -277,4 +295,5 @@ CHECKS: tuple[Callable[[Header, Arrays], str | None], ...] = (
     _calibration_problem,
     _pool_problem,
     _numbers_problem,
+    _means_problem,
 )

@@ -104,8 +104,8 @@ def test_truncated_empty_foreign_and_missing_files_are_refused(saved, tmp_path):
 
 
 def test_a_newer_format_is_refused(saved):
-    rewrite(saved[0], header={"format": 3})
-    with pytest.raises(PromptFileError, match="format 3, this lpt reads up to 2"):
+    rewrite(saved[0], header={"format": 4})
+    with pytest.raises(PromptFileError, match="format 4, this lpt reads up to 3"):
         read_prompt(saved[0])
 
 

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from lpt.data.task import Task
 from lpt.model.backbones.base import Backbone, KeyValue, Prompt
-from lpt.model.heads import Calibration, CosineHead, Head
+from lpt.model.heads import Calibration, CosineHead, Head, LinearHead
 from lpt.model.matching import KeyIndex, match
 from lpt.model.prompts import DeepPrompt, PromptPool, ShallowPrompt
+from lpt.model.task_means import TaskMeans
 
 MIN_KEYS_FOR_INDEX = 10_000
 """Keys from which a FAISS index beats a matrix product for few queries. A pool of LPT has 20 to 100 keys."""
@@ -56,6 +57,8 @@ class PromptedClassifier(nn.Module):
         """How the task that the model was tuned for tells many, medium and few apart; None where nobody has said."""
         self.trained_on: Task | None = None
         """That task, of which a prompt file remembers the training images; None where nobody has said."""
+        self.task_means: TaskMeans | None = None
+        """Where its task lies among the features of the bare backbone; None where nobody has said."""
         # Both caches are (state that they were computed from, result).
         self._shared_cache: tuple[tuple[object, ...], list[KeyValue]] | None = None
         self._index_cache: tuple[tuple[object, ...], KeyIndex] | None = None
@@ -119,6 +122,11 @@ class PromptedClassifier(nn.Module):
         if self.pool is None or (self.shared is not None and self.shared.tokens.requires_grad):
             return None
         return (self._prefix_blocks, self.backbone.dtype, *self._shared_version)
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether its features are the backbone's own: nothing has been learned in front of the head."""
+        return self.shared is None and self.pool is None and not self.backbone.learned
 
     def _calibrated(self, logits: Tensor) -> Tensor:
         return logits if self.calibration is None else self.calibration(logits)
@@ -227,3 +235,10 @@ class PromptedClassifier(nn.Module):
     def trainable_parameters(self) -> int:
         """Number of parameters that a phase may train: all but the backbone's frozen ones. Buffers are none."""
         return sum(parameter.numel() for name, parameter in self.named_parameters() if self._may_learn(name))
+
+
+def bare_classifier(backbone: Backbone, classes: tuple[str, ...]) -> PromptedClassifier:
+    """The backbone with nothing learned, for its features; its head says nothing."""
+    head = LinearHead(num_classes=len(classes), width=backbone.feature_width)
+    model = PromptedClassifier(backbone, head, classes=classes)
+    return model.to(next(backbone.parameters()).device)

@@ -240,7 +240,16 @@ def _settings(module: nn.Module) -> tuple[tuple[str, Any], ...]:
     return tuple((name, value) for name, value in sorted(plain) if name not in NOT_COMPUTED_WITH and name[0] != "_")
 
 
-NOT_COMPUTED_WITH = ("group_rule", "trained_on", "query_head", "calibration", "pool", "shared", "training")
+NOT_COMPUTED_WITH = (
+    "group_rule",
+    "trained_on",
+    "task_means",
+    "query_head",
+    "calibration",
+    "pool",
+    "shared",
+    "training",
+)
 """What a model remembers of its task, and parts that it does not have."""
 
 

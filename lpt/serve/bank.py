@@ -10,6 +10,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,29 +24,38 @@ from lpt.errors import DataError, LptError, PromptFileError, UnknownTask, check_
 from lpt.memory import naming_lack_of_memory
 from lpt.model import mixed
 from lpt.model.backbones.base import Backbone
+from lpt.model.classifier import bare_classifier
 from lpt.model.mixed import AdaptedBackbone, TaskModel
-from lpt.prompt_file import build_model, check_identity, read_prompt
+from lpt.model.task_means import TaskMeans
+from lpt.prompt_file import build_model, check_identity, means_of, read_prompt
 from lpt.prompt_header import Header, Inside
+from lpt.serve.router import Route, Router
 from lpt.settings import Positive, checked_arguments
 
 Picture = Tensor | Image.Image | bytes | str | Path
 """An image: uint8 [3 h w], one of Pillow's, encoded bytes, or where it is."""
 Prompts = str | Path | Iterable[str | Path] | Mapping[str, str | Path]
 """A file, a folder of them, a pattern such as `prompts/*.safetensors`, several of these, or files by task."""
+AUTO = "auto"
+"""In the place of a task, for the one that an image is routed to."""
 MOST_AT_ONCE = 256
 """Images that `predict` holds at a time."""
 
 
 class TaskAnswer(NamedTuple):
     """What a task says of an image: its most probable classes by name, the best first, their probabilities, and how
-    many training images each had; which group prompts the image got, and their cosines with its query; or an error."""
+    many training images each had; which group prompts the image got, and their cosines with its query; or an error.
 
-    task: str
+    `route` is there where the task was found by the image. `task` is None where no task took it.
+    """
+
+    task: str | None
     classes: tuple[str, ...] = ()
     probabilities: tuple[float, ...] = ()
     counts: tuple[int, ...] = ()
     group_prompts: tuple[int, ...] = ()
     similarity: tuple[float, ...] = ()
+    route: Route | None = None
     error: str | None = None
 
 
@@ -59,15 +69,21 @@ class HeldTask:
     """Without the hashes of the training images."""
     preprocess: Preprocess
     model: TaskModel
+    means: TaskMeans | None
+    """By which images are routed to it; None for files of before."""
 
     def view(self, image: Picture, name: str = "image") -> Tensor:
         """The image's test view [3 S S] as this task has it; any thread may make it. Raises DataError, with its `name`,
         for one that cannot be decoded."""
-        if isinstance(image, Tensor):
-            return self.preprocess.test(_checked_pixels(image, name)[None])[0]
-        if isinstance(image, Image.Image):
-            image = _encoded(image, name)
-        return self.preprocess.normalized(self.preprocess.cut_one(File(name, image), None)[None])[0]
+        return _view(self.preprocess, image, name)
+
+
+def _view(preprocess: Preprocess, image: Picture, name: str) -> Tensor:
+    if isinstance(image, Tensor):
+        return preprocess.test(_checked_pixels(image, name)[None])[0]
+    if isinstance(image, Image.Image):
+        image = _encoded(image, name)
+    return preprocess.normalized(preprocess.cut_one(File(name, image), None)[None])[0]
 
 
 class Asked(NamedTuple):
@@ -85,6 +101,7 @@ class _Entry:
     path: Path
     stamp: tuple[int, ...]
     header: Header
+    means: TaskMeans | None
     held: HeldTask | None
     loading: threading.Lock = field(default_factory=threading.Lock)
 
@@ -108,11 +125,13 @@ class TaskBank:
         *,
         memory: Positive | None = None,
         batch_size: Positive = 64,
+        accept: float = 0.95,
     ) -> None:
-        """Files that cannot be served are in `refused`. Raises LptError where `prompts` names nothing."""
+        """`accept` is the share of a task's own images that routing is to let pass. Files that cannot be served are in
+        `refused`. Raises LptError where `prompts` names nothing."""
         check_kind("TaskBank: backbone", backbone, Backbone, "give what lpt.load_backbone returns")
         checked_arguments(TaskBank.__init__, memory=memory, batch_size=batch_size)
-        self.backbone, self.memory, self.batch_size = backbone, memory, batch_size
+        self.backbone, self.memory, self.batch_size, self.accept = backbone, memory, batch_size, accept
         self.refused: dict[str, str] = {}
         """What is wrong with each file that is not served, by its path."""
         self._prompts = prompts
@@ -120,6 +139,7 @@ class TaskBank:
         self._entries: dict[str, _Entry] = {}
         self._used: OrderedDict[str, int] = OrderedDict()  # bytes of tasks in memory, the one used last at the end
         self._adapted: dict[tuple[Any, ...], AdaptedBackbone] = {}
+        self._routing: tuple[tuple[Preprocess, Router], ...] | None = None
         self._refused_stamps: dict[Path, tuple[int, ...]] = {}
         self.sync()
 
@@ -166,11 +186,13 @@ class TaskBank:
         before goes on."""
         path = Path(path)
         name = task_name(path) if name is None else name
+        if name == AUTO:
+            raise PromptFileError(f"prompt file {path}: no task can be called {AUTO}, which means any: rename it")
         stamp = _stamp(path)
         held = self._read(name, path)
-        entry = _Entry(name, path, stamp, held.header, held)
+        entry = _Entry(name, path, stamp, held.header, held.means, held)
         with self._lock:
-            self._entries[name] = entry
+            self._entries[name], self._routing = entry, None
             self._keep(entry, held)
             self.refused.pop(str(path), None)
         return name
@@ -181,6 +203,7 @@ class TaskBank:
             if self._entries.pop(task, None) is None:
                 raise UnknownTask(task, self._entries)
             self._used.pop(task, None)
+            self._routing = None
 
     def sync(self) -> list[str]:
         """Looks again at what `prompts` names: new files are added, changed ones replaced, and tasks whose file has
@@ -248,7 +271,7 @@ class TaskBank:
             entry.stamp = _stamp(entry.path)
             held = self._read(entry.name, entry.path)
             with self._lock:
-                entry.header = held.header
+                entry.header, entry.means, self._routing = held.header, held.means, None
                 if self._entries.get(entry.name) is entry:
                     self._keep(entry, held)
             return held
@@ -277,7 +300,7 @@ class TaskBank:
                 model = mixed.task_model(build_model(path, prompt, self.backbone, adapt=adapted.given), adapted)
         header.trained_on = None
         preprocess = Preprocess(**vars(header.preprocess))
-        return HeldTask(name, path, header, preprocess, model)
+        return HeldTask(name, path, header, preprocess, model, _in_fp16(means_of(prompt.tensors)))
 
     def _adapted_for(self, inside: Inside) -> AdaptedBackbone:
         recipe = inside.model_dump()
@@ -287,33 +310,102 @@ class TaskBank:
                 self._adapted[key] = AdaptedBackbone(self.backbone, **recipe)
             return self._adapted[key]
 
+    # Whose image is this?
+
+    def route(self, images: Picture | Sequence[Picture]) -> list[Route | DataError]:
+        """Which of the tasks each image belongs to, by its feature under the bare backbone; or what is wrong with it.
+        Raises LptError where there is no task with class means."""
+        pictures, found = _pictures(images), list[Route | DataError]()
+        for start in range(0, len(pictures), MOST_AT_ONCE):
+            part = dict(enumerate(pictures[start : start + MOST_AT_ONCE], start))
+            found += self._routes(part)
+        return found
+
+    def _routes(self, pictures: Mapping[int, Picture]) -> list[Route | DataError]:
+        by_view: list[list[Route | DataError]] = []
+        for preprocess, router in self._routers():
+            made = list(made_in_threads(_view_or_error, cycle([preprocess]), pictures.values(), pictures))
+            views = [view for view in made if isinstance(view, Tensor)]
+            routes = iter(router.routes(self._bare_features(torch.stack(views))) if views else ())
+            by_view.append([next(routes) if isinstance(view, Tensor) else view for view in made])
+        return [_nearest(routes) for routes in zip(*by_view, strict=True)]
+
+    def _routers(self) -> tuple[tuple[Preprocess, Router], ...]:
+        """A router for each kind of view that tasks have: a feature is of a view."""
+        with self._lock:
+            if self._routing is not None:
+                return self._routing
+            entries = sorted(self._entries.values(), key=lambda entry: entry.name)
+            tasks: dict[Any, tuple[Preprocess, dict[str, TaskMeans]]] = {}
+            for entry in entries:
+                if entry.means is not None:
+                    preprocess = Preprocess(**vars(entry.header.preprocess))
+                    key = (preprocess.test_view, preprocess.cutter)
+                    tasks.setdefault(key, (preprocess, {}))[1][entry.name] = entry.means
+            if not tasks:
+                Router({}, accept=self.accept)  # says why
+            self._routing = tuple(
+                (preprocess, Router(means, accept=self.accept)) for preprocess, means in tasks.values()
+            )
+            return self._routing
+
+    @torch.no_grad()
+    def _bare_features(self, views: Tensor) -> Tensor:
+        device, model = next(self.backbone.parameters()).device, bare_classifier(self.backbone, ("", ""))
+        parts = views.to(device, self.backbone.dtype).split(self.batch_size)
+        with naming_lack_of_memory(lambda: f"in a prediction of {self.batch_size} images"):
+            return torch.cat([model.feature(part) for part in parts])
+
     # Answers.
 
     def predict(
         self, images: Picture | Sequence[Picture], tasks: str | Sequence[str], *, topk: Positive = 5
     ) -> list[TaskAnswer]:
-        """What `tasks[i]` says of `images[i]`; one task may be given for all images. The answer to an image that cannot
-        be decoded has an `error`, and the others are answered. Raises UnknownTask, PromptFileError and LptError."""
+        """What `tasks[i]` says of `images[i]`; one task may be given for all images, and `auto` is the one that the
+        image is routed to, if any. The answer to an image that cannot be decoded has an `error`, and the others are
+        answered. Raises UnknownTask, PromptFileError and LptError."""
         (topk,) = checked_arguments(TaskBank.predict, topk=topk)
         pictures = _pictures(images)
         names = [tasks] * len(pictures) if isinstance(tasks, str) else list(tasks)
         if len(names) != len(pictures):
             raise LptError(f"{len(pictures)} images and {len(names)} tasks: give a task for each image, or one for all")
-        held = self.hold(names)
+        wanted = list(dict.fromkeys(name for name in names if name != AUTO))
+        held = dict(zip(wanted, self.hold(wanted), strict=True))
         answers: list[TaskAnswer] = []
         for start in range(0, len(pictures), MOST_AT_ONCE):
             rows = range(start, min(start + MOST_AT_ONCE, len(pictures)))
-            views = made_in_threads(_view_or_error, [held[i] for i in rows], [pictures[i] for i in rows], rows)
-            answers += self._answers([held[i] for i in rows], list(views), topk)
+            answers += self._predict({i: pictures[i] for i in rows}, names, held, topk)
         return answers
 
-    def _answers(self, held: Sequence[HeldTask], views: Sequence[Tensor | DataError], topk: int) -> list[TaskAnswer]:
-        asked = [Asked(task, view) for task, view in zip(held, views, strict=True) if isinstance(view, Tensor)]
-        good = iter(self.answer(asked, topk=topk))
-        return [
-            next(good) if isinstance(view, Tensor) else TaskAnswer(task.name, error=str(view))
-            for task, view in zip(held, views, strict=True)
-        ]
+    def _predict(
+        self, pictures: Mapping[int, Picture], names: Sequence[str], held: Mapping[str, HeldTask], topk: int
+    ) -> list[TaskAnswer]:
+        """The answers to some of the pictures of a list, by their places in it."""
+        to_route = {i: picture for i, picture in pictures.items() if names[i] == AUTO}
+        routes = dict(zip(to_route, self._routes(to_route) if to_route else (), strict=True))
+        answers: dict[int, TaskAnswer] = {}
+        tasks: dict[int, HeldTask] = {}
+        for i in pictures:
+            route = routes.get(i)
+            if isinstance(route, DataError):
+                answers[i] = TaskAnswer(None, error=str(route))
+            elif route is not None and route.task is None:
+                answers[i] = TaskAnswer(None, route=route)
+            else:
+                tasks[i] = held[names[i]] if route is None else self.hold(str(route.task))[0]
+        of = [task.preprocess for task in tasks.values()]
+        made = made_in_threads(_view_or_error, of, [pictures[i] for i in tasks], tasks)
+        views: dict[int, Tensor] = {}
+        for i, view in zip(tasks, made, strict=True):
+            if isinstance(view, Tensor):
+                views[i] = view
+            else:
+                answers[i] = TaskAnswer(tasks[i].name, error=str(view))
+        answered = self.answer([Asked(tasks[i], view) for i, view in views.items()], topk=topk)
+        for i, answer in zip(views, answered, strict=True):
+            route = routes.get(i)
+            answers[i] = answer._replace(route=None if isinstance(route, DataError) else route)
+        return [answers[i] for i in pictures]
 
     def answer(self, asked: Sequence[Asked], *, topk: int = 5) -> list[TaskAnswer]:
         """As `predict`, of views that somebody has made: what a server asks with the images of many requests."""
@@ -395,11 +487,22 @@ def _pictures(images: Any) -> list[Picture]:
     return list(images)
 
 
-def _view_or_error(task: HeldTask, image: Picture, number: int) -> Tensor | DataError:
+def _view_or_error(preprocess: Preprocess, image: Picture, number: int) -> Tensor | DataError:
     try:
-        return task.view(image, str(image) if isinstance(image, str | Path) else f"{number} of the list")
+        return _view(preprocess, image, str(image) if isinstance(image, str | Path) else f"{number} of the list")
     except DataError as error:
         return error
+
+
+def _nearest(routes: Sequence[Route | DataError]) -> Route | DataError:
+    """Of one image's routes by several views the one of largest score, or what is wrong with the image."""
+    wrong = next((route for route in routes if isinstance(route, DataError)), None)
+    return wrong or max((route for route in routes if isinstance(route, Route)), key=lambda route: route.score)
+
+
+def _in_fp16(means: TaskMeans | None) -> TaskMeans | None:
+    """As they are stored: a bank keeps those of all tasks, whether they are in memory or not."""
+    return None if means is None else TaskMeans(means.means.half(), means.scores)
 
 
 def _checked_pixels(pixels: Tensor, name: str) -> Tensor:
