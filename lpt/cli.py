@@ -353,6 +353,72 @@ def route(
         raise typer.Exit(1)
 
 
+library_app = typer.Typer(no_args_is_help=True, help="A folder of prompt files: list it, check it, add to it.")
+app.add_typer(library_app, name="library")
+Library = Annotated[Path, typer.Argument(metavar="DIR", help="a folder of prompt files")]
+
+
+@library_app.command("ls")
+def library_ls(
+    folder: Library,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the table there")] = None,
+) -> None:
+    """The tasks: classes, training images, method, accuracy in per cent, backbone, size, when it was written (UTC)."""
+    from lpt.files import write_atomic
+    from lpt.serve.library import listing, table
+
+    found = listing(folder)
+    print_lines(table(found.rows))
+    for problem in found.problems.values():
+        print(f"warning: {quoted(problem, 1000)}", file=sys.stderr)
+    if json_file:
+        write_atomic(json_file, json.dumps([row._asdict() for row in found.rows], indent=1).encode())
+
+
+@library_app.command("check")
+def library_check(folder: Library) -> None:
+    """Open and read every file whole; those that are damaged are named (exit 1)."""
+    from lpt.serve.library import check
+
+    number = bad = 0
+    for _, problem in check(folder):
+        number += 1
+        if problem is not None:
+            bad += 1
+            print(f"problem: {quoted(problem, 1000)}")
+    print(f"{number} files, {bad} of them bad")
+    if bad:
+        raise typer.Exit(1)
+
+
+@library_app.command("add")
+def library_add(
+    folder: Library,
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="prompt files; those of runs too")],
+    name: Annotated[str | None, typer.Option(help="what the task is called; default: as its file, or its run")] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="in place of a task of that name")] = False,
+) -> None:
+    """Put copies of prompt files into the folder, each whole or not at all."""
+    from lpt.serve.library import add
+
+    if name is not None and len(files) > 1:
+        raise LptError(f"--name {quoted(name, 80)} is for one file, {len(files)} are given")
+    for file in files:
+        print(f"added {quoted(add(folder, file, name=name, replace=replace))}")
+
+
+@library_app.command("rm")
+def library_rm(
+    folder: Library, tasks: Annotated[list[str], typer.Argument(metavar="TASK...", help="as ls calls them")]
+) -> None:
+    """Delete the files of tasks."""
+    from lpt.serve.library import remove
+
+    for task in tasks:
+        remove(folder, task)
+        print(f"removed {quoted(task)}")
+
+
 @app.command()
 def inspect(prompt: Annotated[Path, typer.Argument(help="a prompt file")]) -> None:
     """What is in a prompt file: method, backbone, classes, sizes, numbers; at most a screenful of it."""

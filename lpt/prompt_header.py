@@ -7,13 +7,13 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, field_validator, model_validator
 
 from lpt.errors import PromptFileError, check_kind, quoted
-from lpt.files import dtype_name, is_intact, read_arrays
+from lpt.files import dtype_name, is_intact, read_arrays, read_names
 from lpt.model.head_spec import HEAD_RANKS, Fused, HeadSpec, Space, head_problem, head_spec
 from lpt.settings import MAX_ADAPTER_WIDTH
 from lpt.terms import MAX_VIEW, NUM_SCORES, AdapterKind, GroupRule, Pixels, unpacked
@@ -152,17 +152,7 @@ def read_header(path: str | Path) -> tuple[Header, dict[str, np.ndarray]]:
     """(header, tensors as they are stored), checked against each other. Raises PromptFileError."""
     check_kind("prompt file", path, (str, Path), "give the path of a file")
     path = Path(path)
-    if not path.is_file():
-        raise PromptFileError(f"prompt file {path} does not exist")
-    try:
-        metadata, arrays = read_arrays(path)
-    except ValueError as error:
-        raise PromptFileError(f"prompt file {path} is damaged or no safetensors file ({error})") from None
-    if "lpt" not in metadata:
-        raise PromptFileError(
-            f"{path} is a safetensors file but not a prompt file of lpt: its metadata has no lpt header"
-        )
-    fields = _header_fields(path, metadata["lpt"])
+    fields, arrays = _opened(path, read_arrays)
     header = _header(path, fields)
     for problem_with in CHECKS:
         if problem := problem_with(header, arrays):
@@ -171,6 +161,30 @@ def read_header(path: str | Path) -> tuple[Header, dict[str, np.ndarray]]:
     if must_be_sealed and not is_intact(fields, arrays):
         raise PromptFileError(f"prompt file {path} is damaged: it does not hold what was written (SHA-256)")
     return header, arrays
+
+
+def read_fields(path: Path) -> tuple[Header, list[str]]:
+    """(header, names of tensors), which a table needs; what they hold is not looked at. Raises PromptFileError."""
+    fields, names = _opened(path, read_names)
+    return _header(path, fields), names
+
+
+Read = TypeVar("Read")
+
+
+def _opened(path: Path, read: Callable[[Path], tuple[dict[str, str], Read]]) -> tuple[dict[str, Any], Read]:
+    """(fields of the header, what else `read` has read)."""
+    if not path.is_file():
+        raise PromptFileError(f"prompt file {path} does not exist")
+    try:
+        metadata, content = read(path)
+    except ValueError as error:
+        raise PromptFileError(f"prompt file {path} is damaged or no safetensors file ({error})") from None
+    if "lpt" not in metadata:
+        raise PromptFileError(
+            f"{path} is a safetensors file but not a prompt file of lpt: its metadata has no lpt header"
+        )
+    return _header_fields(path, metadata["lpt"]), content
 
 
 def _header_fields(path: Path, text: str) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from lpt.model.mixed import AdaptedBackbone, TaskModel
 from lpt.model.task_means import TaskMeans
 from lpt.prompt_file import build_model, check_identity, means_of, read_prompt
 from lpt.prompt_header import Header, Inside
+from lpt.serve.library import files_of, task_of
 from lpt.serve.router import Route, Router
 from lpt.settings import Positive, checked_arguments
 
@@ -450,15 +451,12 @@ def named_files(prompts: Prompts) -> list[tuple[str, Path]]:
         return [pair for one in prompts for pair in named_files(one)]
     path = Path(prompts)
     if path.is_dir():
-        paths = sorted(path.glob(f"*{SUFFIX}"))  # may be empty, and filled later
-    elif path.exists() or not glob.has_magic(str(prompts)):
+        return [(task_of(file), file) for file in files_of(path)]  # may be empty, and filled later
+    if path.exists() or not glob.has_magic(str(prompts)):
         paths = [path]
     elif not (paths := [Path(found) for found in sorted(glob.glob(str(prompts), recursive=True))]):
         raise LptError(f"prompts {quoted(str(prompts))}: no file has such a name")
     return [(task_name(path), path) for path in paths if not path.name.startswith(".")]
-
-
-SUFFIX = ".safetensors"
 
 
 def task_name(path: Path) -> str:
@@ -467,7 +465,7 @@ def task_name(path: Path) -> str:
     >>> task_name(Path("prompts/red shoes.safetensors")), task_name(Path("runs/lamps/prompt.safetensors"))
     ('red shoes', 'lamps')
     """
-    name = path.name.removesuffix(SUFFIX)
+    name = task_of(path)
     return path.parent.name if name == "prompt" and path.parent.name else name
 
 
