@@ -1,5 +1,6 @@
 """Many tasks in one bank: every method's answers as its own model gives them, files that come and go, and a budget."""
 
+import gc
 import io
 import shutil
 import threading
@@ -158,13 +159,10 @@ def test_adapters_leave_the_backbone_as_it_was(bank, library):
     assert torch.equal(bank.backbone.pool(bank.backbone.embed(one)), before)
     for key, adapted in bank._adapted.items():
         assert all(torch.equal(value, learned[key][name]) for name, value in adapted.learned().items())
-        assert (
-            adapted.backbone.state_dict().keys()
-            == AdaptedBackbone(bank.backbone, **dict(zip(("kind", "bottleneck", "rank"), key, strict=True)))
-            .backbone.state_dict()
-            .keys()
-        )
-    assert len(bank._adapted) == 7  # lora of two ranks, adaptformer of two widths, bias, norm, full
+        size = {"rank": key[1], "bottleneck": key[1]} if key[1] else {}
+        fresh = AdaptedBackbone(bank.backbone, kind=adapted.kind, **size)
+        assert adapted.backbone.state_dict().keys() == fresh.backbone.state_dict().keys()
+    assert len(bank._adapted) == 8  # lora of two ranks, adaptformer of three widths, bias, norm, full
 
 
 def test_in_bf16_answers_are_as_near_as_its_numbers_allow(library):
@@ -356,6 +354,15 @@ def test_tasks_used_longest_ago_are_dropped_and_read_again(library, bank):
     same_as_alone(small, folder, names * 3)  # more in one batch than are kept
     assert small.bytes <= limit
     assert TaskBank(backbone, folder / "full.safetensors", memory=1).loaded == ("full",)  # one is always kept
+
+
+def test_copies_of_the_backbone_go_with_the_last_task_that_needs_them(library):
+    bank = TaskBank(library[0], [library[1] / f"{name}.safetensors" for name in ("lora", "lora again", "probe")])
+    for name in ("lora", "lora again"):
+        assert bank.adapted_bytes > 0
+        bank.remove(name)
+    gc.collect()
+    assert bank.adapted_bytes == 0 and bank.tasks == ("probe",)
 
 
 def test_bytes_are_those_of_the_tensors(library, bank):

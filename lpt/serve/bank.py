@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from PIL import Image
@@ -139,7 +140,8 @@ class TaskBank:
         self._lock = threading.Lock()
         self._entries: dict[str, _Entry] = {}
         self._used: OrderedDict[str, int] = OrderedDict()  # bytes of tasks in memory, the one used last at the end
-        self._adapted: dict[tuple[Any, ...], AdaptedBackbone] = {}
+        # A copy is there for as long as a task that is in memory needs it.
+        self._adapted: WeakValueDictionary[tuple[str, int], AdaptedBackbone] = WeakValueDictionary()
         self._routing: tuple[tuple[Preprocess, Router], ...] | None = None
         self._refused_stamps: dict[Path, tuple[int, ...]] = {}
         self.sync()
@@ -159,7 +161,7 @@ class TaskBank:
 
     @property
     def adapted_bytes(self) -> int:
-        """Of the copies of the backbone that adapters are put into: one for each kind and size of adapter."""
+        """Of the copies of the backbone that adapters are put into: one for each kind and size of adapter in memory."""
         copies = list(self._adapted.values())
         return sum(value.nbytes for copy in copies for value in copy.backbone.state_dict().values())
 
@@ -304,12 +306,12 @@ class TaskBank:
         return HeldTask(name, path, header, preprocess, model, _in_fp16(means_of(prompt.tensors)))
 
     def _adapted_for(self, inside: Inside) -> AdaptedBackbone:
-        recipe = inside.model_dump()
-        key = tuple(recipe.values())
+        key = inside.kind, {"lora": inside.rank, "adaptformer": inside.bottleneck}.get(inside.kind, 0)
         with self._lock:
-            if key not in self._adapted:
-                self._adapted[key] = AdaptedBackbone(self.backbone, **recipe)
-            return self._adapted[key]
+            adapted = self._adapted.get(key)
+            if adapted is None:
+                self._adapted[key] = adapted = AdaptedBackbone(self.backbone, **inside.model_dump())
+            return adapted
 
     # Whose image is this?
 
