@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from lpt.model.classifier import PromptedClassifier
     from lpt.prompt_file import load_prompt, read_prompt, save_prompt
     from lpt.run import tune
+    from lpt.serve.bank import TaskBank
 
     __version__: str
 
@@ -41,6 +42,7 @@ __all__ = [
     "Recipe",
     "Session",
     "Task",
+    "TaskBank",
     "evaluate",
     "load_backbone",
     "load_config",
@@ -59,6 +61,7 @@ HOMES = {
     "Recipe": "engine.phase",
     "Session": "engine.session",
     "Task": "data",
+    "TaskBank": "serve.bank",
     "evaluate": "engine.evaluate",
     "load_backbone": "model.backbones",
     "load_config": "config",

@@ -43,6 +43,16 @@ class NotInstalled(LptError):
     """A package that lpt does without until somebody asks for what it gives."""
 
 
+class UnknownTask(LptError):
+    """A task that a bank or a library does not have; `near` are names that are alike."""
+
+    def __init__(self, task: object, known: Iterable[str]):
+        known = list(known)
+        self.task, self.near = str(task), tuple(difflib.get_close_matches(str(task)[:LONGEST_WORD], known, n=3))
+        hint = f"did you mean {quoted(' or '.join(self.near))}" if self.near else f"there are {len(known)} others"
+        super().__init__(f"there is no task {quoted(repr(task), 80)}: {hint}")
+
+
 class TrainingError(LptError):
     """A run that went wrong by its numbers, for example a loss that is not finite."""
 

@@ -76,7 +76,12 @@ def read_arrays(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
     return _read(path, "np")
 
 
-def _read(path: Path, framework: str) -> tuple[dict[str, str], dict[str, Any]]:
+def read_names(path: Path) -> tuple[dict[str, str], list[str]]:
+    """(metadata, names of tensors) of a safetensors file, of which nothing else is read. Raises ValueError."""
+    return _read(path, "np", with_tensors=False)
+
+
+def _read(path: Path, framework: str, *, with_tensors: bool = True) -> tuple[dict[str, str], Any]:
     try:
         other = other_format(path)
         if other:
@@ -95,7 +100,7 @@ def _read(path: Path, framework: str) -> tuple[dict[str, str], dict[str, Any]]:
                     raise ValueError(f"{name} has {len(stored.get_shape())} axes, {MAX_AXES} are the most")
                 if framework == "np" and stored.get_dtype() not in NUMPY_TYPES:
                     raise ValueError(f"{name} is stored as {stored.get_dtype()}, which numpy does not have")
-            tensors = {name: opened.get_tensor(name) for name in names}
+            tensors = {name: opened.get_tensor(name) for name in names} if with_tensors else names
             return opened.metadata() or {}, tensors
     except (SafetensorError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(quoted(error) or type(error).__name__) from None

@@ -1,16 +1,17 @@
 """Prompt files: one safetensors file with what was learned, a JSON header, and never the frozen backbone.
 
-Format 2, or 3 where a tensor is later than that; format 1 has no SHA-256 and is still read. Tensors: `shared.tokens`
-[L n D], `pool.tokens` [K L' n D], `pool.keys` [K D'], `pool.centre` [D'], `pool.query_map` [D' S+1] where the query is
-early, `head.weight` [C D'], `head.bias` [C] where the head is linear and not cosine, or `head.bank` [N D'] where it is
-nearest neighbours, `query_head.weight` [C D'] where the query has a head of its own, `calibration.scale` and `.offset`
-[C], with a fused head `head.scales` [2], `.prototypes`, `.texts` and `.visual` [C J], `.seen` and `.frequency` [C], and
-`backbone.*`, what was learned inside a copy of the backbone as the header's `inside` says. A shallow prompt has L = 1.
+Format 3 where images can be routed to it or its query is early, else 2; format 1 has no SHA-256; all are read. Tensors:
+`shared.tokens` [L n D], `pool.tokens` [K L' n D], `pool.keys` [K D'], `pool.centre` [D'], `pool.query_map` [D' S+1]
+where the query is early, `head.weight` [C D'], `head.bias` [C] where the head is linear and not cosine, or `head.bank`
+[N D'] where it is nearest neighbours, `query_head.weight` [C D'] where the query has a head of its own,
+`calibration.scale` and `.offset` [C], with a fused head `head.scales` [2], `.prototypes`, `.texts` and `.visual` [C J],
+`.seen` and `.frequency` [C], and `backbone.*`, what was learned inside a copy of the backbone as the header's `inside`
+says. `task.means` [C D'] in fp16 and `task.scores` [101] in fp32 are no part of the model. A shallow prompt has L = 1.
 The header stands under `lpt` in the file's metadata.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,8 +31,11 @@ from lpt.model.classifier import PromptedClassifier
 from lpt.model.head_spec import HeadSpec, head_fields
 from lpt.model.heads import Calibration, CosineHead
 from lpt.model.prompts import DeepPrompt, PromptPool, ShallowPrompt, summary_width
+from lpt.model.task_means import TaskMeans
 from lpt.prompt_header import LARGEST_NUMBER, BackboneFacts, Header, Inside, format_of, read_header
 
+TASK = "task."
+"""How names of tensors begin that are no part of the model."""
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -71,7 +75,7 @@ def save_prompt(
         facts["data"] = {"name": model.trained_on.name, "labelled_sha256": labeled_sha256, **facts.get("data", {})}
     try:
         header = Header(
-            format=format_of(model.learned_state()),
+            format=format_of({*model.learned_state(), *_task_tensors(model)}),
             method=method,
             backbone=BackboneFacts(
                 name=backbone.name,
@@ -100,8 +104,15 @@ def save_prompt(
                 f"prompt file {path} is not written: in {storage} {name} holds numbers that are not finite or above "
                 f"{LARGEST_NUMBER:g}: lower method.lr, or use train.storage=fp32"
             )
-    write_prompt(path, header, tensors)
+    write_prompt(path, header, tensors | _task_tensors(model))
     return header
+
+
+def _task_tensors(model: PromptedClassifier) -> dict[str, Tensor]:
+    """Scores stay in fp32: cosines near 1, where fp16 has steps of a thousandth, would be taken for one another."""
+    if model.task_means is None:
+        return {}
+    return {f"{TASK}means": model.task_means.means.half(), f"{TASK}scores": model.task_means.scores.float()}
 
 
 def write_prompt(path: str | Path, header: Header, tensors: Mapping[str, Tensor]) -> None:
@@ -149,26 +160,40 @@ def load_prompt(path: str | Path, backbone: Backbone) -> PromptedClassifier:
     """The model of a prompt file on `backbone`, which must be the one it was made with. Raises PromptFileError."""
     check_kind("load_prompt: backbone", backbone, Backbone, "give what lpt.load_backbone returns")
     check_kind("prompt file", path, (str, Path), "give the path of a file")
-    path = Path(path)
-    header, tensors = read_prompt(path)
+    return build_model(Path(path), read_prompt(path), backbone)
+
+
+def build_model(
+    path: Path, prompt: PromptFile, backbone: Backbone, *, adapt: Callable[[Inside], Backbone] | None = None
+) -> PromptedClassifier:
+    """The model of a file that has been read, as `load_prompt` makes it. What is learned inside a backbone goes into
+    the copy of it that `adapt` returns; by default a new one. Raises PromptFileError."""
+    header, tensors = prompt
     head = header.head_spec(tensors)
     # All sizes are checked before anything is made that is much larger than the file.
-    _check_identity(path, header, backbone)
+    check_identity(path, header, backbone)
     _check_widths(path, tensors, head, backbone)
     _check_inside(path, header, tensors)
     _check_blocks(path, header, tensors, backbone)
     if header.inside:
-        backbone = with_adapter(backbone, **header.inside.model_dump())
+        backbone = adapt(header.inside) if adapt else with_adapter(backbone, **header.inside.model_dump())
     model = _build(header, tensors, head, backbone)
-    _fill(path, model, tensors)
-    model.group_rule = header.group_rule
+    _fill(path, model, {name: value for name, value in tensors.items() if not name.startswith(TASK)})
+    model.group_rule, model.task_means = header.group_rule, means_of(tensors)
     return model.to(next(backbone.parameters()).device).eval()
+
+
+def means_of(tensors: Mapping[str, Tensor]) -> TaskMeans | None:
+    """Of a file's tensors; None for files of before, and for tasks that were never trained on images."""
+    if f"{TASK}means" not in tensors:
+        return None
+    return TaskMeans(tensors[f"{TASK}means"], tensors[f"{TASK}scores"])
 
 
 # Checks against a backbone. Each raises PromptFileError.
 
 
-def _check_identity(path: Path, header: Header, backbone: Backbone) -> None:
+def check_identity(path: Path, header: Header, backbone: Backbone) -> None:
     """Is `backbone` the one that the file was made with, at the same size of images?"""
     if header.backbone.norm_eps != backbone.norm_eps:
         theirs, ours = header.backbone.norm_eps, backbone.norm_eps
@@ -210,7 +235,8 @@ def _architecture(name: str) -> str:
 
 def _check_widths(path: Path, tensors: Mapping[str, Tensor], head: HeadSpec, backbone: Backbone) -> None:
     widths = {"shared.tokens": backbone.width, "pool.tokens": backbone.width}
-    widths |= {"pool.keys": backbone.feature_width, "query_head.weight": backbone.feature_width}
+    widths |= {"task.means": backbone.feature_width, "pool.keys": backbone.feature_width}
+    widths |= {"query_head.weight": backbone.feature_width}
     widths |= {"pool.query_map": summary_width(backbone.width, backbone.prefix) + 1}
     for name, width in (widths | head.widths(backbone)).items():
         if name in tensors and tensors[name].shape[-1] != width:

@@ -7,22 +7,22 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, field_validator, model_validator
 
 from lpt.errors import PromptFileError, check_kind, quoted
-from lpt.files import dtype_name, is_intact, read_arrays
+from lpt.files import dtype_name, is_intact, read_arrays, read_names
 from lpt.model.head_spec import HEAD_RANKS, Fused, HeadSpec, Space, head_problem, head_spec
 from lpt.settings import MAX_ADAPTER_WIDTH
-from lpt.terms import MAX_VIEW, AdapterKind, GroupRule, Pixels, QueryMode, unpacked
+from lpt.terms import MAX_VIEW, NUM_SCORES, AdapterKind, GroupRule, Pixels, QueryMode, unpacked
 
 Arrays = Mapping[str, np.ndarray]
 """The tensors of a file by name."""
 
 FORMAT = 3
-SINCE_FORMAT_3 = ("pool.query_map",)
+SINCE_FORMAT_3 = ("pool.query_map", "task.means", "task.scores")
 """Tensors that format 2 did not have: files without them are still of format 2, which older versions read."""
 LARGEST_NUMBER = 1e6
 """Nothing that was learned is larger; what is, is no model, and makes answers that are not finite."""
@@ -40,6 +40,8 @@ RANKS = {
     "query_head.weight": 2,
     "calibration.scale": 1,
     "calibration.offset": 1,
+    "task.means": 2,
+    "task.scores": 1,
     **HEAD_RANKS,
 }
 """Number of axes of every tensor that a file can hold, but for `backbone.*`."""
@@ -160,17 +162,7 @@ def read_header(path: str | Path) -> tuple[Header, dict[str, np.ndarray]]:
     """(header, tensors as they are stored), checked against each other. Raises PromptFileError."""
     check_kind("prompt file", path, (str, Path), "give the path of a file")
     path = Path(path)
-    if not path.is_file():
-        raise PromptFileError(f"prompt file {path} does not exist")
-    try:
-        metadata, arrays = read_arrays(path)
-    except ValueError as error:
-        raise PromptFileError(f"prompt file {path} is damaged or no safetensors file ({error})") from None
-    if "lpt" not in metadata:
-        raise PromptFileError(
-            f"{path} is a safetensors file but not a prompt file of lpt: its metadata has no lpt header"
-        )
-    fields = _header_fields(path, metadata["lpt"])
+    fields, arrays = _opened(path, read_arrays)
     header = _header(path, fields)
     for problem_with in CHECKS:
         if problem := problem_with(header, arrays):
@@ -179,6 +171,30 @@ def read_header(path: str | Path) -> tuple[Header, dict[str, np.ndarray]]:
     if must_be_sealed and not is_intact(fields, arrays):
         raise PromptFileError(f"prompt file {path} is damaged: it does not hold what was written (SHA-256)")
     return header, arrays
+
+
+def read_fields(path: Path) -> tuple[Header, list[str]]:
+    """(header, names of tensors), which a table needs; what they hold is not looked at. Raises PromptFileError."""
+    fields, names = _opened(path, read_names)
+    return _header(path, fields), names
+
+
+Read = TypeVar("Read")
+
+
+def _opened(path: Path, read: Callable[[Path], tuple[dict[str, str], Read]]) -> tuple[dict[str, Any], Read]:
+    """(fields of the header, what else `read` has read)."""
+    if not path.is_file():
+        raise PromptFileError(f"prompt file {path} does not exist")
+    try:
+        metadata, content = read(path)
+    except ValueError as error:
+        raise PromptFileError(f"prompt file {path} is damaged or no safetensors file ({error})") from None
+    if "lpt" not in metadata:
+        raise PromptFileError(
+            f"{path} is a safetensors file but not a prompt file of lpt: its metadata has no lpt header"
+        )
+    return _header_fields(path, metadata["lpt"]), content
 
 
 def _header_fields(path: Path, text: str) -> dict[str, Any]:
@@ -276,6 +292,20 @@ def _pool_problem(header: Header, arrays: Arrays) -> str | None:
     return "a query head needs a full query" if "query_head.weight" in arrays and header.query != "full" else None
 
 
+def _means_problem(header: Header, arrays: Arrays) -> str | None:
+    parts = [name for name in ("task.means", "task.scores") if name in arrays]
+    if not parts:
+        return None
+    if len(parts) != 2:
+        return f"{parts[0]} stands alone"
+    means, scores = arrays["task.means"], arrays["task.scores"]
+    if len(means) != len(header.classes):
+        return f"{len(means)} class means for {len(header.classes)} classes"
+    if len(scores) != NUM_SCORES or not (np.diff(scores) >= 0).all():
+        return f"task.scores are no {NUM_SCORES} quantiles"
+    return None
+
+
 def _numbers_problem(header: Header, arrays: Arrays) -> str | None:
     for name, value in arrays.items():
         if value.dtype not in (np.float16, np.float32):
@@ -297,4 +327,5 @@ CHECKS: tuple[Callable[[Header, Arrays], str | None], ...] = (
     _calibration_problem,
     _pool_problem,
     _numbers_problem,
+    _means_problem,
 )

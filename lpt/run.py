@@ -127,6 +127,7 @@ def tune(
     recipe = build_recipe(named, task, backbone, session)
     model = follow(recipe, session)
     model.group_rule, model.trained_on = task.group_rule, task
+    model.task_means = session.task_means(task, backbone)
     return model.only_train().eval()
 
 
@@ -310,6 +311,7 @@ def measure_run(setup: Setup, folder: RunFolder, session: Session, model: Prompt
         storage = "fp32"
     model.round_to(DTYPES[storage])
     model.only_train().eval()
+    model.task_means = session.task_means(task, setup.backbone)
     predictions, retrieval = predict_test(setup, session, model)
     metrics = measure(model, predictions, task.counts, group_rule=task.group_rule)
     report = {

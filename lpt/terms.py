@@ -28,6 +28,8 @@ Fusion = Literal["scale", "zscore", "prob", "daso"]
 """Of which numbers a fused head makes one answer."""
 TrackerName = Literal["tensorboard", "mlflow", "wandb", "trackio"]
 """Experiment trackers that a run can be told to."""
+NUM_SCORES = 101
+"""Quantiles that a prompt file has of the scores of its own images."""
 HASH_BYTES = 5
 """40 bits of SHA-256: beside 115,846 training images another is taken for one of them once in ten million times, and
 they take 772 kB in a header."""

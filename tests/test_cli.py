@@ -114,7 +114,7 @@ def test_inspect_on_a_strangers_file(run_folder, tmp_path, capsys):
 def test_inspect_and_list_say_what_there_is(run_folder, capsys):
     code, said, _ = lpt(capsys, "inspect", run_folder / "prompt.safetensors")
     assert code == 0
-    for part in ("format 2", "nano", "classes   10", "pool.tokens", "measured  few"):
+    for part in ("format 3", "nano", "classes   10", "pool.tokens", "measured  few"):
         assert part in said
     settings = [line for line in said.splitlines() if line.startswith("settings  ")]
     assert "epochs=[2, 2]" in settings[0] and "topk=2" in " ".join(settings)

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lpt.model.matching import KeyIndex, key_usage, kmeans_keys, match
+from lpt.model.matching import KeyIndex, PoolKeys, each_keys, key_usage, kmeans_keys, match, match_each
 
 
 def normal(*shape, seed=0):
@@ -188,3 +188,18 @@ def test_usage_counts_selections_and_keys_below_one_percent():
     shares = [0.49, 0.49, 0.01, 0.01]
     assert usage["perplexity"] == pytest.approx(math.exp(-sum(p * math.log(p) for p in shares)), abs=1e-4)
     assert key_usage(torch.arange(20).view(10, 2), 20)["perplexity"] == 20.0
+
+
+def test_each_image_is_matched_within_its_own_pool_and_ties_go_to_the_first_key():
+    generator = torch.Generator().manual_seed(0)
+    pools = [torch.randn(size, 8, generator=generator) for size in (3, 7, 5)]
+    pools[1][4], pools[1][2] = 2 * pools[1][0], pools[1][0]  # equal once they have length one
+    which = [0, 1, 2, 1, 1, 0]
+    queries = torch.randn(6, 8, generator=generator)
+    queries[1] = pools[1][0] + 0.01 * queries[1]
+    similarity, ids = match_each(queries, each_keys([PoolKeys.of(pools[k]) for k in which]), 3)
+    for b, k in enumerate(which):
+        expected = match(queries[b : b + 1], pools[k], 3)
+        assert ids[b].tolist() == expected[1][0].tolist()
+        assert torch.allclose(similarity[b], expected[0][0], atol=1e-6)
+    assert ids[1].tolist() == [0, 2, 4]

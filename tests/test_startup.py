@@ -96,7 +96,7 @@ def damaged(path, change):
     ("change", "says"),
     [
         (None, "does not exist"),
-        (lambda header, tensors: header.update(format=3), "format 3, this lpt reads up to 2"),
+        (lambda header, tensors: header.update(format=4), "format 4, this lpt reads up to 3"),
         (lambda header, tensors: tensors.pop("pool.keys"), "a pool needs tokens, keys and centre"),
         (lambda header, tensors: header.update(trained_on="AAAA"), "3 bytes are no hashes of 5"),
         (lambda header, tensors: tensors["shared.tokens"].fill_(float("nan")), "not finite"),

@@ -357,7 +357,7 @@ def decoded(file: File, *, min_side: int = 0) -> Image.Image:
     """The whole image, upright as its EXIF data says, as 8-bit RGB; a large JPEG may come smaller, with its shorter
     side still at least `min_side`. Raises DataError."""
     with _naming(file), _checked(file, min_side) as image, _at_a_time(image):
-        return _upright_rgb(image)
+        return upright_rgb(image)
 
 
 def pixels(file: File, *, min_side: int = 0) -> Tensor:
@@ -367,7 +367,7 @@ def pixels(file: File, *, min_side: int = 0) -> Tensor:
         if image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L") and not _is_draft(image):
             with contextlib.suppress(ValueError, RuntimeError):  # what it does not read is Pillow's matter
                 return _by_libjpeg(image)
-        return torch.from_numpy(np.array(_upright_rgb(image))).permute(2, 0, 1)
+        return torch.from_numpy(np.array(upright_rgb(image))).permute(2, 0, 1)
 
 
 @contextlib.contextmanager
@@ -405,7 +405,8 @@ def _at_a_time(image: Image.Image) -> contextlib.AbstractContextManager[Any]:
     return _alone.lock if image.width * image.height > DECODE_ALONE_ABOVE else contextlib.nullcontext()
 
 
-def _upright_rgb(image: Image.Image) -> Image.Image:
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB, upright as its EXIF data says; `image` itself is changed."""
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode[0] in "IF":  # pixels wider than a byte
         image = _eight_bits(image)

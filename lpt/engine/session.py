@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lpt.data.loader import Workers
 from lpt.data.preprocess import Preprocess
-from lpt.data.task import Files, Images
+from lpt.data.task import Files, Images, Task
 from lpt.engine.batches import ImageSource, InOrder, Progress, Stream, drawn_ahead, to_views
 from lpt.engine.checkpoint import Checkpoint, DamagedCheckpoint, load_checkpoint, save_checkpoint, unreadable
 from lpt.engine.evaluate import feature_problem, features
@@ -21,7 +21,9 @@ from lpt.engine.phase import EpochEnd
 from lpt.engine.processes import all_agree, all_gather_rows, rank_and_world
 from lpt.engine.query import fit_query_map
 from lpt.engine.stopping import Stop
-from lpt.model.classifier import PromptedClassifier
+from lpt.model.backbones.base import Backbone
+from lpt.model.classifier import PromptedClassifier, bare_classifier
+from lpt.model.task_means import TaskMeans, means_of_sample, sampled_rows, task_means
 
 if TYPE_CHECKING:
     from lpt.engine.tracking import Tracking
@@ -95,6 +97,8 @@ class Session:
     """By phase."""
     seconds_before: dict[str, float] = field(default_factory=dict)
     """Seconds by phase that earlier, killed processes have spent on what this one did not do again."""
+    means_known: dict[str, TaskMeans] = field(default_factory=dict)
+    """Of images whose features under the bare backbone have been computed, by their digest."""
 
     @property
     def start(self) -> int:
@@ -107,7 +111,25 @@ class Session:
         def compute() -> Tensor:
             return features(model, images, folder=self.feature_cache, say=self.log, workers=self.workers)
 
-        return self.once(name, images, compute, problem=_problem_with(len(images), model.backbone.feature_width))
+        value = self.once(name, images, compute, problem=_problem_with(len(images), model.backbone.feature_width))
+        if model.is_bare:
+            self.means_known[images.digest] = means_of_sample(value, images.labels, len(model.classes))
+        return value
+
+    def task_means(self, task: Task, backbone: Backbone) -> TaskMeans:
+        """Where `task` lies among the features of the bare backbone: of features that a method has asked for, else of
+        one pass over a few images of each class. Their number and the seconds are said."""
+        began, digest, number = time.perf_counter(), task.train.digest, len(sampled_rows(task.train.labels))
+        of = f"{number} of {len(task.train)} training images under the bare backbone"
+        if (known := self.means_known.get(digest)) is not None:
+            self.log(f"class means for routing: of {of}, whose features were there")
+            return known
+        bare = bare_classifier(backbone, task.classes)
+        sample = task.train.subset(sampled_rows(task.train.labels).tolist())
+        found = features(bare, sample, folder=self.feature_cache, say=self.log, workers=self.workers)
+        means = task_means(found, sample.labels, len(task.classes))
+        self.log(f"class means for routing: of {of}, {time.perf_counter() - began:.1f} s")
+        return means
 
     def query_map(self, model: PromptedClassifier, images: Images | Files) -> Tensor:
         """What makes early queries of `model` [D' S+1] (`lpt.engine.query.fit_query_map`), fitted once in a run."""

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from lpt.data.task import Task
 from lpt.model.backbones.base import Backbone, KeyValue, Prompt
-from lpt.model.heads import Calibration, CosineHead, Head
+from lpt.model.heads import Calibration, CosineHead, Head, LinearHead
 from lpt.model.matching import KeyIndex, match
 from lpt.model.prompts import DeepPrompt, PromptPool, ShallowPrompt
+from lpt.model.task_means import TaskMeans
 
 MIN_KEYS_FOR_INDEX = 10_000
 """Keys from which a FAISS index beats a matrix product for few queries. A pool of LPT has 20 to 100 keys."""
@@ -62,6 +63,8 @@ class PromptedClassifier(nn.Module):
         """That task, of which a prompt file remembers the training images; None where nobody has said."""
         self.phase1_head: Tensor | None = None
         """The rows [C D'] of the head as LPT's phase 1 left it, for who asks what phase 2 has bought; in no file."""
+        self.task_means: TaskMeans | None = None
+        """Where its task lies among the features of the bare backbone; None where nobody has said."""
         self._learned = [p for name, p in backbone.named_parameters() if name in backbone.learned]
         # These caches are (state that they were computed from, result).
         self._shared_cache: tuple[tuple[object, ...], list[KeyValue]] | None = None
@@ -150,6 +153,11 @@ class PromptedClassifier(nn.Module):
             return None
         query = () if self.pool.query_map is None else _version(self.pool.query_map)
         return (self._prefix_blocks, self.backbone.dtype, self.pool.query, *query, *self._shared_version)
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether its features are the backbone's own: nothing has been learned in front of the head."""
+        return self.shared is None and self.pool is None and not self.backbone.learned
 
     def _calibrated(self, logits: Tensor) -> Tensor:
         return logits if self.calibration is None else self.calibration(logits)
@@ -281,3 +289,10 @@ def _version(tensor: Tensor) -> tuple[object, ...]:
 def _by_block(group: Tensor) -> list[Prompt]:
     """Each image's prompts for L blocks [B L n D] as L prompts [B n D]."""
     return [group[:, j] for j in range(group.shape[1])]
+
+
+def bare_classifier(backbone: Backbone, classes: tuple[str, ...]) -> PromptedClassifier:
+    """The backbone with nothing learned, for its features; its head says nothing."""
+    head = LinearHead(num_classes=len(classes), width=backbone.feature_width)
+    model = PromptedClassifier(backbone, head, classes=classes)
+    return model.to(next(backbone.parameters()).device)

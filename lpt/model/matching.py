@@ -7,11 +7,13 @@ Shapes: queries [B D], keys [K D], similarity [B k], ids [B k].
 """
 
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from lpt.errors import LptError
 
@@ -41,6 +43,44 @@ def _scores(unit_queries: Tensor, unit_keys: Tensor) -> Tensor:
     equal = (unit_keys[:, None] == unit_keys).all(2)
     first = equal.to(torch.uint8).argmax(1)
     return (unit_queries @ unit_keys.T)[:, first]
+
+
+class EachKeys(NamedTuple):
+    """The keys of several pools, each image's own: unit rows [B K D], zeros where a pool has fewer, `first` [B K], the
+    place of the first key that each is equal to, and `there` [B K], whether there is one."""
+
+    unit: Tensor
+    first: Tensor
+    there: Tensor
+
+
+class PoolKeys(NamedTuple):
+    """The keys of one pool as `match_each` takes them: unit rows [K D], and the first that each is equal to [K]."""
+
+    unit: Tensor
+    first: Tensor
+
+    @classmethod
+    def of(cls, keys: Tensor) -> "PoolKeys":
+        unit = F.normalize(keys.float(), dim=1, eps=1e-12)
+        return cls(unit, (unit[:, None] == unit).all(2).to(torch.uint8).argmax(1))
+
+
+def each_keys(pools: Sequence[PoolKeys]) -> EachKeys:
+    """The keys of B pools, one for each image, side by side."""
+    sizes = torch.tensor([len(pool.first) for pool in pools], device=pools[0].first.device)
+    there = torch.arange(int(sizes.max()), device=sizes.device) < sizes[:, None]
+    unit, first = (nn.utils.rnn.pad_sequence(list(parts), batch_first=True) for parts in zip(*pools, strict=True))
+    return EachKeys(unit, first, there)
+
+
+def match_each(queries: Tensor, keys: EachKeys, topk: int) -> tuple[Tensor, Tensor]:
+    """As `match`, each query among the keys of its own pool, without gradients. No pool has less than `topk` keys."""
+    unit_queries = F.normalize(queries.float(), dim=1, eps=1e-12)
+    cosines = (keys.unit @ unit_queries[:, :, None])[:, :, 0]
+    scores = cosines.gather(1, keys.first).masked_fill(~keys.there, -torch.inf)
+    ids = scores.sort(dim=1, descending=True, stable=True).indices[:, :topk]
+    return cosines.gather(1, ids), ids
 
 
 class KeyIndex:

@@ -1,20 +1,25 @@
 """A prompt file opened on its backbone."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict
 
 from lpt.config import WorkerCount
 from lpt.data.loader import Workers
 from lpt.data.preprocess import Preprocess
 from lpt.device import PRECISIONS, pick_device, pick_precision
-from lpt.errors import ConfigError, PromptFileError, quoted
+from lpt.errors import ConfigError, LptError, PromptFileError, quoted
 from lpt.memory import check_serving
 from lpt.model.backbones import load_backbone
+from lpt.model.backbones.base import Backbone
 from lpt.model.classifier import PromptedClassifier
 from lpt.prompt_file import Header, load_prompt, read_prompt
+from lpt.prompt_header import read_header
+from lpt.serve.bank import TaskBank, named_files
 from lpt.settings import validated
 
 
@@ -35,6 +40,23 @@ def open_prompt(
     """
     header, _ = read_prompt(path)
     torch_device = pick_device(device)
+    backbone = open_backbone(path, header, weights=weights, name=name, precision=precision, device=torch_device)
+    what = f"prompt file {path} on {backbone.name}"
+    check_serving(backbone, classes=len(header.classes), batch_size=at_once, device=torch_device, what=what)
+    return load_prompt(path, backbone).to(torch_device), header
+
+
+def open_backbone(
+    path: str | Path,
+    header: Header,
+    *,
+    weights: str | None = None,
+    name: str | None = None,
+    precision: str | None = None,
+    device: torch.device,
+) -> Backbone:
+    """The backbone that a prompt file is for, on the CPU, in the precision that it has on `device`. Raises what
+    `open_prompt` does."""
     backbone_name = name or header.backbone.name
     if not name and backbone_name.startswith("untrained:"):  # a file from anyone could ask for a model of any size
         raise PromptFileError(
@@ -44,10 +66,39 @@ def open_prompt(
         backbone_name, weights=weights, image_size=header.backbone.image_size, norm_eps=header.backbone.norm_eps
     )
     backbone.preprocess = Preprocess(**vars(header.preprocess))
-    backbone = backbone.to(PRECISIONS[pick_precision(precision or header.precision, torch_device)])
-    what = f"prompt file {path} on {backbone.name}"
-    check_serving(backbone, classes=len(header.classes), batch_size=at_once, device=torch_device, what=what)
-    return load_prompt(path, backbone).to(torch_device), header
+    return backbone.to(PRECISIONS[pick_precision(precision or header.precision, device)])
+
+
+def open_bank(
+    folder: Path,
+    *,
+    weights: str | None = None,
+    name: str | None = None,
+    precision: str | None = None,
+    device: str = "auto",
+    memory: int | None = None,
+    batch_size: int = 64,
+    accept: float = 0.95,
+) -> TaskBank:
+    """The tasks of a folder of prompt files, on the backbone that most of them are for; those for another one are in
+    the bank's `refused`. Raises LptError where there is no file that can be opened, and what `open_prompt` does."""
+    headers, problem = {}, "it holds no prompt file"
+    for _, path in named_files(folder):
+        try:
+            headers[path] = read_header(path)[0]
+        except PromptFileError as error:
+            problem = str(error)
+    if not headers:
+        raise LptError(f"library {quoted(str(folder))}: {problem}")
+    facts = {path: tuple(vars(header.backbone).values()) for path, header in headers.items()}
+    (most, _), *_ = Counter(facts.values()).most_common()
+    path = next(path for path in headers if facts[path] == most)
+    torch_device = pick_device(device)
+    backbone = open_backbone(path, headers[path], weights=weights, name=name, precision=precision, device=torch_device)
+    what = f"library {quoted(str(folder))} on {backbone.name}"
+    classes = max(len(header.classes) for header in headers.values())
+    check_serving(backbone, classes=classes, batch_size=batch_size, device=torch_device, what=what)
+    return TaskBank(backbone.to(torch_device), folder, memory=memory, batch_size=batch_size, accept=accept)
 
 
 class BackboneSource(BaseModel):

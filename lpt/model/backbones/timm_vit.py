@@ -140,8 +140,9 @@ def project(qkv: Any, tokens: Tensor, first: int, last: int, *, bias: Tensor | N
     if hasattr(qkv, "update"):
         packed = packed + qkv.update(tokens, first, last)
     elif hasattr(qkv, "lora_A"):
-        low_rank = qkv.lora_A["default"](tokens)
-        packed = packed + qkv.scaling["default"] * F.linear(low_rank, qkv.lora_B["default"].weight[rows])
+        low_rank, weight = qkv.lora_A["default"](tokens), qkv.lora_B["default"].weight[..., rows, :]
+        update = F.linear(low_rank, weight) if weight.dim() == 2 else low_rank @ weight.mT  # 3: each image has its own
+        packed = packed + qkv.scaling["default"] * update
     return packed
 
 
