@@ -41,20 +41,21 @@ TIMED_IMAGES = 24
 TIMED_STEPS = 2
 TIMING_SHARE = 0.01
 """Of the budget, that the timed steps of one candidate may take."""
-LEAST_TWO_PHASES = 3
-"""Epochs that LPT must be given for two phases to be a candidate."""
+LEAST_STEPS, LEAST_TWO_PHASES = 100, 3
+"""Steps of a schedule below which a candidate is not tried, and epochs for LPT with two phases."""
+LAST_TO_GO = ("lora", "vpt", "lpt-phase1", "lpt")
+"""Which candidates are left out where time is short: the last first. LoRA is ahead at equal images seen, and phase 2 is
+not ahead of phase 1 (benchmarks/accuracy)."""
 
 
 @dataclass(frozen=True)
 class SearchPlan:
     """What is tried and for how long. `identity` is of everything that moves a number, `left_out` says why each other
-    candidate is not tried, `feature_folds` are those of candidates on cached features, `folds` those of the others, and
-    `seconds` all of it takes, with the training of the dearest on all images."""
+    candidate is not tried, `seconds` all of it takes, with the training of the dearest on all images."""
 
     identity: str
     candidates: tuple[Candidate, ...]
     left_out: tuple[tuple[str, str], ...]
-    feature_folds: int
     folds: int
     seconds: float
     ms: dict[str, float]
@@ -87,11 +88,11 @@ class Planner:
     def plan(self, identity: str) -> SearchPlan:
         on_features, feature_folds, planned = self._on_features()
         tuned, folds, seconds = self._tuned([one for one in self.found if not one.on_features], planned)
+        folds = folds if tuned else feature_folds  # all are asked about the same images
         return SearchPlan(
             identity=identity,
             candidates=(*on_features, *tuned),
             left_out=tuple(self.left_out),
-            feature_folds=feature_folds,
             folds=folds,
             seconds=round(planned + seconds + 2 * self.spent, 1),
             ms={str(size): round(1000 * seconds, 3) for size, seconds in self.forward.items()},
@@ -188,15 +189,17 @@ class Planner:
         return timed
 
     def _scheduled(self, timed: list[tuple[Candidate, float]], planned: float) -> tuple[list[Candidate], int, float]:
-        """The largest set of candidates, then the most folds, for which there is time for at least an epoch of each."""
+        """The largest set of candidates, then the most folds, for which there is time."""
         if not timed:
             return [], 1, 0.0
         passes = self.images * self.forward_seconds(timed[0][0].image_size)  # of the features that heads start from
-        ordered = sorted(timed, key=lambda pair: pair[0].two_phases)  # the last is the first to go
+        ordered = sorted(timed, key=lambda pair: LAST_TO_GO.index(pair[0].name) if pair[0].name in LAST_TO_GO else 0)
+        names = [one.name for one, _ in timed]
         while ordered:
             for folds in range(len(self.bench.folds.held_out) or 1, 0, -1):
                 found, seconds = self._schedule(ordered, self.left(planned) - passes, folds, passes)
                 if all(one.epochs >= self._least_epochs(one, folds) for one in found):
+                    found.sort(key=lambda one: names.index(one.name))
                     return found, folds, seconds + passes
             self.left_out.append((ordered.pop()[0].label, self._no_time()))
         return [], 1, 0.0
@@ -216,15 +219,17 @@ class Planner:
         own = {one.name: passes * (1 + one.two_phases) if one.method["name"] == "lpt" else 0.0 for one, _ in timed}
         whole = (left - asking - max(own.values())) / schedules
         found: list[Candidate] = []
+        longest = 0.0
         for one, step in timed:
             epoch = step * self._steps_per_epoch(one)
             epochs = max(0, min(int(whole / epoch), self._most_epochs(one)))
+            longest = max(longest, epochs * epoch)
             found.append(replace(one, epochs=epochs, seconds=round(passes + own[one.name] + epochs * epoch, 1)))
-        return found, max(one.seconds for one in found) * schedules + asking
+        return found, longest * schedules + max(own.values()) + asking
 
     def _least_epochs(self, one: Candidate, folds: int) -> float:
         """Below which a candidate is not tried, or not in so many folds: a whole schedule comes before a second one."""
-        least = LEAST_TWO_PHASES if one.two_phases else 1
+        least = max(LEAST_TWO_PHASES if one.two_phases else 1, -(-LEAST_STEPS // self._steps_per_epoch(one)))
         return least if folds == 1 else max(least, self._most_epochs(one) / 2)
 
     def _most_epochs(self, one: Candidate) -> int:

@@ -68,7 +68,7 @@ def _epochs(candidate: Candidate) -> dict[str, Any]:
 def candidates(task: Task, device: torch.device, *, width: int, batch_size: int | None = None) -> list[Candidate]:
     """All of them for a backbone of that `width`; `batch_size` is in place of theirs."""
     images = len(task.train)
-    for_probe = batch_size or min(128, max(4, images // 4))
+    for_probe = batch_size or min(128, max(4, images // 16))
     for_images = batch_size or min(BATCHES[device.type], max(4, images // 4))
     steps = max(1, images // for_probe)
     probe = {"name": "linear_probe", "loss": "la", "lr": 1e-3}

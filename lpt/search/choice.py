@@ -85,8 +85,8 @@ def estimate(values: Tensor, weights: Tensor) -> Estimate:
 
 def score(right: Tensor, weights: Tensor) -> Estimate:
     """The metric of one candidate, whose `right` [H] are 0 and 1: as `estimate`, from 2 · right - 1 in -1..1."""
-    both = estimate(2 * right.double() - 1, weights)
-    return Estimate(*((1 + value) / 2 for value in both))
+    found = [(1 + value) / 2 for value in estimate(2 * right.double() - 1, weights)]
+    return Estimate(found[0], max(0.0, found[1]), min(1.0, found[2]))
 
 
 def difference(one: Tensor, other: Tensor, weights: Tensor) -> Estimate:

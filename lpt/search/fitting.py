@@ -146,8 +146,8 @@ def searched(
         rows = tried(bench, plan, weights, say)
         chosen, summary = concluded(bench, plan, rows, weights, request)
         write_atomic(out / "search.json", json.dumps(summary, indent=1).encode())
-        say(search_table(summary))
-        say(summary["why"])
+        for line in [*search_table(summary).split("\n"), summary["why"]]:
+            say(line)
         return Chosen(chosen, bench.config_of(chosen), summary)
 
 
@@ -201,9 +201,9 @@ def _identity(bench: Bench, request: Request) -> str:
 
 
 def _say_plan(bench: Bench, plan: SearchPlan, others: Sequence[str], request: Request, say: Log) -> None:
-    say(held_out_line(bench))
+    say(held_out_line(bench, plan))
     for one in plan.candidates:
-        epochs = f", {one.epochs} epochs" if one.epochs and not one.on_features else ""
+        epochs = f", {one.epochs} epoch{'s' * (one.epochs > 1)}" if one.epochs and not one.on_features else ""
         say(f"candidate {one.label} at {one.image_size} px{epochs}: about {one.seconds:.0f} s on all images")
     for label, why in plan.left_out:
         say(f"not tried: {label}: {why}")
@@ -212,14 +212,15 @@ def _say_plan(bench: Bench, plan: SearchPlan, others: Sequence[str], request: Re
     say(f"search and training take about {plan.seconds:.0f} s of {request.budget:.0f} s, the test set comes after that")
 
 
-def held_out_line(bench: Bench) -> str:
+def held_out_line(bench: Bench, plan: SearchPlan) -> str:
     """What candidates are compared on."""
     if bench.task.val is not None:
         return f"held out: the {len(bench.labels)} images of the val part"
     folds, classes = bench.folds, bench.task.classes
-    line = f"held out: {len(bench.labels)} of {len(bench.task.train)} training images"
-    if len(folds.held_out) > 1:
-        line += f" in {len(folds.held_out)} folds, since the tail is short of images"
+    number = sum(len(rows) for rows in folds.held_out[: plan.folds])
+    line = f"held out: {number} of {len(bench.task.train)} training images"
+    if plan.folds > 1:
+        line += f" in {plan.folds} folds, since the tail is short of images"
     if folds.whole:
         names = ", ".join(quoted(classes[k], 40) for k in folds.whole[:5]) + (", ..." if len(folds.whole) > 5 else "")
         line += f"; {len(folds.whole)} classes with fewer than 3 stay whole ({names})"
@@ -256,7 +257,7 @@ def tried(bench: Bench, plan: SearchPlan, weights: Tensor, say: Log) -> list[Row
             say(f"{one.label}{of}: {100 * score(found.right, weights).value:.1f} on held-out images")
         return found
 
-    rows = {one.name: row(one, 1.0, plan.feature_folds) for one in plan.candidates if one.on_features}
+    rows = {one.name: row(one, 1.0, plan.folds) for one in plan.candidates if one.on_features}
     tuned = [one for one in plan.candidates if not one.on_features]
     if len(tuned) > kept_of(len(tuned)):
         short = {one.name: row(one, SHORT, plan.folds) for one in tuned}
@@ -301,8 +302,7 @@ def concluded(
         "budget_seconds": request.budget,
         "planned_seconds": plan.seconds,
         "seed": bench.train.seed,
-        "held_out": held_out_line(bench),
-        "held_out_images": len(bench.labels),
+        "held_out": held_out_line(bench, plan),
         "chosen": chosen.name,
         "why": _why(chosen, finalists, weights, request.metric, labels),
         "candidates": [_in_summary(row, weights, few, plan, chosen.name) for row in rows],
@@ -345,7 +345,7 @@ def _why(
     """One sentence: what the chosen candidate is better at, or that a better number is noise."""
     values = {one.name: score(one.right, weights).value for one in finalists}
     best = max(finalists, key=lambda one: values[one.name])
-    name, images = labels[chosen.name], len(weights)
+    name, images = labels[chosen.name], int((~best.right.isnan()).sum())
     what = f"held-out {metric.replace('_', ' ')}"
     if len(finalists) == 1:
         return f"{name} is taken: nothing else was tried to the end."
