@@ -6,6 +6,7 @@ Shapes: labels, right [H], counts [C].
 import json
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -214,9 +215,10 @@ def planner(tmp_path, budget, *words, task=None):
 
 def test_the_budget_is_kept_and_more_of_it_buys_more(tmp_path, monkeypatch):
     clocked(monkeypatch)
+    first = planner(tmp_path, 1.0)
     tried, epochs, folds = [], [], []
     for budget in (20, 60, 150, 400, 4000, 100_000):
-        plan = planner(tmp_path, budget).plan("")
+        plan = Planner(first.bench, first.found, budget, spent=0.0).plan("")
         assert plan.seconds <= budget, (budget, plan)
         by_name = {one.name: one for one in plan.candidates}
         assert by_name["probe"].image_size == 32  # the backbone's own
@@ -262,7 +264,7 @@ def test_a_plan_is_read_as_it_was_written(tmp_path, monkeypatch):
 def test_what_is_timed_is_about_what_it_takes(tmp_path):
     """A real clock: steps of images cost more than steps of features, and none costs nothing."""
     real = planner(tmp_path, 60)
-    by_name = {one.name: replace(one, image_size=32, epochs=3) for one in real.found}
+    by_name = {one.name: replace(one, image_size=32, epochs=3 * (one.name != "knn")) for one in real.found}
     steps = {name: real._steps_seconds(by_name[name]) for name in ("knn", "probe", "vpt", "lpt-phase1")}
     assert steps["knn"] == 0 < steps["probe"] < steps["vpt"] and real.forward_seconds(32) > 0
 
@@ -272,25 +274,46 @@ def test_what_is_timed_is_about_what_it_takes(tmp_path):
 SMALL = [*NANO, "train.workers=0"]
 
 
-@pytest.fixture
-def quick(monkeypatch):
-    """Short schedules and costs that do not depend on the machine."""
+def hurry(monkeypatch):
+    """Short schedules, few folds, and costs that do not depend on the machine."""
     clocked(monkeypatch, forward=1e-3, step=1e-2)
     monkeypatch.setattr(budgets, "LEAST_STEPS", 4)
     monkeypatch.setattr(budgets, "FEWEST_STEPS", 4)
     monkeypatch.setattr(budgets, "MOST_EPOCHS", (2, 3))
     monkeypatch.setattr("lpt.search.candidates.PROBE_STEPS", 20)
-    monkeypatch.setattr("lpt.search.candidates.PROBE_EPOCHS", (2, 8))
+    monkeypatch.setattr("lpt.search.candidates.PROBE_EPOCHS", (2, 4))
+
+    def two_folds(labels, num_classes, *, seed):
+        folds = held_out_folds(labels, num_classes, seed=seed)
+        return folds._replace(held_out=folds.held_out[:2])
+
+    monkeypatch.setattr(benches, "held_out_folds", two_folds)
 
 
 @pytest.fixture
-def photos(tmp_path):
-    return fill(tmp_path / "photos", {"cat": 14, "dog": 9, "owl": 6})
+def quick(monkeypatch):
+    hurry(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    return fill(tmp_path_factory.mktemp("some") / "photos", {"cat": 14, "dog": 9, "owl": 6})
+
+
+@pytest.fixture(scope="module")
+def whole(photos, tmp_path_factory):
+    """The folder of a search and a run that nothing disturbed."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        hurry(monkeypatch)
+        fit(requested(str(photos), SMALL, budget="20s"), out)
+    return out
 
 
 def choice_of(out):
     """What a search says, but for the seconds that it took."""
     summary = json.loads((out / "search.json").read_text())
+    summary.pop("planned_seconds")  # with those that loading the data took
     for one in summary["candidates"]:
         one.pop("search_seconds"), one.pop("ms", None)
     return summary
@@ -324,27 +347,28 @@ def test_the_features_of_an_image_are_computed_once(photos, tmp_path, quick, mon
     seen = []
     real = benches.features
     monkeypatch.setattr(
-        benches, "features", lambda model, images, **rest: seen.append(len(images)) or real(model, images, **rest)
+        benches,
+        "features",
+        lambda model, images, **rest: seen.append(model.backbone.preprocess.size) or real(model, images, **rest),
     )
     request = requested(str(photos), SMALL, budget="1s")
     report = fit(request, tmp_path / "run")
-    assert report["method"] in ("linear_probe", "class_mean", "knn") and seen == [23]
+    assert report["method"] in ("linear_probe", "class_mean", "knn") and len(seen) == len(set(seen))
     kept = list((tmp_path / "run/search/features").glob("*.safetensors"))
-    assert len(kept) == 2  # of the training images for search and run, of the test images for the run
+    assert len(kept) == len(seen) + 1  # the run has added those of the test images alone
 
 
-@pytest.mark.parametrize("where", ["between trials", "in a step", "in the last training"])
-def test_a_killed_search_goes_on_exactly(where, photos, tmp_path, quick, monkeypatch):
-    request = requested(str(photos), SMALL, budget="20s")
-    undisturbed = fit(request, tmp_path / "whole")
+def test_a_killed_search_goes_on_exactly(whole, photos, tmp_path, quick, monkeypatch):
+    """Killed between two trials, then within a step of one, then in the training of the one that was chosen."""
+    request, out = requested(str(photos), SMALL, budget="20s"), tmp_path / "killed"
     trials = []
     real = fitting.run_trial
 
     def killed(bench, candidate, fold, share, identity):
         trials.append(candidate.name)
-        if where == "between trials" and len(trials) == 5:
+        if candidate.name == "vpt" and "lora" not in trials[:-1] and not resumed:
             raise Stopped(15)
-        if where == "in a step" and candidate.name == "lora":
+        if candidate.name == "lora" and resumed:
 
             def on_step(phase, step, steps, rates):
                 if step == 1:
@@ -353,27 +377,32 @@ def test_a_killed_search_goes_on_exactly(where, photos, tmp_path, quick, monkeyp
             bench.on_step = on_step
         return real(bench, candidate, fold, share, identity)
 
-    def stopped(*arguments, **more):
-        raise Stopped(15)
+    def written():
+        return {file: file.stat().st_mtime_ns for file in (out / "search/trials").glob("*.json")}
 
+    left = [{}]
     with monkeypatch.context() as patched:
         patched.setattr(fitting, "run_trial", killed)
-        if where == "in the last training":
-            patched.setattr("lpt.run.follow", stopped)
+        for resumed in (False, True):
+            with pytest.raises(Stopped):
+                fit(request, out, resume=resumed)
+            left.append(written())
+            assert not (out / "search.json").exists()
+    assert list((out / "search/checkpoints/lora-0-0.25").glob("*.safetensors"))  # within its steps
+    with monkeypatch.context() as patched:
+        patched.setattr("lpt.run.follow", lambda recipe, session: session.stop(15))
         with pytest.raises(Stopped):
-            fit(request, tmp_path / "killed")
-    left = {file: file.stat().st_mtime_ns for file in (tmp_path / "killed/search/trials").glob("*.json")}
-    assert left and (where == "in the last training") == (tmp_path / "killed/search.json").exists()
-    if where == "in a step":
-        assert list((tmp_path / "killed/search/checkpoints/lora-0-0.25").glob("*.safetensors"))
-    report = fit(request, tmp_path / "killed", resume=True)
-    assert choice_of(tmp_path / "killed") == choice_of(tmp_path / "whole")
+            fit(request, out, resume=True)
+    left.append(written())
+    assert len(left[0]) < len(left[1]) < len(left[2]) < len(left[3])
+    assert all(after[file] == when for before, after in pairwise(left) for file, when in before.items())  # none twice
+    report, undisturbed = fit(request, out, resume=True), json.loads((whole / "report.json").read_text())
+    assert choice_of(out) == choice_of(whole) and written() == left[3]
     assert report["class_accuracy"] == undisturbed["class_accuracy"] and report["per_class"] == undisturbed["per_class"]
-    assert {file: file.stat().st_mtime_ns for file in left} == left  # nothing is tried twice
 
 
 def test_a_search_is_repeated_by_its_plan(photos, tmp_path, quick, monkeypatch):
-    request = requested(str(photos), SMALL, budget="20s")
+    request = requested(str(photos), SMALL, budget="0.4s")
     first = searched(request, tmp_path / "first")
     clocked(monkeypatch, forward=0.1, step=1.0)  # a much slower machine
     (tmp_path / "again/search").mkdir(parents=True)
@@ -381,7 +410,7 @@ def test_a_search_is_repeated_by_its_plan(photos, tmp_path, quick, monkeypatch):
     again = searched(request, tmp_path / "again", resume=True)
     assert again.candidate == first.candidate and choice_of(tmp_path / "again") == choice_of(tmp_path / "first")
     with pytest.raises(LptError, match="holds a search with other settings or images"):
-        searched(requested(str(photos), [*SMALL, "train.seed=1"], budget="20s"), tmp_path / "again", resume=True)
+        searched(requested(str(photos), [*SMALL, "train.seed=1"], budget="0.4s"), tmp_path / "again", resume=True)
 
 
 def test_a_trial_of_another_search_is_not_taken_over(photos, tmp_path, quick):
@@ -416,7 +445,7 @@ def test_tiny_sets_are_searched_and_the_tiniest_are_not(tmp_path, quick):
     said = []
     tiny = fill(tmp_path / "tiny", {"a": 4, "b": 4, "c": 4})
     report = fit(requested(str(tiny), SMALL, budget="1s"), tmp_path / "run", say=said.append)
-    assert report["class_accuracy"] >= 0 and any("in 3 folds" in line for line in said)
+    assert report["class_accuracy"] >= 0 and any("in 2 folds" in line for line in said)
     tiniest = fill(tmp_path / "tiniest", {"a": 2, "b": 2})
     report = fit(requested(str(tiniest), SMALL), tmp_path / "other", say=said.append)
     assert report["method"] == "class_mean" and any("nothing can be held out" in line for line in said)
