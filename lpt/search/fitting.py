@@ -26,7 +26,7 @@ from lpt.run import check_out, train
 from lpt.search.bench import Bench, Trial, run_trial
 from lpt.search.budget import SHORT, Planner, SearchPlan, kept_of, reference_of
 from lpt.search.candidates import BACKBONES, Candidate, candidates, narrowed
-from lpt.search.choice import Finalist, Metric, choose, difference, halved, image_weights, score
+from lpt.search.choice import CHEAPER, Z_CHOICE, Finalist, Metric, choose, difference, halved, image_weights, score
 from lpt.settings import validated
 
 UNITS = {"s": 1, "m": 60, "h": 3600}
@@ -345,28 +345,28 @@ def _why(
     """One sentence: what the chosen candidate is better at, or that a better number is noise."""
     values = {one.name: score(one.right, weights).value for one in finalists}
     best = max(finalists, key=lambda one: values[one.name])
-    name, images = labels[chosen.name], int((~best.right.isnan()).sum())
-    what = f"held-out {metric.replace('_', ' ')}"
+    name, what = labels[chosen.name], f"held-out {metric.replace('_', ' ')}"
+    images = f"on {int((~best.right.isnan()).sum())} images"
     if len(finalists) == 1:
         return f"{name} is taken: nothing else was tried to the end."
+
+    def lead(over: Finalist) -> str:
+        found = difference(best.right, over.right, weights, z=Z_CHOICE)
+        return f"{100 * found.value:.1f} points (80 % of {100 * found.low:+.1f} to {100 * found.high:+.1f})"
+
     if best is not chosen:
-        found = difference(best.right, chosen.right, weights)
         price = f"costs {chosen.seconds:.0f} s instead of {best.seconds:.0f} s"
-        if chosen.seconds * 1.1 > best.seconds:
-            price = "is the simpler one"
+        if chosen.seconds * CHEAPER > best.seconds:
+            price = "is what others have to beat"
         return (
             f"{name} is taken: {labels[best.name]} has the highest {what}, {100 * values[best.name]:.1f}, but its lead "
-            f"of {points(found)} is noise on {images} images, and {name} {price}."
+            f"of {lead(chosen)} is noise {images}, and {name} {price}."
         )
-    second = max((one for one in finalists if one is not best), key=lambda one: values[one.name])
-    found = difference(best.right, second.right, weights)
-    verdict = "which may be noise, but nothing cheaper comes as near" if found.is_noise else "more than noise"
+    others = [one for one in finalists if one is not best]
+    second = max(others, key=lambda one: values[one.name])
+    if not chosen.is_reference:  # it was taken for being better than the reference, whatever the others are
+        second = next(one for one in finalists if one.is_reference)
     return (
-        f"{name} is taken: its {what}, {100 * values[best.name]:.1f}, is {points(found)} above that of "
-        f"{labels[second.name]}, {verdict} on {images} images."
+        f"{name} is taken: its {what}, {100 * values[best.name]:.1f}, is the highest, {lead(second)} above that of "
+        f"{labels[second.name]} {images}."
     )
-
-
-def points(found: Any) -> str:
-    """A difference in points, with its interval."""
-    return f"{100 * found.value:.1f} points ({100 * found.low:+.1f} to {100 * found.high:+.1f})"
