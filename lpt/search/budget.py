@@ -132,13 +132,20 @@ class Planner:
         for limit in (self.left(0), self.budget / 2):
             for size in sizes:
                 if self.images * self.forward_seconds(size) <= limit:
+                    if size < self.native:
+                        self.bench.log(f"note: images are made {size} px wide, {self._native_needs()}")
                     return size
         needed = self.images * self.forward_seconds(sizes[-1])
         self.bench.log(
             f"warning: the budget of {self.budget:.0f} s cannot be kept: {self.images} images at {sizes[-1]} px take "
-            f"about {needed:.0f} s to look at once"
+            f"about {needed:.0f} s to look at once, {self._native_needs()}"
         )
         return sizes[-1]
+
+    def _native_needs(self) -> str:
+        """What a budget would have to be for the backbone's own image size."""
+        needed = self.images * self.forward_seconds(self.native) / SAFETY + 2 * self.spent
+        return f"the backbone's own {self.native} px need a budget of about {max(1, -(-needed // 60)):.0f}m"
 
     def _no_larger(self, size: int, planned: float) -> str:
         """Why images of `size` are not tried, if they are not."""
