@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TextIO
 
@@ -95,33 +95,50 @@ def plan(
 
 @app.command()
 def fit(
-    root: Annotated[str, typer.Argument(help="a folder of images, or a Hub dataset id")],
+    root: Annotated[str | None, typer.Argument(help="a folder of images or a Hub dataset id; none for digits")] = None,
     settings: Overrides = None,
+    budget: Annotated[str, typer.Option(metavar="TIME", help="for search and training: 90s, 10m, 1.5h")] = "10m",
+    metric: Annotated[str, typer.Option(help="what is chosen by: class_mean, few or accuracy")] = "class_mean",
+    seed: Annotated[int | None, typer.Option(help="of folds and training; as train.seed")] = None,
     out: Annotated[Path | None, typer.Option(help="the run's folder; default runs/<folder>")] = None,
-    save: Annotated[Path | None, typer.Option(metavar="FILE", help="write the config there, too")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="go on with the run in --out")] = False,
+    save: Annotated[Path | None, typer.Option(metavar="FILE", help="write the chosen config there, too")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with the search or run in --out")] = False,
 ) -> None:
-    """Pick settings from the class counts and the hardware, print them as a config, and train."""
-    from lpt.files import write_atomic
-    from lpt.suggest import config_for_folder
+    """Compare candidates on held-out training images under a budget of time, and train the best on all of them.
 
-    resolved, text = config_for_folder(root, settings or [])
-    print_lines(text)
-    if save:
-        write_atomic(save, text.encode())
-    _train(resolved, out or Path("runs") / (Path(root).name or "folder"), resume)
+    From cheap to dear: class means, neighbours, a logit-adjusted linear probe, then VPT, LoRA and LPT, as far as the
+    budget goes. The test set is looked at once, at the end. Settings narrow the search: method.name=lpt tries LPT
+    alone, backbone.image_size=112 that size alone. docs/fitting.md says how it chooses.
+    """
+    from lpt.search.fitting import fit, requested
+
+    if root is not None and re.match(r"\w+\.[\w.]+=", root):  # no folder, but a setting already
+        root, settings = None, [root, *(settings or [])]
+    request = requested(root, settings or [], budget=budget, metric=metric, seed=seed)
+    name = Path(root).name if root else f"{request.sections['data']['name'].replace('-', '_')}_fit"
+    place = out or Path("runs") / (name or "folder")
+    _follow(lambda **said: fit(request, place, resume=resume, save=save, **said), place)
 
 
 def _train(resolved: Any, out: Path, resume: bool) -> None:
+    from lpt import run
+
+    _follow(lambda **said: run.train(resolved, out, resume=resume, **said), out)
+
+
+def _follow(work: Callable[..., dict[str, Any]], out: Path) -> None:
+    """Shows what `work` says, and the results of the run that it leaves in `out`."""
     from lpt import run
     from lpt.engine.stopping import Stopped
     from lpt.report.quoting import shell_command
 
     try:
         with _Progress() as progress:
-            report = run.train(resolved, out, resume=resume, say=progress.say, show=progress.show)
+            report = work(say=progress.say, show=progress.show)
     except Stopped as stopped:
-        if any((out / "checkpoints").glob("*.safetensors")):
+        if any((out / "search").glob("*.json")) and not (out / "config.yaml").exists():
+            again = f"the same command with --resume --out {shell_command(str(out))} goes on with the search"
+        elif any((out / "checkpoints").glob("*.safetensors")):
             again = f"the same command with --resume --out {shell_command(str(out))} goes on from what is saved"
         elif any((out / name).exists() for name in run.RUN_FILES):
             again = f"nothing is saved yet: the same command with --resume --out {shell_command(str(out))} begins again"

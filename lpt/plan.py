@@ -173,19 +173,26 @@ def _between_timed(phases: Iterable[Phase], session: PlanningSession) -> Iterato
 
 
 def plan_phase(
-    phase: Phase, model: PromptedClassifier, session: PlanningSession, memory: "MemoryProbe", timed_steps: int
+    phase: Phase,
+    model: PromptedClassifier,
+    session: Session,
+    memory: "MemoryProbe",
+    timed_steps: int,
+    *,
+    most_seconds: float | None = None,
 ) -> PhasePlan:
-    """Steps of parts of the batch count the FLOPs and say how much of it can be timed."""
+    """Steps of parts of the batch count the FLOPs and say how much of it can be timed, in `most_seconds` about."""
     model.only_train(*phase.trains)
     parameters = _trained_parameters(model)
     shares = _shares(phase)
     state = PhaseState(phase, model, file=None, run_hash="")
+    most_seconds = PHASE_SECONDS if most_seconds is None else most_seconds
     flops = _flops_of_a_step(state, session, shares)
     share, estimate = shares[0], None
     if timed_steps:
         seconds = _run_steps(state, session, share, 1)  # without counting
         for candidate in shares[1:]:
-            if seconds / shares[0] * candidate * (timed_steps + 1) <= PHASE_SECONDS:
+            if seconds / shares[0] * candidate * (timed_steps + 1) <= most_seconds:
                 share = candidate
         memory.start()
         _run_steps(state, session, share, 1)

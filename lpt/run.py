@@ -42,6 +42,7 @@ from lpt.report.finished import Rows, command_of, split_of, write_page
 from lpt.report.markdown import markdown, table
 from lpt.report.pseudo_labels import diagnose, read_last_round
 from lpt.report.retrieval import bought
+from lpt.report.search import search_lines, search_of
 from lpt.settings import Positive, Seed, Weight, checked_arguments
 from lpt.setup import Setup, check_memory
 
@@ -408,7 +409,10 @@ def write_results(setup: Setup, folder: RunFolder, session: Session, results: Re
         "confidence": confidence,
     }
     write_atomic(out / "predictions.safetensors", to_bytes(predicted))
-    write_atomic(out / "report.md", markdown(report, classes=classes, command=command_of(out)).encode())
+    text = markdown(report, classes=classes, command=command_of(out))
+    if search := search_of(out):
+        text += "\n" + "\n".join(search_lines(search))
+    write_atomic(out / "report.md", text.encode())
     write_atomic(out / "report.json", json.dumps(report, indent=1).encode())
     write_page(out, test=setup.task.test)
     if session.tracking:

@@ -13,6 +13,7 @@ from lpt.errors import LptError
 from lpt.files import read_tensors, write_atomic
 from lpt.report.page import html
 from lpt.report.quoting import shell_command
+from lpt.report.search import search_of
 
 Rows = dict[str, dict[str, Any]]
 """Reports by the name of their run."""
@@ -88,6 +89,7 @@ def _write_html(
             command=command_of(out),
             test=test,
             against=others,
+            search=search_of(out),
         )
     except KeyError as error:
         raise LptError(f"{out} was written by another version of lpt: its report has no {error}") from None

@@ -38,6 +38,12 @@ def table(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
     lines = [header]
     for name, metrics in rows:
         lines.append([for_markdown(name), *(percent(metrics.get(column)) for column in COLUMNS)])
+    return aligned_table(header, lines[1:])
+
+
+def aligned_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table that is one in a terminal, too; all columns but the first are numbers."""
+    lines = [header, *rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
 
     def aligned(cells: Sequence[str]) -> str:

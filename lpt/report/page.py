@@ -20,6 +20,7 @@ from lpt.errors import DataError
 from lpt.report import plots, retrieval
 from lpt.report.markdown import cost_line, percent, pseudo_label_line, row_name, single_head_line, watched_line
 from lpt.report.quoting import for_html
+from lpt.report.search import search_html
 
 WORST_CLASSES = 10
 MISTAKES_SHOWN = 5
@@ -66,17 +67,20 @@ def html(
     command: str,
     test: Images | Files | None = None,
     against: Mapping[str, Mapping[str, Any]] | None = None,
+    search: Mapping[str, Any] | None = None,
 ) -> str:
     """The text of the page.
 
     `predictions` holds labels, predicted and confidence [N]; `history` the lines of the training log; `config` the YAML
     and `command` the command line of the run; `against` other runs' reports on the same classes, by name; `test` the
-    images to show, None where they are not at hand. Raises KeyError for a report of another version.
+    images to show, None where they are not at hand; `search` is what `lpt fit` compared before. Raises KeyError for a
+    report of another version.
     """
     against = against or {}
     parts = [
         *_heading(report, classes, len(predictions["labels"])),
         _tiles(report),
+        *([_section("What was compared", *search_html(search))] if search else []),
         *_accuracy(report, against),
         _calibration(report, predictions),
         _worst_classes(report, classes, predictions, test),
