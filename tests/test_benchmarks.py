@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from safetensors.numpy import save_file
 
@@ -118,3 +119,12 @@ def test_a_row_can_start_from_another_rows_phase_1(tmp_path, monkeypatch):
 def test_intervals_are_student_ts():
     assert accuracy.interval([1.0, 2.0, 3.0]) == "2.0 ± 2.5"  # 4.303 · 1 / √3
     assert accuracy.interval([1.0]) == "1.0" and accuracy.interval([]) == "n/a"
+
+
+def test_without_the_querys_pass_inference_does_the_work_of_a_plain_forward():
+    from benchmarks.speed.__main__ import compare_queries
+    from tests.support.toy import small_backbone
+
+    found = compare_queries(small_backbone(width=64, size=96), batch=1, pairs=1, device=torch.device("cpu"))
+    work = {query: measured["flops_over_forward"] for query, measured in found.items()}
+    assert work["none"] < work["early"] < 1.1 < work["full"] and all(r["over_forward"] > 0 for r in found.values())
