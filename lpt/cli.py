@@ -379,7 +379,7 @@ def edit(
     ],
     out: Annotated[Path, typer.Option(metavar="FILE", help="write the edited prompt file there")],
 ) -> None:
-    """A prompt file whose images get their group prompts without a query pass, which is a third of inference.
+    """A prompt file whose images get their group prompts without a query pass, which is about 30 % of inference.
 
     early: by a linear map of earlier tokens; none: every image the same ones. Both are found on the training images.
     """

@@ -52,7 +52,7 @@ def test_a_query_that_is_linear_in_the_summaries_is_found_exactly():
 @pytest.mark.parametrize("architecture", ["vit_tiny_patch16_224", "vit_base_patch16_siglip_224"])
 def test_the_map_is_least_squares_on_the_training_images_whatever_the_batches(architecture, monkeypatch):
     """Against one matrix of all images, and its mean is the queries' mean: keys are compared around the same center."""
-    backbone = timm_vit.untrained(architecture, image_size=32, depth=3)
+    backbone = timm_vit.untrained(architecture, image_size=32, depth=3, embed_dim=48, num_heads=2)
     model, taken = prompted(backbone, prefix_blocks=1).only_train().eval(), toy_images(LABELS)
     monkeypatch.setattr(query_module, "RIDGES", (1e-3,))
     fitted = fit_query_map(model, taken)
@@ -246,7 +246,7 @@ def test_a_file_that_contradicts_itself_is_refused(tmp_path, mode, changes, says
 # Phase 1 tunes more than a prompt.
 
 
-@pytest.mark.parametrize("tuning", ["lora", "adaptformer", "vpt_deep+lora", "vpt_deep+adaptformer"])
+@pytest.mark.parametrize("tuning", ["lora", "vpt_deep+adaptformer"])
 def test_phase_1_tunes_inside_the_backbone_and_phase_2_leaves_it_alone(tmp_path, tuning):
     (one, _), (both, task) = tuned(tuning=tuning, epochs=(2, 0)), tuned(tuning=tuning, epochs=(2, 2), query_head=True)
     kind = tuning.rpartition("+")[2]

@@ -6,8 +6,9 @@
 Published: prompts concatenated to the tokens, whole blocks, two full passes a stream, fp32 (`tests/support/plain.py`).
 Ours: prompts as keys and values, one prefix and two tails, the last block for the pooled token, both streams in one
 batch where no gradient is needed, and a backward for each stream. `batch` counts the images of one stream; a step has
-two. Beside them stand the rate of one large matrix product, as what the device can do, and with `--fed` the images that
-this machine's processes decode and cut in a second, as what can be fed to it.
+two. Inference is also timed as `method.query` has it: full, early and none. Beside them stand the rate of one large
+matrix product, as what the device can do, and with `--fed` the images that this machine's processes decode and cut in a
+second, as what can be fed to it.
 """
 
 import argparse
@@ -22,7 +23,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -37,8 +38,9 @@ from lpt.losses import GCL
 from lpt.model.backbones.timm_vit import TimmViT, untrained
 from lpt.model.classifier import PromptedClassifier
 from lpt.model.heads import CosineHead
-from lpt.model.prompts import DeepPrompt, PromptPool
+from lpt.model.prompts import DeepPrompt, PromptPool, summary_width
 from lpt.sweep import processor
+from lpt.terms import QueryMode
 from tests.support.plain import plain_forward
 
 CLASSES = 100
@@ -81,29 +83,35 @@ def main() -> None:
     if given.fed:
         result["images_fed"] = images_fed(given.image_size)
     result |= compare(fp32_model, fp32_model, given.batch, given.pairs, device)
+    result["queries"] = compare_queries(fp32_model.backbone, given.batch, given.pairs, device)
     show("fp32 against published in fp32", result, result["product_flops"]["fp32"])
+    show_queries(result["queries"])
     if pick_precision("auto", device) == "bf16":
         bf16_model = model_on(untrained(given.backbone, image_size=given.image_size).to(device, torch.bfloat16))
         if given.compile:
             bf16_model.backbone.compile_blocks()
         result["bf16"] = compare(fp32_model, bf16_model, given.batch, given.pairs, device)
+        result["bf16"]["queries"] = compare_queries(bf16_model.backbone, given.batch, given.pairs, device)
         show("bf16 against published in fp32", result["bf16"], result["product_flops"]["bf16"])
+        show_queries(result["bf16"]["queries"])
     if given.fed:
         print(f"{result['images_fed']:,.0f} images/s can be fed (JPEG of 500 × 375, all cores of this machine)")
     if given.json:
         write_atomic(given.json, json.dumps(result, indent=1).encode())
 
 
-def model_on(backbone: TimmViT) -> PromptedClassifier:
+def model_on(backbone: TimmViT, query: QueryMode = "full") -> PromptedClassifier:
     """LPT's published shapes: 10 tokens, pool of 20, 2 chosen, from the middle block on."""
     generator = torch.Generator().manual_seed(0)
     sizes = {"length": 10, "width": backbone.width, "generator": generator}
     pool = PromptPool(
-        size=20,
+        size=2 if query == "none" else 20,
         topk=2,
         prefix_blocks=backbone.depth // 2,
         depth=backbone.depth,
         key_width=backbone.feature_width,
+        query=query,
+        summary_width=summary_width(backbone.width, backbone.prefix),
         **sizes,
     )
     head = CosineHead(num_classes=CLASSES, width=backbone.feature_width, scale=20, generator=generator)
@@ -214,6 +222,40 @@ def compare(
         }
     pair.prepare("phase2_step")  # the pools are back for the next comparison
     return result
+
+
+def compare_queries(backbone: TimmViT, batch: int, pairs: int, device: torch.device) -> dict[str, Any]:
+    """Inference by each `method.query`, interleaved with one plain forward of the same images."""
+    models = {query: model_on(backbone, query).only_train() for query in get_args(QueryMode)}
+    works = {query: Pair(model, model, batch, device) for query, model in models.items()}
+    rounds: list[dict[str, float]] = []
+    for i in range(pairs + 1):
+        times = {query: seconds(partial(pair.our, "inference"), device) for query, pair in works.items()}
+        times["plain"] = seconds(works["full"].bare_forward, device)
+        if i:  # in the first, constants are made
+            rounds.append(times)
+    result = {}
+    for query, pair in works.items():
+        ratios = [times[query] / times["plain"] for times in rounds]
+        result[query] = {
+            "over_forward": statistics.median(ratios),
+            "over_forward_min": min(ratios),
+            "over_forward_max": max(ratios),
+            "seconds": statistics.median(times[query] for times in rounds),
+            "flops_over_forward": flops(partial(pair.our, "inference")) / flops(pair.bare_forward),
+        }
+    return result
+
+
+def show_queries(result: dict[str, Any]) -> None:
+    print("| inference by method.query | ÷ one plain forward | FLOPs ÷ its |\n|---|---|---|")
+    for query, measured in result.items():
+        low, high = measured["over_forward_min"], measured["over_forward_max"]
+        print(
+            f"| {query} | {measured['over_forward']:.2f} ({low:.2f} to {high:.2f}) | "
+            f"{measured['flops_over_forward']:.2f} |",
+            flush=True,
+        )
 
 
 def relative(a: Tensor, b: Tensor) -> float:

@@ -90,7 +90,7 @@ def _phase1_head(model: PromptedClassifier) -> nn.Module:
         return model.query_head
     head = copy.deepcopy(model.head)
     assert model.phase1_head is not None
-    head.weight.data.copy_(model.phase1_head)
+    head.load_state_dict({**head.state_dict(), "weight": model.phase1_head})
     return head
 
 

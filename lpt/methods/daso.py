@@ -75,8 +75,9 @@ def tune(
         head.weight.copy_(starting_rows(task, backbone, session, head_init, generator))
         head.texts.copy_(F.normalize(backbone.class_prototypes(task.classes), dim=1))
         head.prototypes.copy_(head.texts)
-    prompts_or_adapters = {"prompt_length": prompt_length, "bottleneck": bottleneck}
-    model = with_tuning(head, task, backbone, generator, tuning=tuning, **prompts_or_adapters)
+    model = with_tuning(
+        head, task, backbone, generator, tuning=tuning, prompt_length=prompt_length, bottleneck=bottleneck
+    )
     head.project = model.backbone.project
     prior = la_tau * log_prior(task.counts).to(device)
 

@@ -41,7 +41,7 @@ from lpt.terms import AdapterKind, QueryMode
 Phase1 = Literal["vpt_deep", "lora", "adaptformer", "vpt_deep+lora", "vpt_deep+adaptformer"]
 """What phase 1 tunes beside the head: the shared prompt, something inside the backbone in its place, or both."""
 
-INSIDE: tuple[AdapterKind, ...] = ("lora", "adaptformer")
+INSIDE: dict[str, AdapterKind] = {"lora": "lora", "adaptformer": "adaptformer"}
 
 COLLAPSED = 3.0
 """A key perplexity below this is reported as a collapse: almost all images share the same prompts."""
@@ -105,38 +105,31 @@ def tune(
         raise LptError(f"method.epochs {list(epochs)} trains nothing: give (phase 1, phase 2), for example [40, 40]")
     if key_init == "kmeans" and query != "none" and epochs[1] and pool_size > len(task.train):
         raise LptError(f"method.pool_size {pool_size} needs as many training images, there are {len(task.train)}")
-    parts = tuning.split("+")
-    if pool_init == "shared" and "vpt_deep" not in parts:
+    if pool_init == "shared" and not tuning.startswith("vpt_deep"):
         raise LptError(f"method.pool_init=shared needs a shared prompt, method.tuning={tuning} has none: use tn")
     device = next(backbone.parameters()).device
     generator = torch.Generator().manual_seed(session.start)
     head = CosineHead(num_classes=len(task.classes), width=backbone.feature_width, scale=scale, generator=generator)
-    shared = None
-    if "vpt_deep" in parts:
-        shared = DeepPrompt(layers=backbone.depth, length=prompt_length, width=backbone.width, generator=generator)
+    sizes: dict[str, Any] = {"length": prompt_length, "width": backbone.width, "generator": generator}
+    shared = DeepPrompt(layers=backbone.depth, **sizes) if tuning.startswith("vpt_deep") else None
     pool = PromptPool(  # made before phase 1, so that a pool that cannot be served fails at once
         size=topk if query == "none" else pool_size,
         topk=topk,
         prefix_blocks=prefix_blocks,
         depth=backbone.depth,
-        length=prompt_length,
-        width=backbone.width,
         key_width=backbone.feature_width,
-        generator=generator,
         query=query,
         summary_width=summary_width(backbone.width, backbone.prefix),
-    )
-    for kind in INSIDE:
-        if kind in parts:
-            width = bottleneck or auto_bottleneck(len(task.classes), backbone.depth)
-            backbone = with_adapter(backbone, kind, bottleneck=width, rank=rank, seed=session.seed)
+        **sizes,
+    ).to(device)
+    if kind := INSIDE.get(tuning.rpartition("+")[2]):
+        width = bottleneck or auto_bottleneck(len(task.classes), backbone.depth)
+        backbone = with_adapter(backbone, kind, bottleneck=width, rank=rank, seed=session.seed)
     model = PromptedClassifier(backbone, head, classes=task.classes, shared=shared).to(device)
-    labels, batch_size = task.train.labels, session.batch_size
+    labels, batch_size, counts = task.train.labels, session.batch_size, task.counts.to(device)
     if head_init == "class_mean":
-        with torch.no_grad():
-            head.weight.copy_(class_means(session.features("features", model, task.train), labels, len(task.classes)))
-
-    counts = task.counts.to(device)
+        start = class_means(session.features("features", model, task.train), labels, len(task.classes))
+        head.weight.data.copy_(start)
 
     def stream_loss(gammas: tuple[float, float], *, adjust_prior: bool) -> StreamLoss:
         if loss == "ce":
@@ -179,19 +172,12 @@ def tune(
             return
         # Phase 2: group prompts, their keys, and the head that phase 1 left.
         model.phase1_head = head.weight.detach().clone()
-        if pool.query_map is not None:
-            model.pool = pool.to(device)  # now, since queries are early ones from here on
-            pool.query_map.copy_(session.query_map(model, task.train))
-        if query != "none" and (query_centering == "mean" or key_init == "kmeans"):
-            queries = session.features("queries", model, task.train)
-            start_keys(pool, queries, center=query_centering == "mean", kmeans=key_init == "kmeans", seed=session.seed)
-        if pool_init == "shared" and shared is not None:
-            # With half of the usual start's noise, so that the prompts differ.
-            with torch.no_grad():
-                pool.tokens.mul_(0.5).add_(shared.tokens[prefix_blocks:].to(pool.tokens.device))
+        start_keys(pool, model, session, task, center=query_centering == "mean", kmeans=key_init == "kmeans")
+        if pool_init == "shared" and shared is not None:  # half of the usual noise, so that the prompts differ
+            pool.tokens.data.mul_(0.5).add_(shared.tokens.data[prefix_blocks:])
         if query_head and query == "full":
             model.query_head = copy.deepcopy(head)
-        model.pool = pool.to(device)
+        model.pool = pool
         yield phase(2, "pool.", "head.", reports_keys=query != "none")
 
     return Recipe(model, phases())
@@ -258,13 +244,22 @@ class DualStreamStep:
         return kept.float().to(batch.labels.device) / (1 - self.head_dropout)
 
 
-def start_keys(pool: PromptPool, queries: Tensor, *, center: bool, kmeans: bool, seed: int) -> None:
-    """Where queries are centered and keys start, from the queries [N D'] of the training images (ours, not LPT's)."""
+def start_keys(
+    pool: PromptPool, model: PromptedClassifier, session: Session, task: Task, *, center: bool, kmeans: bool
+) -> None:
+    """The map of early queries, where queries are centered, and where keys start, from the queries [N D'] of the
+    training images under `model` (ours, not LPT's)."""
+    if pool.query_map is not None:
+        model.pool = pool  # now, since queries are early ones from here on
+        pool.query_map.copy_(session.query_map(model, task.train))
+    if pool.query == "none" or not (center or kmeans):
+        return
+    queries = session.features("queries", model, task.train)
     if center:
         pool.centre.copy_(queries.mean(0))
     if kmeans:
-        with torch.no_grad():
-            pool.keys.copy_(kmeans_keys(queries - pool.centre.cpu(), len(pool.keys), seed=seed))
+        keys = kmeans_keys(queries - pool.centre.cpu(), len(pool.keys), seed=session.seed)
+        pool.keys.data.copy_(keys)
 
 
 @dataclass(frozen=True)

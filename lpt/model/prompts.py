@@ -93,7 +93,8 @@ class PromptPool(nn.Module):
             )
         if not 1 <= topk <= size:
             raise LptError(f"method.topk {topk} does not fit a pool of {size} group prompts: use 1 to {size}")
-        self.topk, self.prefix_blocks, self.query = topk, prefix_blocks, query
+        self.topk, self.prefix_blocks = topk, prefix_blocks
+        self.query: QueryMode = query
         self.tokens = _truncated_normal(size, depth - prefix_blocks, length, width, generator=generator)
         self.keys = _truncated_normal(size, key_width, generator=generator)
         # Prompt files and checkpoints store `pool.centre`: the name of the tensor stays as it is spelled there.

@@ -144,7 +144,7 @@ def compared(folders: Mapping[tuple[str, int], Path], one: str, other: str) -> s
     seeds = sorted(seed for row, seed in folders if row == one and (other, seed) in folders)
     if not seeds:
         raise LptError(f"{one} and {other} have no seed in common: run both rows with the same seeds first")
-    differences = []  # for each seed, [N] of -1, 0 or 1
+    labels, differences = np.empty(0), []  # for each seed, [N] of -1, 0 or 1
     for seed in seeds:
         is_right, labels = right_predictions(folders[one, seed])
         other_is_right, _ = right_predictions(folders[other, seed])
