@@ -52,10 +52,14 @@ class BackboneSettings(BaseModel):
 class PrototypeSettings(BaseModel):
     """Class prototypes in the joint space of images and texts, for zero-shot and as a start of the head."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", serialize_by_alias=True)
+
+    source: Literal["texts", "classifier"] = Field(default="texts", alias="from")
+    """Texts, or the rows of a supervised checkpoint's own classifier for classes whose names match."""
 
     weights: str | None = None
-    """A safetensors file: `prototypes` [C J], and the class names as a JSON list under `classes` in its metadata."""
+    """A safetensors file: `prototypes` [C J], and the class names as a JSON list under `classes` in its metadata. In
+    place of texts; beside a classifier for the classes that match none of its own."""
     template: str = TEMPLATE
     """Where no file is given and the backbone has a text tower: a text with {} for the class name, `ensemble` for
     OpenAI's 80 of ImageNet, or a file with one template a line."""
@@ -126,6 +130,8 @@ class Config(BaseModel):
             parts[part].pop(key, None)
         if not parts["train"]["tf32"]:  # a setting that came after run folders were written
             del parts["train"]["tf32"]
+        if parts["prototypes"]["from"] == "texts":
+            del parts["prototypes"]["from"]
         for key, before in LATER_SETTINGS.items():
             if key in parts["data"] and parts["data"][key] == before:
                 del parts["data"][key]
