@@ -55,6 +55,7 @@ LATER_SETTINGS_OF = {"lpt": {"query": "full", "tuning": "vpt_deep", "bottleneck"
 LATER_SECTION_SETTINGS: dict[str, dict[str, Any]] = {
     "train": {"tf32": False, "gnm": 0.0, "tta": "none", "start_seed": None},
     "backbone": {"crop_schedule": "fixed", "interpolation": None},
+    "prototypes": {"from": "texts"},
 }
 """And of other sections."""
 WorkerCount = Literal["auto"] | Annotated[int, Field(ge=0, le=1024)]
@@ -84,10 +85,14 @@ class BackboneSettings(BaseModel):
 class PrototypeSettings(BaseModel):
     """Class prototypes in the joint space of images and texts, for zero-shot and as a start of the head."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", serialize_by_alias=True)
+
+    source: Literal["texts", "classifier"] = Field(default="texts", alias="from")
+    """Texts, or the rows of a supervised checkpoint's own classifier for classes whose names match."""
 
     weights: str | None = None
-    """A safetensors file: `prototypes` [C J], and the class names as a JSON list under `classes` in its metadata."""
+    """A safetensors file: `prototypes` [C J], and the class names as a JSON list under `classes` in its metadata. In
+    place of texts; beside a classifier for the classes that match none of its own."""
     template: str = TEMPLATE
     """Where no file is given and the backbone has a text tower: a text with {} for the class name, `ensemble` for
     OpenAI's 80 of ImageNet, or a file with one template a line."""

@@ -141,7 +141,10 @@ def _sentence(section: str, model: type[BaseModel], mistake: Any) -> str:
     keys = [str(key) for key in mistake["loc"]]
     path = quoted(".".join([section, *keys]), 100)
     if mistake["type"] == "extra_forbidden":
-        known = [*(["name"] if issubclass(model, NamedSettings) else []), *model.model_fields]
+        known = [
+            *(["name"] if issubclass(model, NamedSettings) else []),
+            *(field.alias or key for key, field in model.model_fields.items()),
+        ]
         hint = did_you_mean(keys[-1][:99], known) or f"; there are {', '.join(known)}"
         return f"{path}: there is no such setting{hint}"
     if mistake["type"] == "missing":

@@ -12,11 +12,12 @@ from lpt.data import load_task
 from lpt.data.task import Task
 from lpt.device import PRECISIONS, allow_tf32, pick_device, pick_precision
 from lpt.engine.processes import rank_and_world
-from lpt.errors import LptError
+from lpt.errors import BackboneError, LptError
 from lpt.memory import check_run
 from lpt.methods import nested_methods, nested_settings
 from lpt.model.backbones import load_backbone, random_backbone
 from lpt.model.backbones.base import Backbone, fingerprint_of, read_prototypes
+from lpt.model.backbones.classifier_rows import ClassifierRows
 from lpt.model.backbones.clip_text import read_templates
 from lpt.model.backbones.labels_seen import labels_seen
 from lpt.model.backbones.published import forbids_commercial_use, licence
@@ -73,6 +74,8 @@ class Setup:
                 f"warning: {self.backbone.name} has seen {len(shared)} of these {len(self.task.classes)} classes as "
                 f"labels of {name}"
             )
+        if isinstance(self.backbone.texts, ClassifierRows):
+            yield self.backbone.texts.remark(self.task.classes)
         terms = licence(self.backbone.name)
         if terms and forbids_commercial_use(terms):
             yield f"warning: the weights of {self.backbone.name} are under {terms}, which forbids commercial use"
@@ -134,11 +137,23 @@ def open_backbone(config: Config, *, read_weights: bool = True) -> Backbone:
     if settings.min_area is not None:
         preprocess = preprocess.with_(min_area=settings.min_area)
     backbone.preprocess = preprocess
-    if config.prototypes.weights and read_weights:
+    if config.prototypes.source == "classifier" and read_weights:
+        backbone.texts = _classifier_rows(config, backbone)
+    elif config.prototypes.weights and read_weights:
         backbone.prototypes = read_prototypes(Path(config.prototypes.weights))
     elif backbone.texts is not None:
         backbone.templates = read_templates(config.prototypes.template)
     return backbone
+
+
+def _classifier_rows(config: Config, backbone: Backbone) -> ClassifierRows:
+    """What reads prototypes from the classifier of a config's backbone. Raises BackboneError where it has none."""
+    if not backbone.name.startswith("timm:"):
+        raise BackboneError(
+            f"prototypes.from=classifier: {backbone.name} has no classifier, only models of timm have: leave it out"
+        )
+    weights, otherwise = config.backbone.weights, config.prototypes.weights
+    return ClassifierRows(backbone.name, Path(weights) if weights else None, Path(otherwise) if otherwise else None)
 
 
 def random_prototypes(classes: Sequence[str], backbone: Backbone) -> dict[str, Tensor]:
@@ -152,6 +167,8 @@ def _weights_identity(backbone: Backbone, precision: str) -> str:
     identity = f"{backbone.fingerprint} in {precision}"
     if backbone.prototypes:
         return f"{identity} with prototypes {fingerprint_of(backbone.prototypes.items())}"
+    if isinstance(backbone.texts, ClassifierRows):
+        return f"{identity} with {backbone.texts.identity()}"
     if backbone.texts is not None:
         return f"{identity} with texts {backbone.templates}"
     return identity

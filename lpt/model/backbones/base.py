@@ -144,14 +144,14 @@ class Backbone(nn.Module, ABC):
             self.prototypes, self.encoded = known, True
         if self.prototypes is None:
             raise BackboneError(f"{self.name} has no class prototypes: set prototypes.weights to a safetensors file")
-        known = {_comparable(name): row for name, row in self.prototypes.items()}
-        absent = [quoted(name, 60) for name in classes if _comparable(name) not in known]
+        known = {comparable(name): row for name, row in self.prototypes.items()}
+        absent = [quoted(name, 60) for name in classes if comparable(name) not in known]
         if absent:
             raise BackboneError(
                 f"the prototypes lack {len(absent)} of {len(classes)} classes: {', '.join(absent[:5])}"
                 + quoted(did_you_mean(absent[0], self.prototypes), 99)
             )
-        rows = torch.stack([known[_comparable(name)] for name in classes])
+        rows = torch.stack([known[comparable(name)] for name in classes])
         if rows.shape[1] != self.joint_width:
             raise BackboneError(
                 f"prototypes of width {rows.shape[1]} do not fit features of {self.name}, {self.joint_width} wide"
@@ -175,7 +175,8 @@ class Backbone(nn.Module, ABC):
         return self.requires_grad_(False).train()
 
 
-def _comparable(name: str) -> str:
+def comparable(name: str) -> str:
+    """A class name as it is compared: case is ignored, and an underscore is a space."""
     return name.replace("_", " ").lower()
 
 

@@ -5,8 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from lpt.errors import BackboneError
-from lpt.model.backbones.labels_seen import LABEL_SETS
-from lpt.model.backbones.published import forbids_commercial_use, full_names, licence, megabytes
+from lpt.model.backbones.published import MEGABYTES, forbids_commercial_use, full_names, licence, megabytes
 
 FAMILIES = {
     "EUPE": r"_dinov3.*\.eupe_",
@@ -70,6 +69,7 @@ def supports(entries: list[Entry]) -> str:
 
 
 def of_timm() -> Iterator[Entry]:
+    from timm.data.imagenet_info import infer_imagenet_subset
     from timm.models import get_pretrained_cfg
 
     for full in full_names():
@@ -81,7 +81,7 @@ def of_timm() -> Iterator[Entry]:
             image_size=config.input_size[-1],
             megabytes=megabytes(architecture),
             licence=config.license,
-            labels=label_set(full, config.num_classes),
+            labels=infer_imagenet_subset({"num_classes": config.num_classes}),
         )
 
 
@@ -106,9 +106,21 @@ def of_open_clip() -> Iterator[Entry]:
                 name=name,
                 family=f"{clip_family(model)} {WITH_TEXTS}",
                 image_size=config["vision_cfg"]["image_size"],
-                megabytes=megabytes(config["vision_cfg"].get("timm_model_name") or ""),
+                megabytes=megabytes(config["vision_cfg"].get("timm_model_name") or "") or own_tower(config),
                 licence=licence(name),
             )
+
+
+def own_tower(config: Mapping[str, Any]) -> int | None:
+    """Megabytes of open_clip's own ViT in fp32; None for another tower."""
+    vision = config["vision_cfg"]
+    if vision.get("timm_model_name"):
+        return None
+    width, patch, hidden = vision["width"], vision["patch_size"], vision.get("mlp_ratio", 4.0) * vision["width"]
+    block = 4 * width * (width + 1) + 2 * width * hidden + width + hidden + 4 * width
+    tokens = (vision["image_size"] // patch) ** 2 + 1
+    outside = 3 * patch**2 * width + (tokens + 1) * width + 4 * width + width * config["embed_dim"]
+    return round(MEGABYTES * (vision["layers"] * block + outside) / 1e6)
 
 
 def is_safe(published: Mapping[str, Any]) -> bool:
@@ -137,13 +149,3 @@ def clip_family(model: str) -> str:
         if model.startswith(start):
             return family
     return "SigLIP 2" if "SigLIP2" in model else "SigLIP" if "SigLIP" in model else "CLIP"
-
-
-def label_set(full: str, num_classes: int) -> str | None:
-    """The label set of a full name's own classifier, in timm's table; None without a classifier, or without names.
-
-    >>> label_set("deit_tiny_patch16_224.fb_in1k", 1000), label_set("vit_base_patch16_224.mae", 0)
-    ('imagenet-1k', None)
-    """
-    sizes = {1000: "in1k", 11821: "in12k", 21843: "in21k", 21841: "in22k"}
-    return LABEL_SETS[sizes[num_classes]] if num_classes in sizes else None

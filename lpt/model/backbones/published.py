@@ -75,16 +75,22 @@ def _licence_in_timm(model: str) -> str | None:
 
 
 def _licence_in_open_clip(model: str, tag: str = "") -> str | None:
-    """Of the same weights in timm; or else of all weights of the tower's architecture there, if they have one."""
+    """Of the same weights in timm; or else of all weights there of the tower's architecture, or of all CLIP's with a
+    tag that this one begins with, if they have one licence."""
     import open_clip
-    import timm
 
     published: Any = open_clip.get_pretrained_cfg(model, tag)
     in_timm = published.get("hf_hub", "").removeprefix("timm/").rstrip("/")
     if found := _licence_in_timm(in_timm):
         return found
-    architecture = (open_clip.get_model_config(model) or {"vision_cfg": {}})["vision_cfg"].get("timm_model_name")
-    names = timm.list_pretrained(f"{architecture}.*") if architecture else []
+    config = open_clip.get_model_config(model) or {"vision_cfg": {}}
+    architecture = config["vision_cfg"].get("timm_model_name")
+    if architecture:
+        names = [name for name in full_names() if name.partition(".")[0] == architecture]
+    else:
+        names = [
+            name for name in full_names() if "_clip_" in name and f"{tag}_".startswith(name.partition(".")[2] + "_")
+        ]
     licences = {_licence_in_timm(name) for name in names}
     return licences.pop() if len(licences) == 1 else None
 
