@@ -76,7 +76,7 @@ def bought(
 
 
 def sentence(retrieval: Mapping[str, Any]) -> str:
-    """What the numbers say to do, of the class mean; to choose by they should be of held-out images."""
+    """What the numbers of the class mean say to do; to choose by, they should be of held-out images."""
     differences, answer = retrieval["differences"], retrieval["answer"]
 
     def buys(pair: str) -> str:
@@ -89,10 +89,14 @@ def sentence(retrieval: Mapping[str, Any]) -> str:
         text += f", with the query's own head beside it {buys('both - constant')}"
     _, low, high = differences[f"{answer} - constant"]["class_accuracy"]
     if low > 0:
-        return f"{text}: keep the query."
-    if high >= TOO_WIDE:
-        return f"{text}: too few images to tell, hold out more (data.val_per_class)."
-    return f"{text}: choose method.query=none (`lpt edit`), which spares the query's pass."
+        text += ": keep the query"
+    elif high >= TOO_WIDE:
+        text += ": too few images to tell, hold out more (data.val_per_class)"
+    else:
+        text += ": choose method.query=none (`lpt edit`), which spares the query's pass"
+    _, low, high = differences[f"{answer} - none"]["class_accuracy"]
+    over_phase1 = f"; over phase 1 alone the whole buys {buys(f'{answer} - none')}"
+    return text + over_phase1 + (", which it may as well be." if low <= 0 and high < TOO_WIDE else ".")
 
 
 def points(difference: tuple[float, float, float] | None) -> str:
