@@ -6,8 +6,6 @@ import pytest
 
 from benchmarks.serving.__main__ import GROUPS, line, rows_of
 
-LORA = ("lora-sub-batches-8", "lora-sub-batches-64")
-
 
 def test_every_check_is_a_function():
     names = [check for group in GROUPS for check in group]
@@ -17,9 +15,7 @@ def test_every_check_is_a_function():
         assert callable(getattr(importlib.import_module(f"benchmarks.serving.{module}"), function))
 
 
-@pytest.mark.parametrize(
-    "check", ["mixed-8/deit_tiny/fp32", "mixed-methods/deit_tiny/fp32", "peft-mixed/deit_tiny/fp32"]
-)
+@pytest.mark.parametrize("check", ["mixed-8/deit_tiny/fp32", "peft-mixed/deit_tiny/fp32"])
 def test_rows_are_those_that_were_asked_for(check):
     (group,) = (group for group in GROUPS if check in group)
     rows = rows_of(group, quick=True)

@@ -27,7 +27,7 @@ def mixed(model: str, precision: str, *, quick: bool) -> list[dict[str, Any]]:
     """Deep prompts: 1, 8, 64 and 200 tasks in batches of 64, and a forward for each task."""
     with tempfile.TemporaryDirectory() as folder:
         backbone = backbone_of(model, precision, image_size=32 if quick else 224)
-        names = fill(Path(folder), backbone, "deep", 20 if quick else 200)
+        names = fill(Path(folder), backbone, "deep", 8 if quick else 200)
         bank = TaskBank(backbone, folder)
         views = views_of(backbone)
         forms = {
@@ -44,7 +44,7 @@ def kinds(model: str, precision: str, *, quick: bool) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         backbone = backbone_of(model, precision, image_size=32 if quick else 224)
         of: dict[Kind, list[str]] = {
-            kind: fill(Path(folder), backbone, kind, 4 if quick else 64) for kind in ("pool", "deep", "head", "lora")
+            kind: fill(Path(folder), backbone, kind, 2 if quick else 64) for kind in ("pool", "deep", "head", "lora")
         }
         bank, views = TaskBank(backbone, folder), views_of(backbone)
         for kind in ("pool", "lora"):
@@ -74,7 +74,7 @@ def peft_mixed(model: str, precision: str, *, quick: bool) -> list[dict[str, Any
 
     from benchmarks.serving.libraries import ARCHITECTURES
 
-    number, size = (4, 32) if quick else (BATCH, 224)
+    number, size = (2, 32) if quick else (BATCH, 224)
     backbone = backbone_of(model, precision, image_size=size)
     views = views_of(backbone)
     vit = timm.create_model(ARCHITECTURES[model], num_classes=0, img_size=size).eval().to(backbone.dtype)
@@ -146,7 +146,7 @@ def by_sub_batches(bank: TaskBank, names: list[str], views: Tensor) -> Callable[
 
 
 def turns_of(model: str, quick: bool) -> int:
-    return 2 if quick else 3 if model == "vit_base" else 7
+    return 1 if quick else 3 if model == "vit_base" else 7
 
 
 @torch.no_grad()
