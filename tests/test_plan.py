@@ -31,7 +31,7 @@ def roots(tmp_path_factory):
 
 def marks(path):
     """FLOPs of a ViT-B/16, or at 224 pixels, take a minute to count."""
-    return [pytest.mark.slow] * ("b16" in path.stem or "224" in path.stem)
+    return [pytest.mark.slow] * any(part in path.stem for part in ("b16", "in21k", "224"))
 
 
 @pytest.mark.parametrize(

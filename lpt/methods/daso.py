@@ -3,7 +3,7 @@
 Shapes: feature [B D'], joint [B J], prototypes [C J], logits and probabilities [B C], labels [B].
 """
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -75,9 +75,8 @@ def tune(
         head.weight.copy_(starting_rows(task, backbone, session, head_init, generator))
         head.texts.copy_(F.normalize(backbone.class_prototypes(task.classes), dim=1))
         head.prototypes.copy_(head.texts)
-    model = with_tuning(
-        head, task, backbone, generator, tuning=tuning, prompt_length=prompt_length, bottleneck=bottleneck
-    )
+    widths: dict[str, Any] = {"prompt_length": prompt_length, "bottleneck": bottleneck}
+    model = with_tuning(head, task, backbone, generator, tuning=tuning, **widths)
     head.project = model.backbone.project
     prior = la_tau * log_prior(task.counts).to(device)
 

@@ -226,7 +226,7 @@ def _can_be_mixed(model: PromptedClassifier, adapted: AdaptedBackbone | None) ->
     known = {"pool": PromptPool, "query_head": CosineHead, "calibration": Calibration}
     if type(model) is not PromptedClassifier or not shared or not parts.items() <= known.items():
         return False
-    if model.pool is not None and len(model.pool.keys) > FEW_KEYS:
+    if model.pool is not None and (len(model.pool.keys) > FEW_KEYS or model.pool.query != "full"):
         return False
     # A prompt's keys and values would be those of each task's own adapter.
     return adapted is None or (adapted.mixes and model.shared is None and model.pool is None)
@@ -346,9 +346,9 @@ class _MixedClassifier(PromptedClassifier):
     def _shared_prompt(self, i: int) -> list[Prompt]:
         return [] if self._deep is None else [KeyValue(*(part[:, i] for part in self._deep))]
 
-    def _match(self, query: Tensor, pool: PromptPool) -> tuple[Tensor, Tensor]:
-        assert isinstance(pool, _EachPool)
-        return match_each(query, pool.each_keys, pool.topk)
+    def match(self, query: Tensor) -> tuple[Tensor, Tensor]:
+        assert isinstance(self.pool, _EachPool)
+        return match_each(query - self.pool.centre, self.pool.each_keys, self.pool.topk)
 
 
 def _each(tensors: Sequence[Tensor]) -> Tensor:
