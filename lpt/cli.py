@@ -51,7 +51,7 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="the version, and no more")
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="show the version")
     ] = False,
 ) -> None:
     """What can be said before any command."""

@@ -234,11 +234,11 @@ def bind(setup: Setup, folder: RunFolder, stop: Stop, say: Log, show: OnStep) ->
     )
     if not setup.is_main:
         return session
-    tracking = track(setup, folder, session) if settings.track else None
+    tracking = track(setup, folder, session, say) if settings.track else None
     return replace(session, log=say, on_step=show, tracking=tracking)
 
 
-def track(setup: Setup, folder: RunFolder, session: Session) -> Tracking:
+def track(setup: Setup, folder: RunFolder, session: Session, say: Log) -> Tracking:
     """The trackers of a run, which know its settings, and what its numbers depend on beside them."""
     identity = {
         "run_hash": setup.run_hash,
@@ -253,6 +253,7 @@ def track(setup: Setup, folder: RunFolder, session: Session) -> Tracking:
         costs=session.costs,
         device=setup.device,
         resume=folder.resume,
+        say=say,
     )
 
 

@@ -10,18 +10,20 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from lpt import run
 from lpt.config import load_config
-from lpt.engine import loop, tracking
+from lpt.engine import tracking
 from lpt.engine.history import History
 from lpt.engine.stopping import Stopped
-from lpt.errors import ConfigError, NotInstalled
+from lpt.errors import ConfigError, LptError, NotInstalled
 from lpt.report.markdown import table
 from tests.support.command_line import lpt as command
 from tests.support.shared import ROOT
 
+CPU = torch.device("cpu")
 CONFIG = ROOT / "configs/digits_lt/lpt.yaml"
 SMALL = [
     "method.epochs=[1, 2]",
@@ -196,9 +198,7 @@ def test_other_trackers_go_on_under_their_own_id(tmp_path, monkeypatch, name):
     monkeypatch.setattr(Heard, "made", ())
 
     def tracker(resume):
-        return tracking.Tracking(
-            [name], tmp_path, parameters={"a": {"b": 1}}, costs={}, device=loop.torch.device("cpu"), resume=resume
-        )
+        return tracking.Tracking([name], tmp_path, parameters={"a": {"b": 1}}, costs={}, device=CPU, resume=resume)
 
     numbers = {"loss": 1.0, "lr": 0.1, "images_per_second": 3.0}
     first = tracker(False)
@@ -228,13 +228,42 @@ def test_a_curve_has_few_points_and_the_last(tmp_path, monkeypatch):
 
     monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "wandb", Heard)
     monkeypatch.setattr(Heard, "made", ())
-    told = tracking.Tracking(
-        ["wandb"], tmp_path, parameters={}, costs={}, device=loop.torch.device("cpu"), resume=False
-    )
+    told = tracking.Tracking(["wandb"], tmp_path, parameters={}, costs={}, device=CPU, resume=False)
     for step in range(1, 1750):
         told.step("all", step, 1749, {"loss": 1.0, "images_per_second": 3.0})
     steps = [step for step, _ in Heard.made[0].logged]
-    assert steps[0] == 8 and steps[-1] == 1749 and tracking.POINTS <= len(steps) <= 1.2 * tracking.POINTS
+    assert steps[0] == 9 and steps[-1] == 1749 and 0.9 * tracking.POINTS <= len(steps) <= tracking.POINTS
+
+
+def test_a_tracker_that_fails_is_left_out_and_one_that_does_not_start_ends_the_run(tmp_path, monkeypatch):
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    class Falls(Heard):
+        def log(self, values, step=None):
+            super().log(values, step)
+            if step == 2:
+                raise ConnectionError("the server\nis gone")
+
+    class NeverStarts(Heard):
+        def start(self):
+            raise ValueError("log in first")
+
+    def told(names, said):
+        return tracking.Tracking(names, tmp_path, parameters={}, costs={}, device=CPU, resume=False, say=said.append)
+
+    monkeypatch.setattr(Heard, "made", ())
+    for name, kind in (("wandb", Falls), ("trackio", Heard), ("tensorboard", NeverStarts)):
+        monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, name, kind)
+    said, numbers = [], {"loss": 1.0, "images_per_second": 3.0}
+    two = told(["wandb", "trackio"], said)
+    for step in (1, 2, 3):
+        two.step("all", step, 3, numbers)
+    two.close()
+    assert said == ["warning: wandb is told no more of this run (the server is gone)"]
+    assert [[step for step, _ in one.logged] for one in Heard.made] == [[1, 2], [1, 2, 3]]
+    assert [one.ended for one in Heard.made] == [False, True]
+    with pytest.raises(LptError, match=r"train\.track: tensorboard does not start \(log in first\): put that right"):
+        told(["tensorboard"], said).step("all", 1, 3, numbers)
 
 
 def test_tracking_is_no_part_of_a_runs_hash():

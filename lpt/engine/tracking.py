@@ -8,15 +8,15 @@ import json
 import math
 import re
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from lpt.device import peak_memory
-from lpt.engine.session import Cost
-from lpt.errors import require
+from lpt.engine.session import Cost, Log
+from lpt.errors import LptError, quoted, require
 from lpt.files import write_atomic
 from lpt.terms import TrackerName
 
@@ -47,7 +47,8 @@ class Tracking:
     folder is the run's own then.
 
     `parameters` are said once, nested dicts as `section.key`; `costs` hold the steps of earlier phases, so that a step
-    of the run is one number.
+    of the run is one number. A tracker that does not start ends the run with an LptError, before its first step is
+    told; one that fails later is left out, with a line to `say`: hours of training do not depend on its server.
     """
 
     def __init__(
@@ -59,15 +60,17 @@ class Tracking:
         costs: Mapping[str, Cost],
         device: torch.device,
         resume: bool,
+        say: Log = lambda text: None,
     ) -> None:
         self.names, self.out, self.parameters, self.costs, self.device = names, out, parameters, costs, device
+        self.say = say
         self.file = out / "tracking.json"
         self.ids, self.told = _stored(self.file) if resume else ({}, Told())
-        self._started: dict[str, Any] = {}
+        self._started: dict[str, Any] | None = None
 
     def step(self, phase: str, step: int, steps: int, values: Mapping[str, float]) -> None:
         """Of the `steps` of a phase some: its losses, the rate, and what this process works and holds."""
-        if step % max(1, steps // POINTS) and step != steps:
+        if step % -(-steps // POINTS) and step != steps:
             return
         at = self._step_of_run(phase, step)
         if at > self.told.steps:
@@ -93,43 +96,61 @@ class Tracking:
         curves = {"final/accuracy_by_class_rank": _by_rank(report["data"]["counts"], report["per_class"])}
         if usage := report.get("key_usage"):
             curves["final/choices_by_key_rank"] = sorted(usage["selections"], reverse=True)
-        for name, tracker in self._trackers().items():
+        files = [self.out / "report.html", self.out / "report.json"]
+
+        def tell(name: str, tracker: Any) -> None:
             tracker.log(_flat({"final": final}), step=at)
-            _log_end(name, tracker, curves, table, [self.out / "report.html", self.out / "report.json"])
+            _log_end(name, tracker, curves, table, files)
+
+        self._tell(tell)
         self._remember(self.told._replace(end=True))
 
     def close(self) -> None:
         """Every tracker has all that it was told."""
-        for tracker in self._started.values():
-            tracker.finish()
-        self._started = {}
+        self._tell(lambda name, tracker: tracker.finish(), start=False)
+        self._started = None
 
     def _step_of_run(self, phase: str, step: int) -> int:
         return step + sum(cost.steps for name, cost in self.costs.items() if name != phase)
 
     def _log(self, values: Mapping[str, Any], step: int, told: Told) -> None:
-        for tracker in self._trackers().values():
-            tracker.log(_flat(values), step=step)
+        self._tell(lambda name, tracker: tracker.log(_flat(values), step=step))
         self._remember(told)
 
-    def _trackers(self) -> dict[str, Any]:
-        """The trackers by name, started, each where it was before."""
-        if self._started or not self.names:
-            return self._started
+    def _tell(self, tell: Callable[[str, Any], None], *, start: bool = True) -> None:
+        """Calls `tell` with the name and the tracker of each that works."""
+        if self._started is None:
+            if not start:
+                return
+            self._started = {name: self._start(name) for name in self.names}
+            self._remember(self.told)
+        for name, tracker in list(self._started.items()):
+            try:
+                tell(name, tracker)
+            except Exception as error:  # libraries raise what they like, and servers go away
+                del self._started[name]
+                self.say(f"warning: {name} is told no more of this run ({quoted(error)})")
+
+    def _start(self, name: TrackerName) -> Any:
+        """The tracker, where it was before. Raises LptError."""
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-        for name in self.names:
-            before = self.ids.get(name)
-            run_id = before or uuid.uuid4().hex
-            where = ("tensorboard", self.out) if name == "tensorboard" else (PROJECT,)
-            tracker = LOGGER_TYPE_TO_CLASS[name](*where, **_going_on(name, self.out, run_id, is_new=before is None))
+        before = self.ids.get(name)
+        run_id = before or uuid.uuid4().hex
+        where = ("tensorboard", self.out) if name == "tensorboard" else (PROJECT,)
+        try:
+            tracker: Any = LOGGER_TYPE_TO_CLASS[name](
+                *where, **_going_on(name, self.out, run_id, is_new=before is None)
+            )
             tracker.start()
-            self._started[name] = tracker
             self.ids[name] = tracker.tracker.info.run_id if name == "mlflow" else run_id
             if before is None:
                 tracker.store_init_configuration(_flat(self.parameters, joint=".", texts=True))
-        self._remember(self.told)
-        return self._started
+        except Exception as error:
+            raise LptError(
+                f"train.track: {name} does not start ({quoted(error)}): put that right, or leave it out"
+            ) from error
+        return tracker
 
     def _remember(self, told: Told) -> None:
         self.told = told

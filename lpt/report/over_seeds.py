@@ -144,10 +144,10 @@ def compared(folders: Mapping[tuple[str, int], Path], one: str, other: str) -> s
     seeds = sorted(seed for row, seed in folders if row == one and (other, seed) in folders)
     if not seeds:
         raise LptError(f"{one} and {other} have no seed in common: run both rows with the same seeds first")
-    labels, differences = np.empty(0), []  # for each seed, [N] of -1, 0 or 1
+    differences = []  # for each seed, [N] of -1, 0 or 1
+    _, labels = right_predictions(folders[one, seeds[0]])
     for seed in seeds:
-        is_right, labels = right_predictions(folders[one, seed])
-        other_is_right, _ = right_predictions(folders[other, seed])
+        is_right, other_is_right = (right_predictions(folders[row, seed])[0] for row in (one, other))
         differences.append(is_right.astype(float) - other_is_right)
     low, middle, high = (100 * x for x in bootstrap(np.mean(differences, axis=0), labels))
     by_seed = ", ".join(f"{100 * class_mean(difference, labels):+.2f}" for difference in differences)

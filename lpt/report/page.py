@@ -6,7 +6,7 @@ Shapes: labels, predicted, confidence [N], in the order of the test part.
 import base64
 import io
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,8 +16,9 @@ from torch import Tensor
 from lpt.data.longtail import GROUPS
 from lpt.data.preprocess import decoded
 from lpt.data.task import Files, Images
-from lpt.errors import DataError
+from lpt.errors import DataError, NotInstalled
 from lpt.report import plots, retrieval
+from lpt.report.class_table import class_table
 from lpt.report.markdown import cost_line, percent, pseudo_label_line, row_name, single_head_line, watched_line
 from lpt.report.quoting import for_html
 from lpt.report.search import search_html
@@ -29,27 +30,34 @@ SIDE = 72
 """Of a thumbnail, in CSS pixels; stored with twice as many for dense screens."""
 
 STYLE = """
-:root { color-scheme: light; }
+:root { color-scheme: light dark; --paper: #f5f6f7; --card: #fff; --quiet: #5c6b78; --line: #e6e9ec; --ink: #22303c; }
+@media (prefers-color-scheme: dark) {
+  :root { --paper: #14181c; --card: #1e242a; --quiet: #9aa7b3; --line: #323a42; --ink: #e3e8ec;
+    --faint: #3a434c; --other: #94a1ad; --many: #7db3dc; --medium: #e0a95c; --few: #e5808c; }
+}
 * { box-sizing: border-box; }
-body { margin: 0; background: #f5f6f7; color: #22303c; font: 16px/1.5 system-ui, sans-serif; }
+body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
 main { max-width: 880px; margin: 0 auto; padding: 1rem; }
 h1 { font-size: 1.5rem; margin: 1rem 0 .2rem; } h2 { font-size: 1.1rem; margin: 0 0 .4rem; }
-p { margin: .3rem 0 .6rem; } .quiet { color: #5c6b78; font-size: .9rem; }
-section { background: #fff; border-radius: 10px; padding: 1rem; margin: 1rem 0; overflow-x: auto; }
+p { margin: .3rem 0 .6rem; } .quiet { color: var(--quiet); font-size: .9rem; }
+section { background: var(--card); border-radius: 10px; padding: 1rem; margin: 1rem 0; overflow-x: auto; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(7.2rem, 1fr)); gap: .6rem; margin: 1rem 0; }
-.tile { background: #fff; border-radius: 10px; padding: .6rem .8rem; }
+.tile { background: var(--card); border-radius: 10px; padding: .6rem .8rem; }
 .tile b { display: block; font-size: 1.4rem; white-space: nowrap; }
 svg { width: 100%; height: auto; display: block; max-width: 700px; margin: 0 auto; }
 .narrow svg { max-width: 440px; }
 table { border-collapse: collapse; width: 100%; font-size: .92rem; }
-td, th { text-align: left; padding: .35rem .6rem .35rem 0; border-top: 1px solid #e6e9ec; vertical-align: top; }
+td, th { text-align: left; padding: .35rem .6rem .35rem 0; border-top: 1px solid var(--line); vertical-align: top; }
+th button { all: unset; cursor: pointer; } th button:focus-visible { outline: 2px solid; }
+th[aria-sort=ascending] button::after { content: " ↑"; } th[aria-sort=descending] button::after { content: " ↓"; }
+.classes tbody th { font-weight: normal; overflow-wrap: anywhere; }
 td.long { overflow-wrap: anywhere; }
-.class { border-top: 1px solid #e6e9ec; padding: .5rem 0; }
+.class { border-top: 1px solid var(--line); padding: .5rem 0; }
 .class header { display: flex; justify-content: space-between; gap: 1rem; flex-wrap: wrap; }
 figure { display: inline-block; margin: 0 .4rem .3rem 0; width: 76px; vertical-align: top; font-size: .72rem; }
 figure img { width: 72px; height: 72px; object-fit: cover; border-radius: 4px; display: block; }
 figcaption { line-height: 1.2; overflow-wrap: anywhere; }
-pre { background: #f5f6f7; padding: .7rem; border-radius: 6px; white-space: pre-wrap; overflow-wrap: anywhere; }
+pre { background: var(--paper); padding: .7rem; border-radius: 6px; white-space: pre-wrap; overflow-wrap: anywhere; }
 .pixels { image-rendering: pixelated; }
 @media (max-width: 560px) {
   main { padding: .6rem; } figure { width: 60px; } figure img { width: 56px; height: 56px; }
@@ -81,15 +89,16 @@ def html(
         *_heading(report, classes, len(predictions["labels"])),
         _tiles(report),
         *([_section("What was compared", *search_html(search))] if search else []),
-        *_accuracy(report, against),
+        *_accuracy(report, classes, against),
         _calibration(report, predictions),
         _worst_classes(report, classes, predictions, test),
+        _all_classes(report, classes, predictions),
         *_key_usage(report),
         *_retrieval(report),
         *_pseudo_labels(report),
     ]
     if history:
-        parts.append(_section("Training", plots.training_curves(history), "Mean loss of each epoch."))
+        parts.append(_section("Training", _drawn(plots.training_curves, history), "Mean loss of each epoch."))
     parts.append(_rerun(report, config, command))
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -120,6 +129,14 @@ def _section(heading: str, body: str, note: str = "", *, narrow: bool = False) -
     return f"<section{' class=narrow' if narrow else ''}><h2>{for_html(heading)}</h2>{paragraph}{body}</section>"
 
 
+def _drawn(draw: Callable[..., str], *data: Any) -> str:
+    """A drawing, or a sentence where it cannot be made."""
+    try:
+        return draw(*data)
+    except NotInstalled as error:
+        return f'<p class="quiet">{for_html(error)}</p>'
+
+
 def _tiles(report: Mapping[str, Any]) -> str:
     facts = {
         "class mean": percent(report["class_accuracy"]),
@@ -139,15 +156,17 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h"
 
 
-def _accuracy(report: Mapping[str, Any], against: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def _accuracy(report: Mapping[str, Any], classes: Sequence[str], against: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Class by class, and of many, medium and few, with the other runs beside it."""
-    by_rank = plots.accuracy_by_rank(
+    by_rank = _drawn(
+        plots.accuracy_by_rank,
         report["data"]["counts"],
         report["per_class"],
         report["group_rule"],
         {name: other["per_class"] for name, other in against.items()},
+        classes,
     )
-    by_group = plots.accuracy_by_group({"this run": report, **against})
+    by_group = _drawn(plots.accuracy_by_group, {"this run": report, **against})
     sizes = ", ".join(f"{number} {name}" for name, number in report["group_sizes"].items())
     note = f"Per cent of the test images, as a mean over classes; {sizes} classes (rule {report['group_rule']})."
     if not against:
@@ -160,7 +179,7 @@ def _accuracy(report: Mapping[str, Any], against: Mapping[str, Mapping[str, Any]
 
 def _calibration(report: Mapping[str, Any], predictions: Mapping[str, Tensor]) -> str:
     correct = predictions["predicted"] == predictions["labels"]
-    diagram = plots.reliability_diagram(predictions["confidence"].numpy(), correct.numpy())
+    diagram = _drawn(plots.reliability_diagram, predictions["confidence"].numpy(), correct.numpy())
     note = f"Expected calibration error {percent(report['ece'])} % over 15 bins; NLL {report['nll']:.3f}."
     return _section("Is its confidence right?", diagram, note, narrow=True)
 
@@ -174,6 +193,18 @@ def _worst_classes(
         entries.append(_worst_class(k, accuracy, report["data"]["counts"][k], classes, predictions, test))
     note = "Below each its surest mistakes, with what they were taken for." if test else "The images were not at hand."
     return _section("The worst classes", "".join(entries), note)
+
+
+def _all_classes(report: Mapping[str, Any], classes: Sequence[str], predictions: Mapping[str, Tensor]) -> str:
+    table = class_table(
+        report["data"]["counts"],
+        report["per_class"],
+        report["group_rule"],
+        classes,
+        predictions["labels"],
+        predictions["predicted"],
+    )
+    return _section("All classes", table)
 
 
 def _worst_class(
@@ -234,7 +265,7 @@ def _key_usage(report: Mapping[str, Any]) -> list[str]:
         f"Perplexity {usage['perplexity']:.1f} of {len(usage['selections'])} keys on the test images, "
         f"{usage['dead_keys']} of them chosen less than once in a hundred."
     )
-    return [_section("Which keys were chosen", plots.key_usage(usage["selections"]), note)]
+    return [_section("Which keys were chosen", _drawn(plots.key_usage, usage["selections"]), note)]
 
 
 def _retrieval(report: Mapping[str, Any]) -> list[str]:
@@ -258,14 +289,15 @@ def _pseudo_labels(report: Mapping[str, Any]) -> list[str]:
         return []
     counts = report["data"]["counts"]
     empty_classes = diagnosis["predicted"].count(0)
-    spread = plots.pseudo_labels(diagnosis["predicted"], diagnosis.get("true"), counts)
+    spread = _drawn(plots.pseudo_labels, diagnosis["predicted"], diagnosis.get("true"), counts)
     note = f"{pseudo_label_line(diagnosis)} {empty_classes} of {len(counts)} classes have none."
     sections = [_section("What was believed", spread, note)]
     if "precision" in diagnosis:
-        by_class = plots.precision_and_recall(diagnosis["per_class_precision"], diagnosis["per_class_recall"], counts)
+        of_class = (diagnosis[f"per_class_{metric}"] for metric in ("precision", "recall"))
+        by_class = _drawn(plots.precision_and_recall, *of_class, counts)
         note = "Of the kept pseudo-labels of the last round."
         sections.append(_section("How rightly, class by class", by_class, note))
-        wrong = plots.wrong_confidence(diagnosis["false_histogram"])
+        wrong = _drawn(plots.wrong_confidence, diagnosis["false_histogram"])
         note = "They train as the right ones do: the surer, the worse."
         sections.append(_section("How sure the wrong ones are", wrong, note, narrow=True))
     return sections
@@ -287,8 +319,7 @@ def _rerun(report: Mapping[str, Any], config: str, command: str) -> str:
     if watched := report.get("watched"):
         facts["class mean on the test set"] = watched_line(watched)
     rows = "".join(
-        f"<tr><th>{name}</th><td style='overflow-wrap:anywhere'>{for_html(text)}</td></tr>"
-        for name, text in facts.items()
+        f'<tr><th scope="row">{name}</th><td class="long">{for_html(text)}</td></tr>' for name, text in facts.items()
     )
     lines = "\n".join(for_html(line) for line in config.split("\n"))
     return _section(

@@ -4,7 +4,9 @@ Shapes: counts [C] training images, per_class [C] accuracies (None where the tes
 confidence and correct [N] on the test part. What is drawn over classes has the class with most training images first.
 """
 
+import hashlib
 import io
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import cycle
@@ -13,17 +15,29 @@ from typing import Any
 import numpy as np
 
 from lpt.data.longtail import GROUPS, shot_groups
+from lpt.errors import require
+from lpt.report.quoting import for_html
 
 COLORS = {"many": "#2f6690", "medium": "#e09f3e", "few": "#b23a48"}
 INK, FAINT, OTHER = "#22303c", "#d9dee3", "#7d8b97"
+VARIABLES = {"ink": INK, "faint": FAINT, "other": OTHER, **COLORS}
+"""By the name under which a page may give another color, in a dark style."""
 
 
 @contextmanager
-def _figure(width: float = 5.6, height: float = 2.9) -> Iterator[tuple[Any, Any, list[str]]]:
+def _figure(
+    width: float = 5.6,
+    height: float = 2.9,
+    *,
+    title: str = "a drawing of the run",
+    dots: Mapping[str, Sequence[str]] | None = None,
+) -> Iterator[tuple[Any, Any, list[str]]]:
     """(figure, axes, svg): the text is appended to `svg` when the block ends. No global state of matplotlib changes.
 
-    `width` and `height` are in inches. The same data gives the same text: no date, and ids that are hashes with salt.
+    `width` and `height` are in inches; `dots` are what the markers of lines say when they are pointed at, by the gid of
+    a line. The same data gives the same text: no date, and ids that are hashes with salt. Raises NotInstalled.
     """
+    require("matplotlib", extra=None, gives=f"this drawing ({title})")
     from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -48,7 +62,34 @@ def _figure(width: float = 5.6, height: float = 2.9) -> Iterator[tuple[Any, Any,
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
-    svg.append(text[text.index("<svg") :])
+    svg.append(_for_a_page(text[text.index("<svg") :], title, dots or {}))
+
+
+def _for_a_page(svg: str, title: str, dots: Mapping[str, Sequence[str]]) -> str:
+    """A drawing that can stand beside others and on dark paper: a name for who cannot see it, ids that no other one
+    has, colors as variables."""
+    for gid, texts in dots.items():
+        if texts:  # a line without markers is not drawn
+            svg = _with_tips(svg, gid, texts)
+    key = hashlib.sha256(f"{title}{svg}".encode()).hexdigest()[:8]
+    used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', svg))
+    svg = re.sub(r' id="([^"]+)"', lambda m: f' id="{key}-{m[1]}"' if m[1] in used else "", svg)
+    svg = re.sub(r'(href="#|url\(#)', rf"\g<1>{key}-", svg)
+    for name, color in VARIABLES.items():
+        svg = svg.replace(color, f"var(--{name}, {color})")
+    opening, _, rest = svg.partition(">")
+    named = f'{opening} role="img" aria-labelledby="{key}-title"><title id="{key}-title">{for_html(title)}</title>'
+    return named + rest
+
+
+def _with_tips(svg: str, gid: str, texts: Sequence[str]) -> str:
+    """The markers of the line `gid`, one for each of `texts`, with that text as their title."""
+    start = svg.index(f'<g id="{gid}">')
+    end = svg.find('<g id="', start + 1)  # the group of what is drawn next
+    end = len(svg) if end < 0 else end
+    tips = iter(texts)
+    drawn = re.sub(r"(<use [^>]*)/>", lambda m: f"{m[1]}><title>{for_html(next(tips))}</title></use>", svg[start:end])
+    return svg[:start] + drawn + svg[end:]
 
 
 def accuracy_by_rank(
@@ -56,19 +97,27 @@ def accuracy_by_rank(
     per_class: Sequence[float | None],
     group_rule: str,
     against: Mapping[str, Sequence[float | None]],
+    classes: Sequence[str] | None = None,
 ) -> str:
     """Accuracy of every class in order of its training count, the counts behind it, and other runs as lines.
 
-    Up to three of the runs in `against`, by name, are drawn.
+    Up to three of the runs in `against`, by name, are drawn. A dot says the name in `classes` when it is pointed at.
     """
     order = _by_count(counts)
     ranks = np.arange(1, len(order) + 1)
     accuracy = _percent(per_class)[order]
-    with _figure(height=2.9 + 0.2 * bool(against)) as (figure, axes, svg):
+    groups = shot_groups(counts, group_rule)
+    shown = {name: np.isin(order, members.numpy()) & ~np.isnan(accuracy) for name, members in groups.items()}
+    dots: dict[str, list[str]] = {}
+    for name, in_group in shown.items() if classes else ():
+        drawn = zip(order[in_group], accuracy[in_group], strict=True)
+        dots[f"dots-{name}"] = [f"{classes[k]}: {value:.1f} %, {counts[k]} training images" for k, value in drawn]
+    title = "Accuracy of each class, from most to fewest training images"
+    with _figure(height=2.9 + 0.2 * bool(against), title=title, dots=dots) as (figure, axes, svg):
         _draw_counts(axes, np.asarray(counts)[order])
-        for name, classes in shot_groups(counts, group_rule).items():
-            in_group = np.isin(order, classes.numpy())
-            axes.plot(ranks[in_group], accuracy[in_group], "o", ms=4, color=COLORS[name], label=name, alpha=0.75)
+        for name, in_group in shown.items():
+            x, y = ranks[in_group], accuracy[in_group]
+            axes.plot(x, y, "o", ms=4, color=COLORS[name], label=name, alpha=0.75, gid=f"dots-{name}")
         axes.plot(ranks, _smooth(accuracy), color=INK, lw=2, label="this run")
         for style, (name, other) in zip(("--", ":", "-."), against.items(), strict=False):
             axes.plot(ranks, _smooth(_percent(other)[order]), color=OTHER, lw=1.8, ls=style, label=_name(name))
@@ -95,7 +144,8 @@ def accuracy_by_group(rows: Mapping[str, Mapping[str, float | None]]) -> str:
     """Bars of class mean, many, medium and few for each named run; the first is this one."""
     metrics = {"class_accuracy": INK} | {group: COLORS[group] for group in GROUPS}
     places = np.arange(len(metrics))
-    with _figure(height=0.6 + 0.42 * (len(rows) + 0.6) * len(metrics) / 2) as (_, axes, svg):
+    height, title = 0.6 + 0.42 * (len(rows) + 0.6) * len(metrics) / 2, "Accuracy of many, medium and few classes"
+    with _figure(height=height, title=title) as (_, axes, svg):
         thickness = 0.8 / len(rows)
         for i, (run, values) in enumerate(rows.items()):
             heights = places + (i - (len(rows) - 1) / 2) * thickness  # a run's bar in each bundle
@@ -121,7 +171,7 @@ def reliability_diagram(confidence: np.ndarray, correct: np.ndarray, *, bins: in
         accuracy = np.bincount(bin_of, weights=correct, minlength=bins) / total
         mean_confidence = np.bincount(bin_of, weights=confidence, minlength=bins) / total
     left_edges = np.arange(bins) / bins
-    with _figure(4.4, 4.0) as (_, axes, svg):
+    with _figure(4.4, 4.0, title="Accuracy against confidence") as (_, axes, svg):
         axes.bar(left_edges, total / total.max(), 1 / bins, align="edge", color=FAINT, label="share of predictions")
         axes.plot([0, 1], [0, 1], color=OTHER, lw=1, ls="--", label="perfectly calibrated")
         axes.plot(mean_confidence, accuracy, "o-", color=COLORS["many"], ms=5, label="this run")
@@ -133,7 +183,7 @@ def reliability_diagram(confidence: np.ndarray, correct: np.ndarray, *, bins: in
 def key_usage(selections: Sequence[int]) -> str:
     """How often each key was chosen on the test part, most used first; the dashed line is an even share."""
     share = 100 * np.sort(np.asarray(selections))[::-1] / max(sum(selections), 1)
-    with _figure(height=2.2) as (_, axes, svg):
+    with _figure(height=2.2, title="How often each key was chosen") as (_, axes, svg):
         axes.bar(range(1, len(share) + 1), share, color=COLORS["many"])
         axes.axhline(100 / len(share), color=OTHER, lw=1, ls="--")
         axes.set(xlabel="key, from most to least used", ylabel="choices, %")
@@ -147,7 +197,7 @@ def pseudo_labels(predicted: Sequence[int], true: Sequence[int] | None, counts: 
     `predicted` and `true` [C] count unlabeled images, `counts` [C] labeled ones.
     """
     order = _by_count(counts)
-    with _figure(height=2.5) as (_, axes, svg):
+    with _figure(height=2.5, title="Pseudo-labels of each class") as (_, axes, svg):
         for numbers, color, label, width in (
             (predicted, COLORS["many"], "kept pseudo-labels", 1.8),
             (true, INK, "the truth", 1.2),
@@ -166,7 +216,7 @@ def precision_and_recall(
     """Of the kept pseudo-labels, class by class in order of the labeled count [C]; lines are running means."""
     order = _by_count(counts)
     ranks = np.arange(1, len(order) + 1)
-    with _figure(height=2.5) as (_, axes, svg):
+    with _figure(height=2.5, title="Precision and recall of pseudo-labels, class by class") as (_, axes, svg):
         for values, color, label in ((precision, COLORS["many"], "precision"), (recall, COLORS["few"], "recall")):
             percents = _percent(values)[order]
             axes.plot(ranks, percents, "o", ms=3, color=color, alpha=0.6)
@@ -179,7 +229,7 @@ def precision_and_recall(
 def wrong_confidence(histogram: Sequence[int]) -> str:
     """How sure the wrong ones among the kept pseudo-labels are, in equal bins of confidence from 0 to 1."""
     width = 1 / len(histogram)
-    with _figure(4.4, 2.2) as (_, axes, svg):
+    with _figure(4.4, 2.2, title="Confidence of wrong pseudo-labels") as (_, axes, svg):
         axes.bar(np.arange(len(histogram)) * width, histogram, width * 0.95, align="edge", color=COLORS["few"])
         axes.set(xlabel="confidence", ylabel="wrong pseudo-labels", xlim=(0, 1))
     return svg[0]
@@ -187,7 +237,7 @@ def wrong_confidence(histogram: Sequence[int]) -> str:
 
 def training_curves(history: Sequence[Mapping[str, Any]]) -> str:
     """Training loss of each epoch over all phases, and held-out accuracy where there was a held-out part."""
-    with _figure() as (_, axes, svg):
+    with _figure(title="Training loss and held-out accuracy over steps") as (_, axes, svg):
         phases = dict.fromkeys(line["phase"] for line in history)  # in the order of their first lines
         steps_before = 0
         for phase, color in zip(phases, cycle(COLORS.values()), strict=False):
