@@ -44,13 +44,11 @@ def test_everything_else_stays_to_the_bit(prompt, edited):
     kept = {"early": ["pool.tokens", "pool.keys", "pool.centre"], "none": ["pool.centre"]}
     for query, (path, _, header) in edited.items():
         after, now = read_tensors(path)
-        for name in ("shared.tokens", "head.weight", *kept[query]):
+        for name in ("shared.tokens", "head.weight", "task.means", "task.scores", *kept[query]):
             assert torch.equal(now[name], tensors[name])
         old, new = json.loads(before["lpt"]), json.loads(after["lpt"])
         changed = {key for key in old.keys() | new.keys() if old.get(key) != new.get(key)}
-        assert changed == {"format", "query", "settings", "metrics", "edited", "sha256"} - (
-            {"format"} if query == "none" else set()
-        )
+        assert changed == {"query", "settings", "metrics", "edited", "sha256"}
         assert new["settings"] == {**old["settings"], "query": query} and new["metrics"] == {}
         assert read_prompt(path).header.query == header.query == query
 
@@ -92,7 +90,7 @@ def test_none_holds_the_prompts_that_most_training_images_choose(prompt, edited,
 
 def test_early_can_still_become_none(edited, tmp_path):
     again = edit_prompt(edited["early"][0], tmp_path / "p.safetensors", {"method": {"query": "none"}})
-    assert again.query == "none" and again.format == 2
+    assert again.query == "none"
     assert "pool.query_map" not in read_tensors(tmp_path / "p.safetensors")[1]
 
 

@@ -21,7 +21,6 @@ Shapes: logits [N C], ids [N k].
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -31,7 +30,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from safetensors.numpy import load_file
 from torch import Tensor
 
@@ -95,8 +93,8 @@ class Routing:
         """The ids [N k] of the next N queries, however they are split into batches."""
         self.waiting = [ids]
 
-    def __call__(self, query: Tensor, pool: Any) -> tuple[Tensor, Tensor]:
-        """(similarity of nothing, ids), as `PromptedClassifier._match` has it."""
+    def __call__(self, query: Tensor) -> tuple[Tensor, Tensor]:
+        """(similarity of nothing, ids), as `PromptedClassifier.match` has it."""
         here = torch.cat(self.waiting)
         ids, rest = here[: len(query)], here[len(query) :]
         assert len(ids) == len(query), "more queries than images were told"
@@ -122,7 +120,7 @@ def arm_recipe(arm: str, recipe: Recipe, config: Config, task: Task, routing: Ro
             if phase.name == "phase2" and arm == "frozen_head":
                 phase = replace(phase, trains=("pool.",))
             elif phase.name == "phase2" and routing is not None:
-                recipe.model._match = routing  # type: ignore[method-assign]
+                recipe.model.match = routing  # type: ignore[method-assign]
                 ids = told_ids(arm, task, task.train, **_sizes(config))  # type: ignore[arg-type]
                 phase = replace(phase, step=_routed(phase.step, routing, ids))
             yield phase
@@ -245,7 +243,8 @@ def redrawn_means(difference: np.ndarray, labels: np.ndarray, *, draws: int = 10
 
 
 def main() -> None:
-    from benchmarks.accuracy.__main__ import HERE, folder
+    from benchmarks.accuracy.__main__ import HERE
+    from lpt.sweep import load_suite
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy.fair", description=__doc__.splitlines()[0])
     parser.add_argument("--compare", action="store_true", help="the arms that have been run, against (a)")
@@ -255,11 +254,15 @@ def main() -> None:
     parser.add_argument("words", nargs="*", metavar="CONFIG [KEY=VALUE ...]")
     given = parser.parse_args()
     if given.compare:
-        results = json.loads((HERE / "results" / f"{given.suite}.json").read_text())
-        rows = [row["method"] for row in yaml.safe_load((HERE / "suites" / f"{given.suite}.yaml").read_text())["rows"]]
+        suite = load_suite(
+            HERE / "suites" / f"{given.suite}.yaml",
+            results=HERE / "results" / f"{given.suite}.json",
+            runs=Path("runs/accuracy") / given.suite,
+        )
+        rows = [row.method for row in suite.rows]
         found = {
-            (r["method"], r["seed"]): folder(given.suite, r["method"], r["seed"], r["config_hash"], r["commit"])
-            for r in sorted(results, key=lambda result: rows.index(result["method"]))
+            (r["method"], r["seed"]): suite.folder(r["method"], r["seed"], r["config_hash"], r["commit"])
+            for r in sorted(suite.results(), key=lambda result: rows.index(result["method"]))
         }
         print("\n".join(compared(found)))
         return

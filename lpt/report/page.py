@@ -273,7 +273,7 @@ def _retrieval(report: Mapping[str, Any]) -> list[str]:
     bought = report.get("retrieval")
     if not bought:
         return []
-    head = "".join(f"<th>{for_html(cell)}</th>" for cell in retrieval.HEAD)
+    head = "".join(f'<th scope="col">{for_html(cell)}</th>' for cell in retrieval.HEAD)
     body = "".join(
         f"<tr>{''.join(f'<td>{for_html(cell)}</td>' for cell in row)}</tr>" for row in retrieval.rows(bought)
     )

@@ -64,7 +64,7 @@ def search_lines(search: Mapping[str, Any]) -> list[str]:
 
 def search_html(search: Mapping[str, Any]) -> tuple[str, str]:
     """(the body of a section of the page, the note above it)."""
-    head = "".join(f"<th>{for_html(cell)}</th>" for cell in ["", *_columns(search)])
+    head = "".join(f'<th scope="col">{for_html(cell)}</th>' for cell in ["", *_columns(search)])
     rows = "".join(f"<tr>{''.join(f'<td>{for_html(cell)}</td>' for cell in row)}</tr>" for row in search_rows(search))
     left_out = "".join(f"<br>not tried: {for_html(label)}: {for_html(why)}" for label, why in search["left_out"])
     note = f"{search['why']} {search['held_out']}; 95 % intervals; the test set had no part in it."
