@@ -73,10 +73,10 @@ def test_routed_rows_get_what_they_were_told_in_training_and_in_any_batches():
     assert torch.equal(ids, fair.told_ids("random", task, task.train, pool_size=20, topk=2, seed=3))
     assert not torch.equal(ids, fair.told_ids("random", task, task.train, pool_size=20, topk=2, seed=4))
     routing.expect(ids)
-    parts = [routing(torch.zeros(n, 4), None)[1] for n in (5, 30, 3)]
+    parts = [routing(torch.zeros(n, 4))[1] for n in (5, 30, 3)]
     assert torch.equal(torch.cat(parts), ids)
     with pytest.raises(AssertionError, match="more queries"):
-        routing(torch.zeros(1, 4), None)
+        routing(torch.zeros(1, 4))
     model, _, _ = trained("random", topk=2)
     assert model.pool is not None
 

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lpt.report import retrieval
 from lpt.report.quoting import code_block, for_markdown
 
 COLUMNS = ("accuracy", "class_accuracy", "many", "medium", "few", "worst_class", "ece")
@@ -125,6 +124,8 @@ def markdown(report: Mapping[str, Any], *, classes: Sequence[str], command: str)
     lines += [f"| {name} | {text} |" for name, text in [*_facts_of_every_run(report), *_facts_of_some_runs(report)]]
     lines += ["", f"Worst classes: {_worst_classes(report, classes)}.", ""]
     if bought := report.get("retrieval"):
+        from lpt.report import retrieval  # which imports torch, and `lpt inspect` takes a function from here
+
         lines += retrieval.section(bought)
     return "\n".join([*lines, "Run it again:", "", *code_block(command), ""])
 
