@@ -107,7 +107,7 @@ def _row(kind: str, answers: list[Answer]) -> Row:
 
 def _answers(folder: Path, share: dict[str, int], seed: int) -> Iterator[Answer]:
     """One for every file of a share. A worker that died is started again behind the file that it was at."""
-    left = [kind for kind, number in share.items() for _ in range(number)]
+    left, idle = [kind for kind, number in share.items() for _ in range(number)], 0
     while left:
         room = Path(tempfile.mkdtemp(dir=folder))
         job = [str(folder), str(room), str(seed), json.dumps(Counter(left))]
@@ -118,10 +118,13 @@ def _answers(folder: Path, share: dict[str, int], seed: int) -> Iterator[Answer]
             (room / "stderr").open("w") as errors,
             subprocess.Popen(command, cwd=room, env=quiet, stdout=subprocess.PIPE, stderr=errors, text=True) as worker,
         ):
+            before = len(left)
             for line in filter(lambda line: line.endswith("\n"), worker.stdout or ()):  # a killed one may break off
                 yield left.pop(0), *json.loads(line)
+        idle = idle + 1 if len(left) == before else 0
         if left:
             last = (room / "stderr").read_text(errors="replace").strip().rpartition("\n")[2][:150]
+            assert idle < 3, f"three workers in a row ended before their first answer: {last}"
             yield left.pop(0), 0.0, "lost", f"seed {seed}: the process ended with {worker.returncode} {last}".rstrip()
         seed += 10_000
 

@@ -14,6 +14,7 @@ from PIL import Image
 
 from benchmarks.reliability.subjects import CLASSES, backbone
 from lpt import cli
+from lpt.model.backbones.base import with_norm_eps
 from lpt.serve import opening
 
 MOST = 100_000
@@ -46,8 +47,12 @@ class Commands:
     def _settings(self) -> list[str]:
         return ["backbone.name=untrained:vit_tiny_patch16_224", "train.precision=fp32", "train.device=cpu"]
 
-    def _backbone(self, name: str, *, weights: Any = None, image_size: int | None = None) -> Any:
-        return self.bare if image_size == self.bare.preprocess.size else backbone(image_size or 32)
+    def _backbone(
+        self, name: str, *, weights: Any = None, image_size: int | None = None, norm_eps: float | None = None
+    ) -> Any:
+        if image_size == self.bare.preprocess.size and norm_eps is None:
+            return self.bare
+        return with_norm_eps(backbone(image_size or 32), norm_eps)
 
     def answers(self, path: Path) -> Iterator[tuple[str, int, str]]:
         """(command, exit code, what is wrong with what it has said and written) of each."""
