@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.accuracy import natural
-from benchmarks.accuracy.__main__ import HERE, commit_of_the_package, processor
+from benchmarks.accuracy.__main__ import HERE
 from lpt.data import load_task
 from lpt.device import versions
 from lpt.errors import printable
@@ -26,6 +26,7 @@ from lpt.search.bench import Bench
 from lpt.search.budget import SearchPlan
 from lpt.search.candidates import REFERENCE, Candidate
 from lpt.search.fitting import Request, requested, searched
+from lpt.sweep import processor, version_of_the_code
 
 RUNS = Path("runs/fit")
 NEAR, BELOW_PROBE = 0.5, 1.0
@@ -48,7 +49,7 @@ def main() -> None:
         natural.make(Path(given.root), given.natural_from)
     path = HERE / "results" / "fit.json"
     rows: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
-    commit = commit_of_the_package()
+    commit = version_of_the_code()
     for seed in map(int, given.seeds.split(",")):
         request = requested(given.root, given.overrides, budget=given.budget, metric=given.metric, seed=seed)
         run_seed(request, rows, path, {"name": given.name, "seed": seed, "commit": commit})

@@ -109,9 +109,10 @@ def accuracy_by_rank(
     groups = shot_groups(counts, group_rule)
     shown = {name: np.isin(order, members.numpy()) & ~np.isnan(accuracy) for name, members in groups.items()}
     dots: dict[str, list[str]] = {}
-    for name, in_group in shown.items() if classes else ():
+    called = classes or ()
+    for name, in_group in shown.items() if called else ():
         drawn = zip(order[in_group], accuracy[in_group], strict=True)
-        dots[f"dots-{name}"] = [f"{classes[k]}: {value:.1f} %, {counts[k]} training images" for k, value in drawn]
+        dots[f"dots-{name}"] = [f"{called[k]}: {value:.1f} %, {counts[k]} training images" for k, value in drawn]
     title = "Accuracy of each class, from most to fewest training images"
     with _figure(height=2.9 + 0.2 * bool(against), title=title, dots=dots) as (figure, axes, svg):
         _draw_counts(axes, np.asarray(counts)[order])
