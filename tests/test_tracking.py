@@ -169,7 +169,7 @@ class Heard:
 
     made = ()
 
-    def __init__(self, project, **arguments):
+    def __init__(self, project, *places, **arguments):
         self.arguments, self.logged, self.tables, self.ended = {"project": project, **arguments}, [], [], False
         Heard.made = (*Heard.made, self)
 
