@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     device = pick_device(given.device)
-    fp32_model = model_on(untrained(given.backbone, image_size=given.image_size).to(device))
+    fp32_model = model_on(backbone_of(given).to(device))
     if given.compile:  # the published procedure runs timm's own blocks, which this leaves alone
         fp32_model.backbone.compile_blocks()
     result: dict[str, Any] = {
@@ -87,7 +87,7 @@ def main() -> None:
     show("fp32 against published in fp32", result, result["product_flops"]["fp32"])
     show_queries(result["queries"])
     if pick_precision("auto", device) == "bf16":
-        bf16_model = model_on(untrained(given.backbone, image_size=given.image_size).to(device, torch.bfloat16))
+        bf16_model = model_on(backbone_of(given).to(device, torch.bfloat16))
         if given.compile:
             bf16_model.backbone.compile_blocks()
         result["bf16"] = compare(fp32_model, bf16_model, given.batch, given.pairs, device)
@@ -98,6 +98,16 @@ def main() -> None:
         print(f"{result['images_fed']:,.0f} images/s can be fed (JPEG of 500 × 375, all cores of this machine)")
     if given.json:
         write_atomic(given.json, json.dumps(result, indent=1).encode())
+
+
+def backbone_of(given: argparse.Namespace) -> TimmViT:
+    """With random weights. Layer scales start so near 0 that prompts would be all but ignored: they are 0.5 here."""
+    backbone = untrained(given.backbone, image_size=given.image_size)
+    with torch.no_grad():
+        for name, value in backbone.named_parameters():
+            if name.rpartition(".")[2] in ("gamma_1", "gamma_2") or ".ls" in name:
+                value.fill_(0.5)
+    return backbone
 
 
 def model_on(backbone: TimmViT, query: QueryMode = "full") -> PromptedClassifier:
