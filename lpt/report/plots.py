@@ -206,7 +206,7 @@ def pseudo_labels(predicted: Sequence[int], true: Sequence[int] | None, counts: 
             if numbers is not None and sum(numbers):
                 share = 100 * np.asarray(numbers)[order] / sum(numbers)
                 axes.step(np.arange(1, len(order) + 1), share, where="mid", color=color, label=label, lw=width)
-        axes.set(xlabel="class, from most to fewest labelled images", ylabel="share, %", ylim=(0, None))
+        axes.set(xlabel="class, from most to fewest labeled images", ylabel="share, %", ylim=(0, None))
         axes.legend(frameon=False, fontsize=10)
     return svg[0]
 
@@ -222,7 +222,7 @@ def precision_and_recall(
             percents = _percent(values)[order]
             axes.plot(ranks, percents, "o", ms=3, color=color, alpha=0.6)
             axes.plot(ranks, _smooth(percents), color=color, lw=2, label=label)
-        axes.set(xlabel="class, from most to fewest labelled images", ylabel="%", ylim=(-3, 103))
+        axes.set(xlabel="class, from most to fewest labeled images", ylabel="%", ylim=(-3, 103))
         axes.legend(frameon=False, fontsize=10)
     return svg[0]
 
