@@ -63,12 +63,12 @@ class DiskError(LptError):
     def __init__(self, path: object, error: OSError):
         super().__init__(
             f"{path} cannot be written ({error.strerror or error}); what was there before is intact: put that right, "
-            "and a run goes on with --resume"
+            "and a run continues with --resume"
         )
 
 
 def quoted(words: object, limit: int = 200) -> str:
-    """What a stranger, a file or a library says, made fit for the terminal: printable, on one line, at most `limit`
+    """A text from outside (a file, a library), made safe for the terminal: printable, on one line, at most `limit`
     letters.
 
     >>> quoted("two\\nlines\\x1b[2J", 12)

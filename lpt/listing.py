@@ -1,4 +1,4 @@
-"""What `lpt list` says, read from the source: importing the methods would import torch, which takes seconds."""
+"""What `lpt list` shows, read from the source: importing the methods would import torch, which takes seconds."""
 
 import ast
 from functools import cache
@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent
 
 
 def tables() -> dict[str, dict[str, str]]:
-    """By kind of thing, what is said of each by its name."""
+    """By kind, the description of each by its name."""
     return {
         "methods": _first_lines(PACKAGE / "methods/__init__.py", "METHODS"),
         "backbones": ast.literal_eval(_assigned(PACKAGE / "model/backbones/__init__.py", "FAMILIES")),

@@ -51,7 +51,7 @@ RUN_FILES = ("config.yaml", "checkpoints", "history.jsonl", "prompt.safetensors"
 EPOCH_METRICS = ("accuracy", "class_accuracy", "many", "medium", "few", "ece")
 """What the history says of an evaluation after an epoch."""
 FIVE_CROP_METRICS = (*EPOCH_METRICS, "worst_class", "nll", "brier")
-"""What a report says of answers that are means over five crops."""
+"""What a report says of predictions that are means over five crops."""
 
 
 def train(
@@ -134,34 +134,34 @@ def tune(
 
 @contextlib.contextmanager
 def _naming_the_skip(config: Config) -> Iterator[None]:
-    """Says how to go on without an image that cannot be decoded, where the data has a setting for that."""
+    """Says how to continue without an image that cannot be decoded, where the data has a setting for that."""
     try:
         yield
     except UndecodableImage as error:
         if config.data.get("on_error") != "raise":
             raise
-        raise DataError(f"{error}; lpt doctor names all such, data.on_error=skip goes on without them") from None
+        raise DataError(f"{error}; lpt doctor names all such, data.on_error=skip continues without them") from None
 
 
 def _split_as_before(config: Config, out: Path) -> str | None:
-    """What is said where the run in `out` has split its folder by position, as all of lpt 0.1 did."""
+    """The message where the run in `out` has split its folder by position, as all of lpt 0.1 did."""
     written = out / "config.yaml"
     if config.data.get("split_by") != "image" or not written.exists():
         return None
     if load_config_of_run(written).data.get("split_by") != "position":
         return None
-    return "note: this run's test part was split off by position, and it goes on so (data.split_by)"
+    return "note: this run's test part was split off by position, and it continues so (data.split_by)"
 
 
 # The folder of a run.
 
 
 def check_out(out: Path, *, resume: bool) -> None:
-    """Raises LptError where `out` cannot become, or be gone on with as, a run's folder."""
+    """Raises LptError where `out` cannot become a run's folder, or the folder of a resumed run."""
     if out.exists() and not out.is_dir():
         raise LptError(f"--out {out} is a file: give a folder")
     if not resume and any((out / name).exists() for name in RUN_FILES):
-        raise LptError(f"--out {out} already holds a run: add --resume to go on with it, or give another folder")
+        raise LptError(f"--out {out} already holds a run: add --resume to continue it, or give another folder")
 
 
 class RunFolder:

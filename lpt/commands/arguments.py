@@ -1,4 +1,4 @@
-"""Arguments and options that several commands share, and what they stand for."""
+"""Arguments and options that several commands share, and their parsing."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -9,15 +9,18 @@ import typer
 
 from lpt.errors import LptError, quoted
 
-OutFile = Annotated[
-    Path | None, typer.Option("--out", metavar="FILE", help="write rows there: FILE.parquet or FILE.jsonl")
+OutFile = Annotated[Path | None, typer.Option("--out", metavar="FILE", help="output file, FILE.parquet or FILE.jsonl")]
+
+
+ConfigName = Annotated[Path, typer.Argument(help="a YAML file, or a name from `lpt list configs`: digits_lt/lpt")]
+
+
+Tta = Annotated[
+    str,
+    typer.Option(
+        metavar="none|five_crop", help="test-time augmentation; five_crop: mean over five crops of each image"
+    ),
 ]
-
-
-ConfigName = Annotated[Path, typer.Argument(help="a YAML file, or a name of `lpt list configs`: digits_lt/lpt")]
-
-
-Tta = Annotated[str, typer.Option(metavar="none|five_crop", help="five_crop: means over five crops of each image")]
 
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", help="for example train.seed=1")]
@@ -37,7 +40,7 @@ def ensemble_of(text: str) -> Any:
 def paths_and_settings(
     words: Sequence[Path], *, sections: Sequence[str] = ("backbone", "train")
 ) -> tuple[list[Path], dict[str, Any]]:
-    """What of the `words` of a command are paths of images, and what are settings of `sections`."""
+    """The `words` of a command, divided into paths of images and settings of `sections`."""
     from lpt.config import nested
     from lpt.serve.opening import check_loading
     from lpt.serve.predicting import check_there

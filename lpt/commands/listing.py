@@ -1,4 +1,4 @@
-"""What there is: methods, backbones, datasets, losses, presets, configs and suites."""
+"""Lists of methods, backbones, datasets, losses, presets, configs and suites."""
 
 from typing import Annotated
 
@@ -40,7 +40,7 @@ def list_(
 
 
 def config_(config: ConfigName) -> None:
-    """The text of a config, to start one's own from: lpt config NAME > my.yaml."""
+    """Print a config, as a start for your own: lpt config NAME > my.yaml."""
     from lpt.shipped import file_of
 
     print_lines(file_of("config", config).read_text(encoding="utf-8").rstrip("\n"))

@@ -37,7 +37,7 @@ Say = Callable[[str], object]
 def pack(
     task: Task, out: Path, *, side: int, settings: Mapping[str, Any], say: Say = lambda text: None
 ) -> dict[str, Any]:
-    """Writes the pack of `task` to the folder `out`, or goes on with it, and returns what `pack.json` holds. The
+    """Writes the pack of `task` to the folder `out`, or continues with it, and returns what `pack.json` holds. The
     shorter side of an image has at most `side` pixels; `settings` are those of `data:` that the task was made with.
 
     Raises DataError for a task that is not of files, for an image that cannot be decoded, for an `out` that holds
@@ -71,7 +71,7 @@ def pack(
     except OSError as error:
         raise LptError(
             f"{quoted(error.filename or out)} cannot be written ({error.strerror or quoted(error)}): put that right, "
-            "and the same command goes on with the shards that are there"
+            "and the same command continues with the shards that are there"
         ) from error
 
 

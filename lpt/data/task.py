@@ -45,7 +45,8 @@ REMARKS = {
     "back_links": Remark("{} links lead back to a folder that they lie in and are not followed", is_problem=False),
     "hidden": Remark("{} hidden files and folders are left out", is_problem=False, by_folder=True),
 }  # fmt: skip
-"""What is said of a task whose `facts` list names under one of these keys. What is no problem is worth a note."""
+"""What is reported about a task whose `facts` list names under one of these keys. What is no problem is worth a
+note."""
 
 # A part of a task is `Images` or `Files`. Both have `labels` [N] and `ids`, a length, `digest`, `take`, `subset` and
 # `content`; only what `take` returns differs, and the engine asks which of the two it has.
@@ -241,7 +242,7 @@ class Task:
         }
 
     def summary_lines(self) -> list[str]:
-        """What a run says of its data before it trains: a line on sizes, and one for each thing amiss."""
+        """What a run reports about its data before it trains: a line on sizes, and one for each thing amiss."""
         lines = [self._size_line()]
         for remark, text in remarks(self.facts, most=1):
             lines.append(f"{'warning' if remark.is_problem else 'note'}: {text}")

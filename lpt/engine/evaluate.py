@@ -40,7 +40,7 @@ HEAD_METRICS = (
     "harmonic_mean",
     "ece",
 )
-"""What is said of one of two heads by itself."""
+"""What is reported about one of two heads by itself."""
 
 
 class Predictions(NamedTuple):
@@ -121,12 +121,12 @@ def predict(
 ) -> Predictions:
     """Clean predictions, in order: the test view, no noise, no margin, no dropout. On several processes each
     predicts its share and all get the whole. Leaves the model in eval mode. Raises DataError for an image file that
-    cannot be decoded, TrainingError for an image that the model has no finite answer to.
+    cannot be decoded, TrainingError for an image that the model has no finite prediction for.
 
     `cache` and `folder` save what earlier calls have computed: prefixes of a model with a pool in memory, `features`
-    of one without in files, and `say` is told of those that are damaged. With `tta="five_crop"` logits are means over
-    five crops of each image; group prompts and single heads are not told then, and nothing is kept. `beside` is asked
-    for more of each batch.
+    of one without in files, and `say` is given a warning of those that are damaged. With `tta="five_crop"` logits are
+    means over five crops of each image; group prompts and single heads are not returned then, and nothing is kept.
+    `beside` is asked for more of each batch.
     """
     model.eval()
     if tta != "none":
@@ -220,9 +220,9 @@ def _naming_memory(batch_size: int) -> contextlib.AbstractContextManager[None]:
 
 
 def no_answer(image: str) -> str:
-    """What is said where the model's numbers leave their range: a mean of them would be a NaN beside plausible ones."""
+    """The message where the model's numbers leave their range: a mean of them would be a NaN beside plausible ones."""
     return (
-        f"the model's answer to image {quoted(image)} is not finite: what it has learned is no model of images; with "
+        f"the model's prediction for image {quoted(image)} is not finite: it is no model of images; with "
         "train.precision=fp32 it may be, else train it again with a lower method.lr"
     )
 
@@ -264,7 +264,7 @@ def features(
     kept there, in a file named by a hash over all they depend on: the backbone's weights, precision and device,
     torch's version, the view, the prompt and the images (pixels; of files sizes and times of writing; of those in lists
     nothing but their paths). Others have another name: a stale file is never read. One of another shape, or without the
-    checksum that it was written with, is computed and written anew, and `say` is told.
+    checksum that it was written with, is computed and written anew, with a warning to `say`.
     """
     file = folder / f"features-{_identity(model, images)}.safetensors" if folder else None
     cached = _read_features(file, (len(images), model.backbone.feature_width), say) if file else None

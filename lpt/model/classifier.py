@@ -58,13 +58,13 @@ class PromptedClassifier(nn.Module):
         self.backbone, self.head, self.shared, self.pool, self.classes = backbone, head, shared, pool, classes
         self.query_head, self.calibration = query_head, calibration
         self.group_rule: str | None = None
-        """How the task that the model was tuned for tells many, medium and few apart; None where nobody has said."""
+        """How the task that the model was tuned for tells many, medium and few apart; None where it is not known."""
         self.trained_on: Task | None = None
-        """That task, of which a prompt file remembers the training images; None where nobody has said."""
+        """That task, of which a prompt file remembers the training images; None where it is not known."""
         self.phase1_head: Tensor | None = None
         """The rows [C D'] of the head as LPT's phase 1 left it, for who asks what phase 2 has bought; in no file."""
         self.task_means: TaskMeans | None = None
-        """Where its task lies among the features of the bare backbone; None where nobody has said."""
+        """Where its task lies among the features of the bare backbone; None where it is not known."""
         self._learned = [p for name, p in backbone.named_parameters() if name in backbone.learned]
         # These caches are (state that they were computed from, result).
         self._shared_cache: tuple[tuple[object, ...], list[KeyValue]] | None = None
@@ -131,7 +131,7 @@ class PromptedClassifier(nn.Module):
         return self._after_prefix(tokens, _by_block(self.pool.ensemble(ids)))
 
     def feature(self, images: Tensor) -> Tensor:
-        """[B 3 H W] → [B D'] under the shared prompt alone, with a gradient where something learns."""
+        """[B 3 H W] → [B D'] under the shared prompt alone, with a gradient where something is trainable."""
         return self._after_prefix(self.prefix(images), None)
 
     def classify(self, feature: Tensor) -> Tensor:
@@ -235,7 +235,7 @@ class PromptedClassifier(nn.Module):
 
     @property
     def _shared_version(self) -> tuple[object, ...]:
-        """Changes with any write to the shared prompt or to what is learned in the backbone."""
+        """Changes with any write to the shared prompt or to the trainable parameters in the backbone."""
         shared = () if self.shared is None else _version(self.shared.tokens)
         return (*shared, *map(_version, self._learned))
 

@@ -1,4 +1,4 @@
-"""A prompt file's answers on image files.
+"""A prompt file's predictions on image files.
 
 Shapes: views [B 3 S S] uint8.
 """

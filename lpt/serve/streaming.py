@@ -1,4 +1,4 @@
-"""A prompt file's answers on any number of images, into a file that a kill leaves whole: `lpt predict --out`.
+"""A prompt file's predictions on any number of images, into a file that a kill leaves whole: `lpt predict --out`.
 
 Beside the parts of a `RowFile` lies the list of images, written once: what is added to a folder meanwhile is not looked
 at, and a resumed process takes the same images in the same order. Memory does not grow with the number of images.
@@ -24,7 +24,7 @@ from lpt.terms import Ensemble
 
 Say = Callable[[str], None]
 ERRORS_SAID = 20
-"""Images that cannot be read, of which each is a row, and which are named while the others go on."""
+"""Images that cannot be read, of which each is a row, and which are named while the others continue."""
 
 
 class Shard(NamedTuple):
@@ -126,7 +126,7 @@ def write_answers(
     at_start: Callable[[], None] = lambda: None,
     at_end: Callable[[], Callable[[Row], Row] | None] = lambda: None,
 ) -> Written:
-    """A row for each image that `paths` lead to, in the file that `writing` is; goes on after the rows that it has.
+    """A row for each image that `paths` lead to, in the file that `writing` is; continues after the rows that it has.
     `at_start` is called before the model sees them; when all rows are there they become what the function that `at_end`
     returns makes of them."""
     with writing.opened(resume=resume):
