@@ -186,7 +186,12 @@ class Config(BaseModel):
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The config at `path`, or that of this name which comes with lpt, with `key=value` overrides. Raises ConfigError
-    with every mistake at once."""
+    with every mistake at once.
+
+    >>> import lpt
+    >>> lpt.load_config("digits_lt/lpt", ["train.seed=3"]).train.seed
+    3
+    """
     check_kind("config", path, (str, Path), "give the path of a YAML file")
     return resolve(read_yaml("config", file_of("config", path)), overrides)
 

@@ -9,7 +9,15 @@ LONGEST_WORD, LONGEST_LINE = 300, 1500
 
 
 class LptError(ValueError):
-    """Anything a user can put right; the command line prints it on one line and exits with code 2."""
+    """Anything a user can put right; the command line prints it on one line and exits with code 2.
+
+    >>> import lpt
+    >>> try:
+    ...     lpt.load_task("digit-lt")
+    ... except lpt.LptError as error:
+    ...     print(str(error)[-25:])
+    ; did you mean digits-lt?
+    """
 
     def __init__(self, message: object = ""):
         super().__init__(shortened(str(message)))

@@ -59,7 +59,15 @@ def save_prompt(
     """Writes the trained parameters of `model`, whole or not at all. `facts` are further header fields. Raises
     PromptFileError for numbers that are not finite or too large, DiskError where it cannot be written.
 
-    In fp16 the file reloads to the same bits only after `model.round_to(torch.float16)`.
+    In fp16 the file reloads to the same bits only after `model.round_to(torch.float16)`. `counts` [C] are training
+    images of each class; returned is the header that was written.
+
+    >>> import lpt, tempfile
+    >>> task = lpt.load_task("digits-lt")
+    >>> path = f"{tempfile.mkdtemp()}/digits.safetensors"
+    >>> model = lpt.model(task, lpt.load_backbone("nano"))
+    >>> lpt.save_prompt(path, model, method="lpt", counts=task.counts).method
+    'lpt'
     """
     check_kind("save_prompt: model", model, PromptedClassifier, "give what lpt.tune returns")
     if storage not in tuple(DTYPES):
@@ -150,14 +158,29 @@ def beyond_fp16(model: PromptedClassifier) -> str | None:
 
 
 def read_prompt(path: str | Path) -> PromptFile:
-    """Header and tensors in fp32, checked against each other; no backbone is needed. Raises PromptFileError."""
+    """(header, tensors by name in fp32), checked against each other; no backbone is needed. Raises PromptFileError.
+
+    >>> import lpt
+    >>> lpt.read_prompt("absent.safetensors")
+    Traceback (most recent call last):
+    lpt.errors.PromptFileError: prompt file absent.safetensors does not exist
+    """
     header, arrays = read_header(path)
     header.preprocess = Preprocess(**vars(header.preprocess))
     return PromptFile(header, {name: torch.from_numpy(value).float() for name, value in arrays.items()})
 
 
 def load_prompt(path: str | Path, backbone: Backbone) -> PromptedClassifier:
-    """The model of a prompt file on `backbone`, which must be the one it was made with. Raises PromptFileError."""
+    """The model of a prompt file, in eval mode, on `backbone`, which must be the one it was made with. Raises
+    PromptFileError where it is another one, and for a file that is damaged.
+
+    >>> import lpt, tempfile
+    >>> backbone, path = lpt.load_backbone("nano"), f"{tempfile.mkdtemp()}/digits.safetensors"
+    >>> task = lpt.load_task("digits-lt")
+    >>> header = lpt.save_prompt(path, lpt.model(task, backbone), method="lpt", counts=task.counts)
+    >>> lpt.load_prompt(path, backbone).classes == task.classes
+    True
+    """
     check_kind("load_prompt: backbone", backbone, Backbone, "give what lpt.load_backbone returns")
     check_kind("prompt file", path, (str, Path), "give the path of a file")
     return build_model(Path(path), read_prompt(path), backbone)

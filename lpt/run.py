@@ -1,4 +1,4 @@
-"""A whole run: from a config to a folder with a prompt file, a report and its page; or in this process, without any.
+"""A whole run: from a config to a folder with a prompt file, a report and its page.
 
 `train` is the story: set up, open the folder, build the recipe, follow it, measure, write. Device, precision,
 processes, history and evaluation are bound here, once for every method.
@@ -31,11 +31,10 @@ from lpt.engine.selection import Best, watched
 from lpt.engine.session import Log, OnStep, Session, total_cost
 from lpt.engine.stopping import Stop
 from lpt.engine.tracking import Tracking, check_trackers
-from lpt.errors import DataError, LptError, UndecodableImage, check_kind
+from lpt.errors import DataError, LptError, UndecodableImage
 from lpt.files import to_bytes, write_atomic
 from lpt.memory import naming_lack_of_memory
 from lpt.methods import build_recipe, described
-from lpt.model.backbones.base import Backbone
 from lpt.model.classifier import PromptedClassifier
 from lpt.prompt_file import DTYPES, beyond_fp16, save_prompt
 from lpt.report.finished import Rows, command_of, split_of, write_page
@@ -43,8 +42,8 @@ from lpt.report.markdown import markdown, table
 from lpt.report.pseudo_labels import diagnose, read_last_round
 from lpt.report.retrieval import bought
 from lpt.report.search import search_lines, search_of
-from lpt.settings import Positive, Seed, Weight, checked_arguments
-from lpt.setup import Setup, check_memory
+from lpt.results import Report
+from lpt.setup import Setup
 
 RUN_FILES = ("config.yaml", "checkpoints", "history.jsonl", "prompt.safetensors", "report.json")
 """By what a folder is known to hold a run."""
@@ -61,7 +60,7 @@ def train(
     resume: bool = False,
     say: Log = lambda text: None,
     show: OnStep = lambda phase, step, steps, rates: None,
-) -> dict[str, Any]:
+) -> Report:
     """Runs the method of `config` and fills the folder `out`; returns the report. `say` takes lines of text for people,
     `show` the running numbers.
 
@@ -91,45 +90,7 @@ def train(
                 if setup.is_main:
                     write_results(setup, folder, session, results, began)
             setup.accelerator.wait_for_everyone()
-    return results.report
-
-
-def tune(
-    task: Task,
-    backbone: Backbone,
-    *,
-    method: str = "lpt",
-    batch_size: Positive = 256,
-    seed: Seed = 0,
-    gnm: Weight = 0.0,
-    say: Log = lambda text: None,
-    **settings: Any,
-) -> PromptedClassifier:
-    """Adapts `backbone` to `task` in this process, without a run folder. `settings` are the method's own; `gnm` is
-    train.gnm of a config; `say` takes lines of text for people.
-
-    Raises LptError for an unknown method, ConfigError for settings that it does not have or take, all at once.
-    """
-    batch_size, seed, gnm = checked_arguments(tune, batch_size=batch_size, seed=seed, gnm=gnm)
-    check_kind("tune: task", task, Task, "give what lpt.load_task returns")
-    check_kind("tune: backbone", backbone, Backbone, "give what lpt.load_backbone returns")
-    device = next(backbone.parameters()).device
-    named = {"name": method, **settings}
-    check_memory(named, task, backbone, batch_size, dtype=backbone.dtype, device=device)
-    session = Session(
-        images=task.train,
-        preprocess=backbone.preprocess,
-        batch_size=batch_size,
-        seed=seed,
-        dtype=backbone.dtype,
-        gnm=gnm,
-        log=say,
-    )
-    recipe = build_recipe(named, task, backbone, session)
-    model = follow(recipe, session)
-    model.group_rule, model.trained_on = task.group_rule, task
-    model.task_means = session.task_means(task, backbone)
-    return model.only_train().eval()
+    return Report(results.report, classes=setup.task.classes, counts=setup.task.counts.tolist())
 
 
 @contextlib.contextmanager

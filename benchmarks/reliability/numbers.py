@@ -33,7 +33,8 @@ from lpt.methods import METHODS
 from lpt.model.classifier import PromptedClassifier
 from lpt.model.heads import CosineHead
 from lpt.prompt_file import read_prompt
-from lpt.run import train, tune
+from lpt.run import train
+from lpt.tuning import tune
 
 STEPS, PER_EPOCH = 10, 4
 RATES = (("sgd", 0.3), ("sgd", 0.99), ("adamw", 0.3), ("adamw", 0.99))

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from PIL import Image
 
 from lpt.data.pack import FORMAT, HEAD, INDEX, NAMES, PLAN, RECORDS, ROLES, Row
-from lpt.data.preprocess import File, decoded
+from lpt.data.preprocess import File, decoded, encoded
 from lpt.data.task import Files, Task
 from lpt.errors import DataError, LptError, quoted
 from lpt.files import write_atomic
@@ -177,7 +177,7 @@ def _rows_by_shard(out: Path) -> dict[str, list[list[Any]]]:
 def shrunk(file: File, side: int) -> tuple[bytes, str]:
     """(the image with its shorter side at most `side`, encoded; its ending). One that is no larger, in a format that
     all know, is the bytes that it was, once they have been decoded. Raises DataError."""
-    content = file.content if isinstance(file.content, bytes) else Path(file.content).read_bytes()
+    content = encoded(file)
     image = decoded(File(file.name, content), min_side=2 * side)
     with Image.open(io.BytesIO(content)) as unopened:
         kind, shorter = unopened.format, min(unopened.size)

@@ -57,7 +57,14 @@ def total_cost(costs: Iterable[Cost]) -> Cost:
 
 @dataclass(frozen=True, kw_only=True)
 class Session:
-    """One run as its methods and its loop see it. Only `costs`, `seconds_before` and the history grow while it runs."""
+    """One run as its methods and its loop see it. Only `costs`, `seconds_before` and the history grow while it runs.
+
+    >>> import lpt
+    >>> task, backbone = lpt.load_task("digits-lt"), lpt.load_backbone("nano")
+    >>> session = lpt.Session(images=task.train, preprocess=backbone.preprocess, batch_size=32, seed=3)
+    >>> session.start, session.gnm
+    (3, 0.0)
+    """
 
     images: ImageSource
     """The training images."""

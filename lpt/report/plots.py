@@ -236,6 +236,32 @@ def wrong_confidence(histogram: Sequence[int]) -> str:
     return svg[0]
 
 
+def cost_of_accuracy(points: Mapping[str, tuple[float, float]], cost: str) -> str:
+    """Class mean in per cent over a cost, on a logarithmic axis that `cost` names, for each row: `points` are (cost,
+    class mean) by name. Rows that no cheaper one reaches have their names, and a line joins them; other dots say theirs
+    when they are pointed at."""
+    title = f"Class mean over {cost}"
+    ahead: list[str] = []
+    for name in sorted(points, key=lambda name: (points[name][0], -points[name][1])):
+        if not ahead or points[name][1] > points[ahead[-1]][1]:
+            ahead.append(name)
+    drawn = {"others": [name for name in points if name not in ahead], "front": ahead}
+    dots = {}
+    for gid, names in drawn.items():
+        dots[gid] = [f"{name}: {points[name][1]:.1f} % at {points[name][0]:,.0f}" for name in names]
+    with _figure(7.0, 3.6, title=title, dots=dots) as (_, axes, svg):
+        axes.step(*zip(*(points[name] for name in ahead), strict=True), where="post", color=FAINT, lw=1.5)
+        for (gid, names), color in zip(drawn.items(), (OTHER, COLORS["many"]), strict=True):
+            x, y = [points[name][0] for name in names], [points[name][1] for name in names]
+            axes.plot(x, y, "o", ms=5, color=color, alpha=0.8, gid=gid)
+        for name, below in zip(ahead, cycle((False, True)), strict=False):  # neighbours write over each other less
+            place = (4, -12 if below else 4)
+            axes.annotate(_name(name), points[name], xytext=place, textcoords="offset points", fontsize=9)
+        axes.set(xscale="log", xlabel=cost, ylabel="class mean, %")
+        axes.margins(x=0.15, y=0.1)
+    return svg[0]
+
+
 def training_curves(history: Sequence[Mapping[str, Any]]) -> str:
     """Training loss of each epoch over all phases, and held-out accuracy where there was a held-out part."""
     with _figure(title="Training loss and held-out accuracy over steps") as (_, axes, svg):

@@ -118,6 +118,13 @@ class TaskBank:
     those that have not been asked for longest are dropped, and read again when they are. `batch_size` images go through
     the backbone together, of as many tasks as there are; tasks that agree in the sizes of their prompts share a
     forward, and of what else is learned LoRA and AdaptFormer do.
+
+    >>> import lpt, tempfile
+    >>> backbone, path = lpt.load_backbone("nano"), f"{tempfile.mkdtemp()}/digits.safetensors"
+    >>> task = lpt.load_task("digits-lt")
+    >>> header = lpt.save_prompt(path, lpt.model(task, backbone), method="lpt", counts=task.counts)
+    >>> lpt.TaskBank(backbone, path).tasks
+    ('digits',)
     """
 
     def __init__(

@@ -251,7 +251,7 @@ def row_of(
 ) -> dict[str, Any]:
     """One image's row. `answer` has two classes or more."""
     row: dict[str, Any] = {"path": file.name}
-    name = b"" if isinstance(file.content, bytes) else os.fsencode(file.content)
+    name = os.fsencode(file.content) if isinstance(file.content, str | Path) else b""
     if name and name != file.name.encode():
         row["path_bytes"] = name.hex() if in_json else name
     if answer.error is not None:
