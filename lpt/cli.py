@@ -14,7 +14,7 @@ from lpt.commands import data, library, listing, predicting, prompts, training
 from lpt.commands.console import paragraphs, print
 from lpt.errors import ConfigError, LptError, quoted, shortened
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
 
 def _print_version(wanted: bool) -> None:
