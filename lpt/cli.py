@@ -16,6 +16,7 @@ from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
 
+from lpt.commands.serve import serve
 from lpt.errors import ConfigError, LptError, printable, quoted, shortened
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -723,6 +724,9 @@ def config_(config: ConfigName) -> None:
     from lpt.shipped import file_of
 
     print_lines(file_of("config", config).read_text(encoding="utf-8").rstrip("\n"))
+
+
+app.command()(serve)
 
 
 def _is_setting(text: str) -> bool:
