@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo serve-demo test test-slow lint clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; sys.exit('lpt needs Python 3.11 or newer, this is ' + sys.version.split()[0]) if sys.version_info < (3, 11) else None"
@@ -22,6 +22,21 @@ demo: .venv/ready
 	@echo; echo "All four, side by side; open the report in a browser:"
 	@$(BIN)/lpt report runs/demo/lpt --against runs/demo/linear_probe_ce --against runs/demo/linear_probe_la \
 		--against runs/demo/lpt_phase1
+
+# Four tasks of 117 images each, by four methods, on one nano; then a page to ask them on.
+SERVE := runs/serve_demo
+serve-demo: .venv/ready
+	rm -rf $(SERVE)
+	$(BIN)/python -m benchmarks.serving.demo $(SERVE)
+	$(BIN)/lpt train $(DIGITS)/lpt.yaml data.name=folder data.root=$(SERVE)/data/digits --out $(SERVE)/digits
+	$(BIN)/lpt train $(DIGITS)/lpt.yaml data.name=folder data.root=$(SERVE)/data/shapes "method.epochs=[12, 0]" \
+		--out $(SERVE)/shapes
+	$(BIN)/lpt train $(DIGITS)/linear_probe.yaml data.name=folder data.root=$(SERVE)/data/textures \
+		method.name=fine_tune method.tuning=lora method.epochs=8 --out $(SERVE)/textures
+	$(BIN)/lpt train $(DIGITS)/linear_probe.yaml data.name=folder data.root=$(SERVE)/data/colours --out $(SERVE)/colours
+	$(BIN)/lpt library add $(SERVE)/prompts $(foreach task,digits shapes textures colours,$(SERVE)/$(task)/prompt.safetensors)
+	@echo "Images to drop on the page: $(SERVE)/images"
+	$(BIN)/lpt serve $(SERVE)/prompts
 
 # The models of the tests are so small that a second thread waits more than it works: a process for each core instead.
 test: .venv/ready
