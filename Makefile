@@ -23,6 +23,13 @@ demo: .venv/ready
 	@$(BIN)/lpt report runs/demo/lpt --against runs/demo/linear_probe_ce --against runs/demo/linear_probe_la \
 		--against runs/demo/lpt_phase1
 
+# The models of the tests are so small that a second thread waits more than it works: a process for each core instead.
+test: .venv/ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses logical --dist worksteal
+
+test-slow: .venv/ready
+	$(BIN)/python -m pytest -m slow
+
 # Four tasks of 117 images each, by four methods, on one nano; then a page to ask them on.
 SERVE := runs/serve_demo
 serve-demo: .venv/ready
@@ -34,16 +41,9 @@ serve-demo: .venv/ready
 	$(BIN)/lpt train $(DIGITS)/linear_probe.yaml data.name=folder data.root=$(SERVE)/data/textures \
 		method.name=fine_tune method.tuning=lora method.epochs=8 --out $(SERVE)/textures
 	$(BIN)/lpt train $(DIGITS)/linear_probe.yaml data.name=folder data.root=$(SERVE)/data/colours --out $(SERVE)/colours
-	$(BIN)/lpt library add $(SERVE)/prompts $(foreach task,digits shapes textures colours,$(SERVE)/$(task)/prompt.safetensors)
+	$(BIN)/lpt library add $(SERVE)/prompts $(SERVE)/*/prompt.safetensors
 	@echo "Images to drop on the page: $(SERVE)/images"
 	$(BIN)/lpt serve $(SERVE)/prompts
-
-# The models of the tests are so small that a second thread waits more than it works: a process for each core instead.
-test: .venv/ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses logical --dist worksteal
-
-test-slow: .venv/ready
-	$(BIN)/python -m pytest -m slow
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -1,10 +1,14 @@
 """The server: answers as the bank gives them, refusals in one sentence, files that change, limits, and its end."""
 
+import inspect
 import json
 import logging
 import re
+import shlex
+import shutil
 import signal
 import socket
+import subprocess
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +19,8 @@ import torch
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
+from lpt.commands.serve import serve
+from lpt.data.preprocess import MAX_PIXELS
 from lpt.errors import LptError
 from lpt.model.backbones import load_backbone
 from lpt.serve.bank import Asked, TaskBank
@@ -26,6 +32,7 @@ from lpt.server.running import TOKEN_VARIABLE, bound, is_loopback, token_of
 from lpt.server.watching import ClosedFolder
 from tests.support.command_line import lpt as command
 from tests.support.serving import KINDS, in_base64, in_thread, picture, started, write_library, write_task
+from tests.support.shared import ROOT
 from tests.support.toy import small_backbone
 
 HERE = "http://localhost"
@@ -491,6 +498,37 @@ def test_the_page_asks_nobody_else(client):
     policy = response.headers["content-security-policy"]
     assert policy == content_policy(page) and "connect-src 'self'" in policy and "unsafe" not in policy
     assert "innerHTML" not in page and "eval" not in page and len(page) < 40_000
+
+
+DOCS = (ROOT / "docs/serving.md").read_text()
+
+
+def test_the_examples_of_the_docs_run(library, backbone, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate(("boot.jpg", "desk.jpg")):
+        (tmp_path / name).write_bytes(picture(seed, "JPEG"))
+    commands = re.findall(r"^curl .*", DOCS, re.MULTILINE)
+    (program,) = re.findall(r"```python\n(.*?)```", DOCS, re.DOTALL)
+    assert len(commands) == 5
+    with in_thread(served(library, backbone)) as address:
+        exec(program.replace("http://localhost:8000", address), {})
+        assert capsys.readouterr().out.startswith("shoes [('class ")
+        if shutil.which("curl") is None:
+            pytest.skip("curl is not installed")
+        for command in commands:
+            words = [*shlex.split(command.replace("localhost:8000", address)), "--fail", "--silent"]
+            said = subprocess.run(words, capture_output=True, text=True)
+            assert said.returncode == 0 and json.loads(said.stdout), said
+
+
+def test_what_the_docs_say_of_options_is_so():
+    defaults = {name.replace("_", "-"): p.default for name, p in inspect.signature(serve).parameters.items()}
+    rows = dict(re.findall(r"^\| `--([\w-]+)[^`]*` \| ([^|]+?) \|", DOCS, re.MULTILINE))
+    pixels = {"max-pixels": MAX_PIXELS, "task-memory": None}
+    assert len(rows) == 7
+    for name, said in rows.items():
+        value = pixels.get(name, defaults[name])
+        assert said == ("none" if value is None else f"{value:,}"), name
 
 
 # A process.
