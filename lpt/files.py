@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from lpt.errors import DiskError, quoted
+from lpt.errors import DiskError, PromptFileError, quoted
 
 if TYPE_CHECKING:  # torch takes seconds to load, and what a file says of itself needs none of it
     from torch import Tensor
@@ -64,6 +65,29 @@ def to_bytes(tensors: "Mapping[str, Tensor]", **header: Any) -> bytes:
     for name, content in header.items():
         metadata[name] = json.dumps({**content, "sha256": seal(content, stored)})
     return save(stored, metadata=metadata or None)
+
+
+ON_THE_HUB = re.compile(r"hf:/{1,2}(?P<repo>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))?/(?P<file>[^/].*)")
+"""`hf://owner/name/file`, or `hf://owner/name@revision/file`; a `Path` of it has lost a slash."""
+
+
+def local_file(path: str | Path) -> Path:
+    """Where a file is on this machine: a path as it is, and of `hf://owner/name/file` the copy that the Hub's client
+    keeps, which is downloaded if it is new. Raises PromptFileError where it cannot be had."""
+    text = str(path)
+    if not text.startswith("hf:/"):
+        return Path(path)
+    named = ON_THE_HUB.fullmatch(text)
+    if named is None:
+        raise PromptFileError(f"{quoted(text)} names no file of the Hub: write hf://owner/name/file.safetensors")
+    from huggingface_hub import hf_hub_download
+
+    repo, file = named["repo"], named["file"]
+    try:
+        return Path(hf_hub_download(repo, file, revision=named["revision"]))
+    except Exception as error:  # of its client, of the network, of the disk: of any class
+        reason = why_not_downloaded(error)
+        raise PromptFileError(f"prompt file hf://{repo}/{file} could not be downloaded ({reason})") from None
 
 
 def read_tensors(path: Path) -> "tuple[dict[str, str], dict[str, Tensor]]":
@@ -153,6 +177,14 @@ def why_not_downloaded(error: BaseException) -> str:
     kinds = " ".join(kind.__name__ for one in causes for kind in type(one).__mro__) + f" {error}"
     if "OfflineModeIsEnabled" in kinds:
         return "HF_HUB_OFFLINE is set, and it is in no cache on this machine"
+    if "Invalid credentials" in kinds or "Invalid user token" in kinds:
+        return "the Hub does not know the token that it was given: hf auth login stores another one, as does HF_TOKEN"
+    if "RemoteEntryNotFound" in kinds:
+        return "the repository is there, without such a file"
+    if "RevisionNotFound" in kinds:
+        return "the repository is there, without such a revision"
+    if "403 Forbidden" in kinds:
+        return "the token that was given has no right to do this"
     if any(name in kinds for name in ("RepositoryNotFound", "DatasetNotFound", "GatedRepo")):
         return "the Hub has none of this name, or only for those who have logged in (hf auth login)"
     if any(name in kinds for name in ("LocalEntryNotFound", "ConnectionError", "ConnectError", "Timeout")):

@@ -1,0 +1,1 @@
+"""The commands of `lpt`, by what they are for; `lpt.cli` puts them together."""
