@@ -29,8 +29,8 @@ MAX_OVERRIDE = 4096
 """Letters of an override. What is longer is for a file."""
 MAX_BITS = 256
 """Of a whole number that is read at all; whether a setting takes it is its schema's matter."""
-STORED_SPELLING = {("la_on", "labeled"): "labelled"}
-"""Values of methods' settings as checkpoints and prompt files of format 2 spell them."""
+HASHED_SPELLING = {("la_on", "labeled"): "labelled"}
+"""Values of methods' settings as hashes of runs have always spelled them: a run of before can be resumed."""
 
 LATER_SETTINGS = {"split_column": None, "split_by": "position"}
 """Settings of `data:` that came after run folders were written, and what a run of before has in their place: with that
@@ -151,7 +151,7 @@ class Config(BaseModel):
         return yaml.safe_dump(self.model_dump(), sort_keys=False)
 
     def stored_method_settings(self) -> dict[str, Any]:
-        """The method's settings as prompt files and hashes have them, which keep the spelling of their format."""
+        """The method's settings as prompt files have them: without later ones that are left at their defaults."""
         return {key: value for key, value in _as_stored(self.method).items() if key != "name"}
 
     def run_hash(self, split_sha256: str, backbone: str) -> str:
@@ -160,7 +160,7 @@ class Config(BaseModel):
         Neither the places of files nor the device nor how often checkpoints are written are.
         """
         parts = self.model_dump()
-        parts["method"] = {"name": self.method["name"], **self.stored_method_settings()}
+        parts["method"] = _as_stored(self.method, HASHED_SPELLING)
         for part, key in (
             ("backbone", "weights"),
             ("backbone", "norm_eps"),  # part of `backbone` where it is not the model's own
@@ -352,17 +352,17 @@ def _method_section(given: Any, section: str = "method") -> tuple[dict[str, Any]
     return settings, mistakes
 
 
-def _as_stored(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of a method, and of those inside it, in the spelling of STORED_SPELLING, but for later ones with the
-    values of before."""
+def _as_stored(settings: Mapping[str, Any], spelling: Mapping[tuple[str, str], str] = {}) -> dict[str, Any]:
+    """Settings of a method, and of those inside it, but for later ones with the values of before; (setting, value)
+    pairs in `spelling` are replaced by other values."""
     stored, later = {}, {**LATER_METHOD_SETTINGS, **LATER_SETTINGS_OF.get(settings.get("name", ""), {})}
     for key, value in settings.items():
         if key in later and later[key] == value:
             continue
         if isinstance(value, Mapping):
-            stored[key] = _as_stored(value)
+            stored[key] = _as_stored(value, spelling)
         else:
-            stored[key] = STORED_SPELLING.get((key, value), value) if isinstance(value, str) else value
+            stored[key] = spelling.get((key, value), value) if isinstance(value, str) else value
     return stored
 
 

@@ -115,6 +115,7 @@ def _lpt_published(sections: Tree) -> Tree:
     return {
         "backbone": {
             "name": "timm:vit_base_patch16_224.augreg_in21k",
+            "norm_eps": 1e-5,  # theirs; timm's ViTs have 1e-6
             "transform": "lpt",
             "min_area": 0.08,
             "flip": True,

@@ -72,7 +72,7 @@ def save_prompt(
     if model.trained_on and "trained_on" not in facts:
         facts["trained_on"] = hashes_to_store(model.trained_on)
         labeled_sha256 = replace(model.trained_on, unlabeled=None).manifest()["sha256"]
-        facts["data"] = {"name": model.trained_on.name, "labelled_sha256": labeled_sha256, **facts.get("data", {})}
+        facts["data"] = {"name": model.trained_on.name, "labeled_sha256": labeled_sha256, **facts.get("data", {})}
     try:
         header = Header(
             format=format_of({*model.learned_state(), *_task_tensors(model)}),

@@ -101,6 +101,17 @@ class Header(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
+    def _spelling_of_before(cls, fields: Any) -> Any:
+        """Files of lpt 0.1 spell `labelled` where later ones spell `labeled`."""
+        if not isinstance(fields, dict):
+            return fields
+        data, settings = fields.get("data"), fields.get("settings")
+        if isinstance(data, dict) and "labelled_sha256" in data:
+            fields = {**fields, "data": {key.replace("labelled_", "labeled_"): value for key, value in data.items()}}
+        return {**fields, "settings": _in_new_spelling(settings)} if isinstance(settings, dict) else fields
+
+    @model_validator(mode="before")
+    @classmethod
     def _views_of_before(cls, fields: Any) -> Any:
         """A file that does not say whose code cuts its views is of before that was a choice: it is Pillow's."""
         pixels = fields.get("preprocess") if isinstance(fields, dict) else None
@@ -148,6 +159,17 @@ class Header(BaseModel):
 
     def head_spec(self, tensors: Mapping[str, Any]) -> HeadSpec:
         return head_spec({**dict(self), "num_classes": len(self.classes)}, tensors)
+
+
+def _in_new_spelling(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a method, and of those inside it, with `la_on` as it is spelled now."""
+    renamed = {}
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            renamed[key] = _in_new_spelling(value)
+        else:
+            renamed[key] = "labeled" if (key, value) == ("la_on", "labelled") else value
+    return renamed
 
 
 def format_of(tensors: Iterable[str]) -> int:

@@ -436,7 +436,7 @@ def write_prompt(setup: Setup, path: Path, results: Results) -> None:
         precision=setup.precision,
         data={
             **data_facts(setup),
-            "labelled_sha256": labeled_sha256,
+            "labeled_sha256": labeled_sha256,
             "settings": {key: value for key, value in config.data.items() if key not in LOCATION_SETTINGS},
         },
         metrics={key: results.report[key] for key in (*EPOCH_METRICS, "nll")},

@@ -179,7 +179,7 @@ def test_bad_input_gets_one_sentence_exit_code_2_and_nothing_half_written(tmp_pa
         ("wrong.txt", "wrong.txt, line 1: label 7, and classes are 0 to 1"),
     ],
 )
-def test_unlabelled_images_that_cannot_be_had_are_told(tmp_path, capsys, name, says):
+def test_unlabeled_images_that_cannot_be_had_are_told(tmp_path, capsys, name, says):
     photos = fill(tmp_path / "photos", {"cat": 3, "dog": 3})
     (tmp_path / "empty").mkdir()
     for file, text in (("blank.txt", ""), ("lost.txt", "gone.png"), ("wrong.txt", "photos/cat/0.png 7")):

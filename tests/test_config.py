@@ -183,7 +183,7 @@ def test_an_override_that_makes_no_sense_is_repeated_short_and_printable(word):
 
 
 def test_a_value_in_its_old_spelling_is_read_with_a_warning_and_hashed_as_it_was():
-    """Run folders and prompt files of lpt 0.1 say `labelled`: they are gone on with, and stay as they are."""
+    """Run folders of lpt 0.1 say `labelled`: they are resumed, since the hash has the old spelling."""
     method = {"name": "ulfine", "la_on": "labelled"}
     inside = {"name": "two_stage", "then": method}
     for given, setting in ((method, lambda c: c.method), (inside, lambda c: c.method["then"])):
@@ -191,7 +191,7 @@ def test_a_value_in_its_old_spelling_is_read_with_a_warning_and_hashed_as_it_was
             old = resolve({**RAW, "method": given})
         new = resolve(yaml.safe_load(old.to_yaml()))
         assert setting(old)["la_on"] == setting(new)["la_on"] == "labeled"
-        assert "labelled" in str(old.stored_method_settings()) and "labeled" not in str(old.stored_method_settings())
+        assert "labeled" in str(old.stored_method_settings()) and "labelled" not in str(old.stored_method_settings())
         assert old.run_hash("split", "weights") == new.run_hash("split", "weights")
     assert (
         resolve({**RAW, "method": method | {"la_on": "labeled"}}).run_hash("s", "w") == "ae642f1d540ad443"

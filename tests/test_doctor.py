@@ -76,12 +76,12 @@ def test_one_image_under_two_classes_and_plain_copies(folder):
     assert any("1 images are there more than once within a part" in note for note in findings.notes)
 
 
-def test_the_unlabelled_part_is_examined_too(folder):
+def test_the_unlabeled_part_is_examined_too(folder):
     fill(folder / "unlabeled", {"tench": 3, "somewhere": 2}, seed=9)
     findings = found(folder)
     assert (
         findings.problems == []
-        and "images: 10 training (train/), 5 unlabelled (unlabeled/), 4 test (test/)" in findings.facts[0]
+        and "images: 10 training (train/), 5 unlabeled (unlabeled/), 4 test (test/)" in findings.facts[0]
     )
     Image.open(folder / "test/tench/0.png").save(folder / "unlabeled" / "leak.bmp")
     Image.open(folder / "train/owl/0.png").save(folder / "unlabeled" / "again.bmp")
@@ -90,9 +90,9 @@ def test_the_unlabelled_part_is_examined_too(folder):
     findings = found(folder)
     unreadable, leak, two = findings.problems
     assert unreadable.startswith("1 files cannot be read: image somewhere/1.png")
-    assert leak == "1 images are in more than one part: leak.bmp (unlabelled) = test/tench/0.png (test)"
+    assert leak == "1 images are in more than one part: leak.bmp (unlabeled) = test/tench/0.png (test)"
     assert two == "1 images stand under two classes: train/owl/0.png (owl) = tench/not an owl.bmp (tench)"
-    assert any(n.startswith("1 training images are among the unlabelled too: train/owl") for n in findings.notes)
+    assert any(n.startswith("1 training images are among the unlabeled too: train/owl") for n in findings.notes)
 
 
 def test_labels_that_the_backbone_has_seen(folder):

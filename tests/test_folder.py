@@ -346,14 +346,14 @@ def test_names_of_classes_may_be_any(tmp_path):
 
 @pytest.fixture
 def more(tmp_path):
-    """Eight unlabelled images beside the photos: three in folders with the name of a class."""
+    """Eight unlabeled images beside the photos: three in folders with the name of a class."""
     fill(tmp_path / "more", {"cat": 2, "dog/yard": 1, "Owl": 1, "2024/cat": 2}, seed=3)
     picture(900).save(tmp_path / "more" / "a b.png")
     picture(901).save(tmp_path / "more" / "dog.png")
     return tmp_path / "more"
 
 
-def test_unlabelled_images_lie_at_any_depth_and_keep_the_truth_of_their_topmost_folder(flat, more, monkeypatch):
+def test_unlabeled_images_lie_at_any_depth_and_keep_the_truth_of_their_topmost_folder(flat, more, monkeypatch):
     task = lpt.load_task("folder", root=str(flat), unlabeled=str(more))
     truth = dict(zip(task.unlabeled.ids, task.unlabeled.labels.tolist(), strict=True))
     assert truth == {
@@ -361,7 +361,7 @@ def test_unlabelled_images_lie_at_any_depth_and_keep_the_truth_of_their_topmost_
         "dog.png": -1, "dog/yard/0.png": 1,
     }  # fmt: skip
     assert task.classes == ("cat", "dog", "owl") and task.counts.tolist() == [5, 2, 1]
-    assert "8 unlabelled" in task.summary_lines()[0] and task.manifest()["parts"]["unlabeled"]["images"] == 8
+    assert "8 unlabeled" in task.summary_lines()[0] and task.manifest()["parts"]["unlabeled"]["images"] == 8
     assert Preprocess(size=8).cut(task.unlabeled.take(torch.arange(8))).shape == (8, 3, 8, 8)
     monkeypatch.chdir(more)
     again = lpt.load_task("folder", root=str(flat), unlabeled=".")
@@ -371,7 +371,7 @@ def test_unlabelled_images_lie_at_any_depth_and_keep_the_truth_of_their_topmost_
     assert lpt.load_task("folder", root=str(flat), unlabeled=".").manifest()["sha256"] != task.manifest()["sha256"]
 
 
-def test_an_unlabelled_folder_inside_root_is_no_class(flat, more):
+def test_an_unlabeled_folder_inside_root_is_no_class(flat, more):
     apart = lpt.load_task("folder", root=str(flat), unlabeled=str(more))
     with pytest.raises(DataError, match=r"has Unlabelled among its class folders: set data\.unlabeled=.*Unlabelled if"):
         lpt.load_task("folder", root=str(more.rename(flat / "Unlabelled").parent))
@@ -381,7 +381,7 @@ def test_an_unlabelled_folder_inside_root_is_no_class(flat, more):
     assert whole.classes == ("2024", "Owl", "cat", "dog") and len(whole.unlabeled) == 8
 
 
-def test_an_unlabelled_part_beside_the_others(tmp_path, more):
+def test_an_unlabeled_part_beside_the_others(tmp_path, more):
     for role, counts in (("train", CLASSES), ("test", {"dog": 4})):
         fill(tmp_path / "p" / role, counts, seed=len(role))
     root = str(tmp_path / "p")
@@ -399,7 +399,7 @@ def test_an_unlabelled_part_beside_the_others(tmp_path, more):
         lpt.load_task("folder", root=root)
 
 
-def test_a_list_of_unlabelled_images(flat, more):
+def test_a_list_of_unlabeled_images(flat, more):
     lines = ["a b.png", "cat/0.png", "dog/yard/0.png 1", "2024/cat/1.png 0", "../photos/owl/0.png"]
     (more / "list.txt").write_text("\n".join(lines))
     task = lpt.load_task("folder", root=str(flat), unlabeled=str(more / "list.txt"))
@@ -417,7 +417,7 @@ def test_a_list_of_unlabelled_images(flat, more):
             lpt.load_task("folder", root=str(flat), unlabeled=str(more / "list.txt"))
 
 
-def test_unlabelled_images_that_cannot_be_had(flat, more, monkeypatch):
+def test_unlabeled_images_that_cannot_be_had(flat, more, monkeypatch):
     def says(place, match):
         with pytest.raises(DataError, match=match):
             lpt.load_task("folder", root=str(flat), unlabeled=str(place))
@@ -441,7 +441,7 @@ def test_unlabelled_images_that_cannot_be_had(flat, more, monkeypatch):
     says(more, r"more cannot be read \(Permission denied\)")
 
 
-def test_a_broken_unlabelled_image_is_named_or_skipped(flat, more):
+def test_a_broken_unlabeled_image_is_named_or_skipped(flat, more):
     (more / "cat" / "1.png").write_bytes(b"no image")
     task = lpt.load_task("folder", root=str(flat), unlabeled=str(more))
     with pytest.raises(DataError, match=r"image cat/1\.png cannot be decoded"):
@@ -454,19 +454,17 @@ def test_a_broken_unlabelled_image_is_named_or_skipped(flat, more):
     )
     for file in more.rglob("*.png"):
         file.write_bytes(b"no image")
-    with pytest.raises(DataError, match="no unlabelled image that can be decoded"):
+    with pytest.raises(DataError, match="no unlabeled image that can be decoded"):
         lpt.load_task("folder", root=str(flat), unlabeled=str(more), on_error="skip")
 
 
-def test_unlabelled_images_that_are_test_images_are_told(flat, more):
+def test_unlabeled_images_that_are_test_images_are_told(flat, more):
     test = lpt.load_task("folder", root=str(flat)).test.ids
     assert not any("test images too" in line for line in _described(flat, more))
     (more / "link.png").symlink_to(flat / test[0])
     (more / "hard.png").hardlink_to(flat / test[1])
-    assert "warning: 2 unlabelled images are test images too, for example hard.png" in _described(flat, more)
-    assert f"warning: {len(test)} unlabelled images are test images too, for example {test[0]}" in _described(
-        flat, flat
-    )
+    assert "warning: 2 unlabeled images are test images too, for example hard.png" in _described(flat, more)
+    assert f"warning: {len(test)} unlabeled images are test images too, for example {test[0]}" in _described(flat, flat)
 
 
 def _described(root, unlabeled):

@@ -133,7 +133,7 @@ def test_reading_splits_at_the_last_space(tmp_path):
     assert paths == ["a b/c  d.jpg", "e.jpg"] and labels.tolist() == [7, 0]
 
 
-def test_unlabelled_lines_need_no_label(tree, tmp_path):
+def test_unlabeled_lines_need_no_label(tree, tmp_path):
     lines = ["train/red panda/an image 1.png", "val/café/an image 0.png 2", "train/n015/an image 0.png -1", "", "x 1 y"]
     (tmp_path / "more.txt").write_text("\n".join(lines))
     paths, labels = read_unlabeled(tmp_path / "more.txt", 3)
@@ -141,17 +141,17 @@ def test_unlabelled_lines_need_no_label(tree, tmp_path):
     assert labels.tolist() == [-1, 2, -1, -1]
 
 
-def test_an_unlabelled_list_is_a_part_of_the_task(tree, tmp_path):
+def test_an_unlabeled_list_is_a_part_of_the_task(tree, tmp_path):
     (tmp_path / "more.txt").write_text("train/red panda/an image 1.png\ntrain/./n015/an image 0.png 1\n")
     found = task(tree, unlabeled=str(tmp_path / "more.txt"))
     assert found.unlabeled.labels.tolist() == [-1, 1] and found.counts.tolist() == [6, 3, 1]
     assert Preprocess(size=8).cut(found.unlabeled.take(torch.arange(2))).shape == (2, 3, 8, 8)
-    assert "2 unlabelled" in found.summary_lines()[0] and "leaked" not in found.facts
+    assert "2 unlabeled" in found.summary_lines()[0] and "leaked" not in found.facts
     assert found.manifest()["parts"]["unlabeled"]["images"] == 2
     assert found.manifest()["sha256"] != task(tree).manifest()["sha256"]
     (tmp_path / "more.txt").write_text("train/red panda/an image 1.png\nval/./n015/an image 0.png\n")
     warned = task(tree, unlabeled=str(tmp_path / "more.txt")).summary_lines()
-    assert "warning: 1 unlabelled images are test images too, for example val/./n015/an image 0.png" in warned
+    assert "warning: 1 unlabeled images are test images too, for example val/./n015/an image 0.png" in warned
 
 
 @pytest.mark.parametrize(
@@ -163,14 +163,14 @@ def test_an_unlabelled_list_is_a_part_of_the_task(tree, tmp_path):
         (None, "more.txt cannot be read"),
     ],
 )
-def test_an_unlabelled_list_that_is_none(tree, tmp_path, text, said):
+def test_an_unlabeled_list_that_is_none(tree, tmp_path, text, said):
     if text is not None:
         (tmp_path / "more.txt").write_text(text)
     with pytest.raises(DataError, match=said):
         task(tree, unlabeled=str(tmp_path / "more.txt"))
 
 
-def test_an_unlabelled_image_that_cannot_be_decoded_is_named(tree, tmp_path):
+def test_an_unlabeled_image_that_cannot_be_decoded_is_named(tree, tmp_path):
     (tree / "broken one.png").write_bytes(b"no image")
     (tmp_path / "more.txt").write_text("broken one.png\n")
     found = task(tree, unlabeled=str(tmp_path / "more.txt"))

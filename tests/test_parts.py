@@ -52,7 +52,7 @@ def test_the_doctor_and_a_run_say_where_the_parts_came_from(tmp_path, capsys):
         fill(tmp_path / "p" / name, {"train": 4, "test": 2, "unlabeled": 3}, seed=len(name) + ord(name[0]))
     code, out, _ = command(capsys, "doctor", tmp_path / "p")
     assert code == 0 and out.startswith(
-        "2 classes; images: 8 training (CLASS/train/), 6 unlabelled (CLASS/unlabeled/), 4 test (CLASS/test/)"
+        "2 classes; images: 8 training (CLASS/train/), 6 unlabeled (CLASS/unlabeled/), 4 test (CLASS/test/)"
     )
     words = ("--out", tmp_path / "run", "backbone.name=nano", "method.name=class_mean", "train.device=cpu")
     code, out, said = command(capsys, "fit", tmp_path / "p", *words)

@@ -87,6 +87,7 @@ def test_lpt_published_has_the_numbers_of_its_script():
     assert (
         found.backbone.name == IN21K["name"] and found.backbone.transform == "lpt" and found.backbone.min_area == 0.08
     )
+    assert found.backbone.norm_eps == 1e-5
     assert found.data["group_rule"] == "le20" and found.train.batch_size == 256 and found.train.precision == "fp32"
 
 

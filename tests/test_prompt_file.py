@@ -34,6 +34,16 @@ def rewrite(path, change=None, header=None, raw=None):
     save_file(tensors, path, metadata={"lpt": raw or text})
 
 
+def test_the_spelling_of_lpt_0_1_is_read(saved):
+    """The bytes stay as they are; what a file says of its labeled images is known under the name of now."""
+    path, _ = saved
+    before = {"data": {"labelled_sha256": "x"}, "settings": {"then": {"name": "ulfine", "la_on": "labelled"}, "lr": 1}}
+    rewrite(path, header=before)
+    header = read_prompt(path).header
+    assert header.data == {"labeled_sha256": "x"}
+    assert header.settings == {"then": {"name": "ulfine", "la_on": "labeled"}, "lr": 1}
+
+
 @pytest.mark.parametrize("pool", [False, True])
 def test_a_file_reloads_to_the_same_bits(tmp_path, pool):
     backbone = small_backbone()

@@ -47,28 +47,28 @@ def test_the_five_shapes(shape, wanted):
 @pytest.mark.parametrize("preset", ["acr", "simpro", "daso", "usb"])
 def test_presets_differ_exactly_where_they_should(cifar100_root, preset):
     task = load_task("cifar100-semi", root=str(cifar100_root), preset=preset, gamma_l=20)
-    labelled, unlabelled = set(task.train.ids), set(task.unlabeled.ids)
-    assert len(labelled) == 1545 and task.counts.tolist() == semi_counts(100, 50, 20)
+    labeled, unlabeled = set(task.train.ids), set(task.unlabeled.ids)
+    assert len(labeled) == 1545 and task.counts.tolist() == semi_counts(100, 50, 20)
     if preset == "acr":
-        assert labelled < unlabelled and len(unlabelled) == 1545 + 12_719
+        assert labeled < unlabeled and len(unlabeled) == 1545 + 12_719
     else:
-        assert labelled.isdisjoint(unlabelled) and len(unlabelled) == 12_719
+        assert labeled.isdisjoint(unlabeled) and len(unlabeled) == 12_719
     assert (task.val is not None) == (preset == "daso")
     if preset == "daso":
         assert torch.bincount(task.val.labels).tolist() == [50] * 100
-        assert set(task.val.ids).isdisjoint(labelled | unlabelled)
+        assert set(task.val.ids).isdisjoint(labeled | unlabeled)
     other = load_task("cifar100-semi", root=str(cifar100_root), preset=preset, gamma_l=20, seed=1)
-    assert (set(other.train.ids) == labelled) == (preset in ("acr", "simpro"))
+    assert (set(other.train.ids) == labeled) == (preset in ("acr", "simpro"))
     assert task.facts["unlabeled_counts"] == torch.bincount(task.unlabeled.labels).tolist()
 
 
 def test_a_mismatched_tail_and_more_than_there_is(cifar100_root):
     task = load_task("cifar100-semi", root=str(cifar100_root), gamma_u=20, shape="reversed", preset="simpro")
     found = np.bincount(task.unlabeled.labels.numpy())
-    assert found.tolist() == semi_counts(100, 400, 20)[::-1] and "12719 unlabelled" in task.summary_lines()[0]
+    assert found.tolist() == semi_counts(100, 400, 20)[::-1] and "12719 unlabeled" in task.summary_lines()[0]
     hashes = {task.manifest()["sha256"], load_task("cifar100-semi", root=str(cifar100_root)).manifest()["sha256"]}
     assert len(hashes) == 2
-    with pytest.raises(DataError, match=r"needs 50 labelled and 460 unlabelled images, 500 are there: lower data\.m1"):
+    with pytest.raises(DataError, match=r"needs 50 labeled and 460 unlabeled images, 500 are there: lower data\.m1"):
         load_task("cifar100-semi", root=str(cifar100_root), m1=460)
 
 
@@ -88,12 +88,12 @@ def test_counts_that_make_no_split_are_told_before_the_data_is_read(wrong, says)
         load_task("cifar100-semi", root="nowhere", **wrong)
 
 
-def test_the_manifest_holds_the_unlabelled_counts(tmp_path):
+def test_the_manifest_holds_the_unlabeled_counts(tmp_path):
     root = str(parquet_folder(tmp_path))
     manifest = load_task("cifar10-semi", root=root, n1=5, m1=9, gamma_l=4, preset="simpro").manifest()
     assert manifest["counts"] == semi_counts(10, 5, 4) and manifest["unlabeled_counts"] == semi_counts(10, 9, 4)
     assert manifest["parts"]["unlabeled"]["images"] == sum(semi_counts(10, 9, 4))
-    with pytest.raises(DataError, match=r"needs 500 labelled and 4600 .* 5000 are there: lower data\.m1 \(now 4600"):
+    with pytest.raises(DataError, match=r"needs 500 labeled and 4600 .* 5000 are there: lower data\.m1 \(now 4600"):
         load_task("cifar10-semi", root=root, m1=4600)
 
 

@@ -13,7 +13,7 @@ from lpt.engine.step_memory import StepMemory
 from lpt.errors import BackboneError
 from lpt.losses import loss_by_name
 from lpt.methods import daso
-from lpt.methods.semi_supervised import PseudoLabels
+from lpt.methods.semi_supervised import LABELED, PseudoLabels
 from lpt.model.heads import FusedHead
 from lpt.run import tune
 from tests.support.semi import COUNTS, FAST, Killed, cross_entropy, normal, semi, semi_task, unit
@@ -47,10 +47,10 @@ def views(was, name):
 def test_a_step_of_fixmatch_by_hand(clip, changes):
     settings = {**FAST, "tau": 0.69, "scale": 25.0, **changes}
     was = semi("fixmatch", clip, batch_size=6, keep=True, **settings)[1].seen[1]
-    rows, labels = was.model.head.weight, was.batches["labelled"].labels
+    rows, labels = was.model.head.weight, was.batches[LABELED].labels
     shift = [settings.get("la_tau", 1.0) * p for p in PRIOR]
     loss = 0.0
-    for feature, label in zip(views(was, "labelled"), labels.tolist(), strict=True):
+    for feature, label in zip(views(was, LABELED), labels.tolist(), strict=True):
         logits = cosine_logits(feature, rows, 25)
         loss = loss + cross_entropy([z + s for z, s in zip(logits, shift, strict=True)], label) / 6
     with torch.no_grad():
@@ -86,24 +86,24 @@ def test_parts_of_a_batch_are_the_batch(clip, micro_batches):
 
 
 @pytest.mark.parametrize("tuning", ["head", "full"])
-def test_on_labels_alone_no_unlabelled_image_is_looked_at(clip, tuning):
+def test_on_labels_alone_no_unlabeled_image_is_looked_at(clip, tuning):
     class Unseen:
         labels = torch.zeros(9, dtype=torch.long)
         digest = "x"
 
         def __len__(self):
-            raise AssertionError("unlabelled images were looked at")
+            raise AssertionError("unlabeled images were looked at")
 
         take = __len__
 
     settings = {**FAST, "tuning": tuning, "lambda_u": 0.0, "la_tau": 0.7, "scale": 20.0}
     model, fit, _ = semi("fixmatch", clip, toy_task(COUNTS), keep=True, **settings)
     hidden, again, _ = semi("fixmatch", clip, replace(semi_task(), unlabeled=Unseen()), **settings)
-    assert fit.losses == again.losses and fit.streams.keys() == {"labelled"}
+    assert fit.losses == again.losses and fit.streams.keys() == {LABELED}
     assert all(torch.equal(value, hidden.learned_state()[name]) for name, value in model.learned_state().items())
     la = loss_by_name("la", torch.tensor(COUNTS), scale=20.0, tau=0.7)  # the loss of fine_tune
     for was in fit.seen:
-        batch = was.batches["labelled"]
+        batch = was.batches[LABELED]
         assert was.logged["loss"] == pytest.approx(la(was.model.eval()(batch.views).logits, batch.labels).item(), 1e-5)
         assert was.logged.keys() == {"loss", "supervised"}
 
@@ -150,7 +150,7 @@ def test_a_step_like_finessl_by_hand(clip):
     first = fit.seen[0].model
     assert not torch.equal(main, second) and torch.equal(first.head.weight, first.query_head.weight)
     loss = 0.0
-    for feature, label in zip(views(was, "labelled"), was.batches["labelled"].labels.tolist(), strict=True):
+    for feature, label in zip(views(was, LABELED), was.batches[LABELED].labels.tolist(), strict=True):
         for f, rows in ((feature, main), (feature.detach(), second)):
             logits = [z + p for z, p in zip(cosine_logits(f, rows, scale), PRIOR, strict=True)]
             loss = loss + cross_entropy(logits, label) / 6
@@ -195,7 +195,7 @@ def test_a_step_like_daso_by_hand(clip, temperature, tau):
         return cosine_logits(feature, head.weight, 25), cosine_logits(joint, head.prototypes, 20)
 
     loss = 0.0
-    for feature, label in zip(views(was, "labelled"), was.batches["labelled"].labels.tolist(), strict=True):
+    for feature, label in zip(views(was, LABELED), was.batches[LABELED].labels.tolist(), strict=True):
         loss = loss + cross_entropy([z + p for z, p in zip(both(feature)[0], PRIOR, strict=True)], label) / 6
     often = [h ** (1 / temperature) for h in head.frequency.tolist()]
     kept, predicted = 0, [0] * 4
@@ -218,7 +218,7 @@ def test_a_step_like_daso_by_hand(clip, temperature, tau):
     # Prototypes: means of the unit features of both steps so far, in the joint space; texts where there are none.
     mine = {k: [] for k in range(4)}
     for step in fit.seen[:2]:
-        batch = step.batches["labelled"]
+        batch = step.batches[LABELED]
         with torch.no_grad():
             joint = step.model.feature(batch.views).double() @ clip.projection.double()
         for row, label in zip(joint, batch.labels.tolist(), strict=True):

@@ -125,7 +125,7 @@ def test_its_own_data_keeps_its_test_part_and_its_group_rule(prompt):
         assert found[key] == stored[key]
 
 
-def test_unlabelled_images_need_not_be_at_hand_again(tmp_path):
+def test_unlabeled_images_need_not_be_at_hand_again(tmp_path):
     fill(tmp_path / "photos", {"cat": 9, "dog": 6, "red owl": 4})
     fill(tmp_path / "more", {"any": 7}, seed=5)
     config = {

@@ -122,15 +122,15 @@ def test_rows_of_another_length_count_no_more():
 
 
 def test_the_soup_says_what_it_is_made_of_and_drops_what_was_measured(tmp_path):
-    facts = {"settings": {"epochs": 3, "lr": 0.1}, "data": {"name": "toy", "labelled_sha256": "x"}}
+    facts = {"settings": {"epochs": 3, "lr": 0.1}, "data": {"name": "toy", "labeled_sha256": "x"}}
     hashes = [packed(torch.tensor(ids).numpy()) for ids in ([5, 7], [7, 9])]
     few = stored(tmp_path / "few.safetensors", 0, **facts, trained_on=hashes[0], storage="fp16")
-    facts = {"settings": {"epochs": 3, "lr": 0.2}, "data": {"name": "toy", "labelled_sha256": "y"}}
+    facts = {"settings": {"epochs": 3, "lr": 0.2}, "data": {"name": "toy", "labeled_sha256": "y"}}
     many = stored(tmp_path / "many.safetensors", 1, **facts, trained_on=hashes[1], counts=2 * COUNTS, storage="fp16")
     soup([few, many], tmp_path / "soup.safetensors", weights=[1, 3])
     header, arrays = read_header(tmp_path / "soup.safetensors")
     assert header.metrics == {} and header.settings == {"epochs": 3}
-    assert header.data["name"] == "toy" and "labelled_sha256" not in header.data
+    assert header.data["name"] == "toy" and "labeled_sha256" not in header.data
     assert header.counts == (2 * COUNTS).tolist() and header.trained_on == packed(torch.tensor([5, 7, 9]).numpy())
     made = header.model_extra["soup"]["of"]
     assert [(one["file"], one["weight"]) for one in made] == [("few.safetensors", 0.25), ("many.safetensors", 0.75)]

@@ -255,7 +255,7 @@ def test_a_split_column_that_cannot_be_understood_is_refused(tmp_path, values, c
     assert sizes(task_of(tmp_path)) == [6, 0, 2, 0]  # a fold by its number is no part
 
 
-def test_unlabelled_rows_need_no_class_and_withheld_ones_are_no_test_part(tmp_path):
+def test_unlabeled_rows_need_no_class_and_withheld_ones_are_no_test_part(tmp_path):
     pictures(tmp_path, 12)
     role = ["train"] * 6 + ["unlabeled"] * 3 + ["test"] * 3
     rows = "".join(f"{i}.png,{'ab'[i % 2] if i < 6 or i == 7 else ''},{role[i]}\n" for i in range(12))
@@ -340,7 +340,7 @@ def test_lists_in_any_encoding_and_with_any_separator(tmp_path, encoding, text):
     assert paths == ["a b.png", "c.png"] and labels.tolist() == [0, 1]
 
 
-def test_unlabelled_lists_with_other_separators(tmp_path):
+def test_unlabeled_lists_with_other_separators(tmp_path):
     for text, expected in (
         ("\ufeffa b.png\t0\nc.png\n", [0, -1]),
         ("a b.png,0\nc.png,-1\n", [0, -1]),

@@ -33,9 +33,9 @@ def test_the_hash_ignores_the_order_of_rows_and_sees_every_change():
     repainted = dataclasses.replace(task, train=Images(pixels, task.train.labels, task.train.ids))
     labels = task.train.labels.clone()
     labels[0] = 1
-    relabelled = dataclasses.replace(task, train=Images(task.train.pixels, labels, task.train.ids))
+    relabeled = dataclasses.replace(task, train=Images(task.train.pixels, labels, task.train.ids))
     moved = dataclasses.replace(task, val=task.test)
-    hashes = {t.manifest()["sha256"] for t in (task, fewer, repainted, relabelled, moved)}
+    hashes = {t.manifest()["sha256"] for t in (task, fewer, repainted, relabeled, moved)}
     assert len(hashes) == 5
 
 

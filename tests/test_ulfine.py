@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 
-from lpt.methods.semi_supervised import PseudoLabels
+from lpt.methods.semi_supervised import LABELED, PseudoLabels
 from lpt.methods.ulfine import Fitting, orthogonality
 from lpt.model.backbones import load_backbone
 from lpt.model.backbones.base import read_prototypes
 from lpt.model.heads import FusedHead
-from tests.support.semi import COUNTS, FAST, UNLABELLED, Killed, cross_entropy, normal, semi, semi_task, unit
+from tests.support.semi import COUNTS, FAST, UNLABELED, Killed, cross_entropy, normal, semi, semi_task, unit
 from tests.support.shared import real
 from tests.support.toy import toy_task
 from tests.support.training import recipe_of
@@ -278,16 +278,16 @@ def loss_by_hand(model, batches, s):
             both = fused_by_hand(linear, similarity, s["fusion"], s["eta"]) if s["fuse_pseudo_labels"] else linear
             said.append(both.exp() / both.exp().sum())
     found = opinion(torch.stack(said).log(), tau=s["tau"])
-    labelled = model.feature(batches["labelled"].views).double()
-    labels = batches["labelled"].labels
-    supervised = sum(trained(f, int(y), 1.0) for f, y in zip(labelled, labels, strict=True)) / len(labels)
+    labeled = model.feature(batches[LABELED].views).double()
+    labels = batches[LABELED].labels
+    supervised = sum(trained(f, int(y), 1.0) for f, y in zip(labeled, labels, strict=True)) / len(labels)
     consistency, views = 0.0, [batches[name].views for name in sorted(batches) if name.startswith("strong")]
     for view in views:
         for f, p, kept in zip(model.feature(view).double(), found.probability, found.mask, strict=True):
             if kept:
                 shift = float(s["la_on"] == "both")
                 consistency = consistency + trained(f, int(p.argmax()), shift) / len(found.mask) / len(views)
-    joint = torch.stack([heads(f)[2] for f in labelled])
+    joint = torch.stack([heads(f)[2] for f in labeled])
     rest = {"mode": s["proto_mode"], "mu": s["mu"], "center": s["proto_center"], "estimator": s["pu_estimator"]}
     state = followed(head, joint, labels, found, rho=s["visual_ema"], m=s["pu_ema"], **rest)
     rows = state[1] if s["orth_on"] == "visual_prototypes" else state[0]
@@ -459,9 +459,9 @@ def test_widths_of_the_bottleneck(clip):
     assert width(adapter_dim="auto") == 4 and width(adapter_dim="auto_lift") == 1 and width(adapter_dim=3) == 3
 
 
-def test_labels_of_unlabelled_images_are_never_looked_at(clip):
+def test_labels_of_unlabeled_images_are_never_looked_at(clip):
     task = semi_task()
-    blind = replace(task, unlabeled=replace(task.unlabeled, labels=torch.full((sum(UNLABELLED),), -1)))
+    blind = replace(task, unlabeled=replace(task.unlabeled, labels=torch.full((sum(UNLABELED),), -1)))
     one, fit, _ = ulfine(clip, task)
     other, again, _ = ulfine(clip, blind)
     assert fit.losses == again.losses

@@ -176,7 +176,7 @@ def test_one_real_folder_under_two_names_is_read_under_both(tmp_path, capsys):
         task.summary_lines()
     )
     code, out, _ = command(capsys, "doctor", root)
-    assert code == 1 and "7 training (train/), 7 unlabelled (unlabeled/), 4 held-out (val/), 4 test (test/)" in out
+    assert code == 1 and "7 training (train/), 7 unlabeled (unlabeled/), 4 held-out (val/), 4 test (test/)" in out
     assert "problem: 4 images are one file under two names" in out
 
 

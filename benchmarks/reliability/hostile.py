@@ -54,7 +54,7 @@ KINDS = {
     "prompt": "prompt files",
     "served": "prompt files sealed anew, through inspect, predict and evaluate",
     "config": "configs",
-    "list": "list, class and unlabelled files",
+    "list": "list, class and unlabeled files",
     "prototypes": "prototype files",
     "checkpoint": "checkpoints on --resume",
     "image": "images",

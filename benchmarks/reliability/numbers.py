@@ -270,7 +270,7 @@ def _absent_in_folder(place: Path) -> None:
     assert any("2 images cannot be decoded" in line for line in said), "the images are not said"
 
 
-def _toy(counts: tuple[int, ...] = (20, 8, 4, 3), unlabelled: int = 0) -> Task:
+def _toy(counts: tuple[int, ...] = (20, 8, 4, 3), unlabeled: int = 0) -> Task:
     """Images of one colour a class."""
 
     def images(labels: Tensor, name: str) -> Images:
@@ -279,7 +279,7 @@ def _toy(counts: tuple[int, ...] = (20, 8, 4, 3), unlabelled: int = 0) -> Task:
         return Images(pixels, labels, tuple(f"{name}{i}" for i in range(len(labels))))
 
     every = torch.arange(4)
-    pool = images(every.repeat(unlabelled), "u") if unlabelled else None
+    pool = images(every.repeat(unlabeled), "u") if unlabeled else None
     train = images(every.repeat_interleave(torch.tensor(counts)), "a")
     return Task("toy", ("ant", "bee", "cat", "dog"), train, images(every, "b"), unlabeled=pool, group_rule="thirds")
 
@@ -298,7 +298,7 @@ def _collapsed(place: Path) -> None:
 def _rejected(place: Path) -> None:
     said: list[str] = []
     settings: dict[str, Any] = {"steps": 4, "rounds": 2, "tau": 1.0, "head_init": "random", "bottleneck": 2}
-    model = tune(_toy(unlabelled=5), backbone(), method="fixmatch", batch_size=4, say=said.append, **settings)
+    model = tune(_toy(unlabeled=5), backbone(), method="fixmatch", batch_size=4, say=said.append, **settings)
     told = [line for line in said if "kept no pseudo-label of 4 classes" in line]
     assert len(told) == 2 and all(name in told[0] for name in model.classes), f"said was {said}"
     assert all(bool(torch.isfinite(value).all()) for value in model.learned_state().values())

@@ -179,7 +179,7 @@ def digits_odd(*, seed: int = 0) -> Task:
 
 
 def digits_semi(*, seed: int = 0) -> Task:
-    """The same, and 600 others as if nobody had labelled them."""
+    """The same, and 600 others as if nobody had labeled them."""
     more = digits_lt(seed=seed, val_per_class=60).val
     assert isinstance(more, Images)
     return replace(digits_odd(seed=seed), name="digits-semi", unlabeled=more)

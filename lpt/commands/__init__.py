@@ -1,1 +1,1 @@
-"""The commands of `lpt`, by what they are for; `lpt.cli` puts them together."""
+"""The commands, by what they are for: `lpt.cli` registers them. What a command needs is imported when it runs."""

@@ -43,7 +43,7 @@ def examine(task: Task) -> Findings:
 
 
 def _parts(task: Task) -> dict[str, Images | Files]:
-    parts = {"training": task.train, "unlabelled": task.unlabeled, "held-out": task.val, "test": task.test}
+    parts = {"training": task.train, "unlabeled": task.unlabeled, "held-out": task.val, "test": task.test}
     return {role: images for role, images in parts.items() if images is not None}
 
 
@@ -51,7 +51,7 @@ def _parts(task: Task) -> dict[str, Images | Files]:
 
 
 def _describe(task: Task, findings: Findings) -> None:
-    key_of = {"training": "train", "unlabelled": "unlabeled", "held-out": "val", "test": "test"}
+    key_of = {"training": "train", "unlabeled": "unlabeled", "held-out": "val", "test": "test"}
     sizes = ", ".join(f"{len(images)} {role}{task.source_of(key_of[role])}" for role, images in _parts(task).items())
     by_count = _by_count(task)
     groups = shot_groups(task.counts, task.group_rule)
@@ -137,7 +137,7 @@ def _check_copies(task: Task, groups: list[list[Appearance]], findings: Findings
         roles = {copy.role for copy in copies}
         labeled = [copy for copy in copies if copy.label >= 0]
         first, last = copies[0], copies[-1]
-        if roles == {"training", "unlabelled"}:  # no leak: many splits of the literature have it
+        if roles == {"training", "unlabeled"}:  # no leak: many splits of the literature have it
             also_unlabeled.append(f"{first.image_id} = {last.image_id}")
         elif len(roles) > 1:
             leaks.append(f"{first.image_id} ({first.role}) = {last.image_id} ({last.role})")
@@ -154,7 +154,7 @@ def _check_copies(task: Task, groups: list[list[Appearance]], findings: Findings
         )
     if also_unlabeled:
         findings.notes.append(
-            f"{len(also_unlabeled)} training images are among the unlabelled too: {first_few(also_unlabeled)}"
+            f"{len(also_unlabeled)} training images are among the unlabeled too: {first_few(also_unlabeled)}"
         )
     if within_a_part:
         findings.notes.append(

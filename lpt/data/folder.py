@@ -589,7 +589,7 @@ def _without_broken(
 
     Raises DataError where a part has nothing left.
     """
-    names = {"train": "training", "unlabeled": "unlabelled", "val": "held-out", "test": "test"}
+    names = {"train": "training", "unlabeled": "unlabeled", "val": "held-out", "test": "test"}
     decodable: dict[str, Files] = {}
     all_errors: list[str] = []
     for role, files in images.items():

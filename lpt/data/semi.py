@@ -136,7 +136,7 @@ def _semi(name: str, num_classes: int, rules: SemiRules, *, root: str | None, do
     unlabeled_counts = shaped(consistent, rules.shape, total=rules.preset == "usb")
     if not any(unlabeled_counts):
         raise DataError(
-            f"{name}: data.m1 {rules.m1} in all is less than one unlabelled image for each of {num_classes} classes: "
+            f"{name}: data.m1 {rules.m1} in all is less than one unlabeled image for each of {num_classes} classes: "
             f"use {num_classes} or more"
         )
     cifar = open_cifar(name, num_classes, root, download)
@@ -166,7 +166,7 @@ def _semi(name: str, num_classes: int, rules: SemiRules, *, root: str | None, do
         group_rule="thirds",
         facts={
             "variant": rules.preset if cifar.official_order else f"{rules.preset}-reordered",
-            "profile": f"{rules.shape}, unlabelled {rules.m1} / {rules.gamma_u:g}",
+            "profile": f"{rules.shape}, unlabeled {rules.m1} / {rules.gamma_u:g}",
             "seed": rules.seed,
             "unlabeled_counts": np.bincount(cifar.train_labels[unlabeled], minlength=num_classes).tolist(),
         },
@@ -175,7 +175,7 @@ def _semi(name: str, num_classes: int, rules: SemiRules, *, root: str | None, do
 
 def _too_few(name: str, class_name: str, rules: SemiRules, n: int, m: int, available: int, num_held: int) -> str:
     sentence = (
-        f"{name}: class {class_name!r} needs {n} labelled and {m} unlabelled images, {available} are there: lower "
+        f"{name}: class {class_name!r} needs {n} labeled and {m} unlabeled images, {available} are there: lower "
         f"data.m1 (now {rules.m1}) or data.n1 (now {rules.n1})"
     )
     return sentence + f", or hold out less than {num_held}" if num_held else sentence

@@ -36,7 +36,7 @@ REMARKS = {
     "left_out": Remark("{} images belong to no class and are left out"),
     "skipped": Remark("{} images cannot be decoded and are skipped"),
     "same_file": Remark("{} images are one file under two names"),
-    "leaked": Remark("{} unlabelled images are test images too"),
+    "leaked": Remark("{} unlabeled images are test images too"),
     "tables_beside": Remark("{} tables name images here and are not read; settings read them", is_problem=False),
     "not_read": Remark("{} parts or files of the dataset are not read", is_problem=False),
     "same_inside": Remark("{} class folders hold folders of the same names: if these are the classes, call the outer "
@@ -258,7 +258,7 @@ class Task:
             f"{len(self.classes)} classes, {largest} to {smallest} each{self.source_of('train')}"
         )
         if self.unlabeled:
-            line += f", {len(self.unlabeled)} unlabelled{self.source_of('unlabeled')}"
+            line += f", {len(self.unlabeled)} unlabeled{self.source_of('unlabeled')}"
         if self.val:
             line += f", {len(self.val)} held out{self.source_of('val')}"
         return f"{line}, {len(self.test)} test images{self.source_of('test')}"

@@ -119,7 +119,7 @@ def unlabeled_images(task: Task) -> Images | Files:
     """The unlabeled images. Raises LptError where there are none."""
     if task.unlabeled is None or len(task.unlabeled) == 0:
         raise LptError(
-            f"{task.name} has no unlabelled images: take data.name=cifar100-semi, give data.unlabeled a folder or "
+            f"{task.name} has no unlabeled images: take data.name=cifar100-semi, give data.unlabeled a folder or "
             "list, or train on labels alone with method.name=fixmatch and method.lambda_u=0"
         )
     return task.unlabeled

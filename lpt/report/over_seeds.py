@@ -18,6 +18,7 @@ from safetensors.numpy import load_file
 from lpt.errors import LptError
 from lpt.files import write_atomic
 from lpt.report.quoting import for_spreadsheet
+from lpt.report.suite_page import pareto_front, row_means, suite_html
 
 Result = dict[str, Any]
 """A run's report, with its row's name under `method`."""
@@ -46,9 +47,11 @@ DRAWS = 10_000
 
 
 def write(path: Path, name: str, settings: Mapping[str, Sequence[str]], results: Sequence[Result]) -> None:
-    """The results of the suite `name` as JSON at `path`, and beside it as CSV, a line for each run, and as the Markdown
-    table, whose rows are the keys of `settings`: what each sets beyond its config."""
+    """The results of the suite `name` as JSON at `path`, and beside it as CSV, a line for each run, as the Markdown
+    table, whose rows are the keys of `settings`: what each sets beyond its config, and as a page with what each row
+    costs."""
     write_atomic(path, json.dumps(results, indent=1).encode())
+    write_atomic(path.with_suffix(".html"), suite_html(name, settings, results).encode())
     write_atomic(path.with_suffix(".md"), table(name, settings, results).encode())
     buffer = io.StringIO()
     lines = csv.writer(buffer, lineterminator="\n")
@@ -76,6 +79,8 @@ def table(name: str, settings: Mapping[str, Sequence[str]], results: Sequence[Re
         if runs:
             cells = [row, str(len(runs)), *_metric_cells(runs, optional), *_cost_cells(runs, has_work)]
             lines.append(f"| {' | '.join(cells)} |")
+    front = [row.name for row in pareto_front(row_means(list(settings), results))]
+    lines += ["", f"On the Pareto front of class mean, size of the file and seconds: {', '.join(front) or '-'}."]
     lines += ["", "What each row sets beyond its config:", ""]
     lines += [f"- **{row}**: {' '.join(words) or '-'}" for row, words in settings.items()]
     if results:

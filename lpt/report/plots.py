@@ -206,7 +206,7 @@ def pseudo_labels(predicted: Sequence[int], true: Sequence[int] | None, counts: 
             if numbers is not None and sum(numbers):
                 share = 100 * np.asarray(numbers)[order] / sum(numbers)
                 axes.step(np.arange(1, len(order) + 1), share, where="mid", color=color, label=label, lw=width)
-        axes.set(xlabel="class, from most to fewest labelled images", ylabel="share, %", ylim=(0, None))
+        axes.set(xlabel="class, from most to fewest labeled images", ylabel="share, %", ylim=(0, None))
         axes.legend(frameon=False, fontsize=10)
     return svg[0]
 
@@ -222,7 +222,7 @@ def precision_and_recall(
             percents = _percent(values)[order]
             axes.plot(ranks, percents, "o", ms=3, color=color, alpha=0.6)
             axes.plot(ranks, _smooth(percents), color=color, lw=2, label=label)
-        axes.set(xlabel="class, from most to fewest labelled images", ylabel="%", ylim=(-3, 103))
+        axes.set(xlabel="class, from most to fewest labeled images", ylabel="%", ylim=(-3, 103))
         axes.legend(frameon=False, fontsize=10)
     return svg[0]
 
@@ -233,6 +233,32 @@ def wrong_confidence(histogram: Sequence[int]) -> str:
     with _figure(4.4, 2.2, title="Confidence of wrong pseudo-labels") as (_, axes, svg):
         axes.bar(np.arange(len(histogram)) * width, histogram, width * 0.95, align="edge", color=COLORS["few"])
         axes.set(xlabel="confidence", ylabel="wrong pseudo-labels", xlim=(0, 1))
+    return svg[0]
+
+
+def cost_of_accuracy(points: Mapping[str, tuple[float, float]], cost: str) -> str:
+    """Class mean in per cent over a cost, on a logarithmic axis that `cost` names, for each row: `points` are (cost,
+    class mean) by name. Rows that no cheaper one reaches have their names, and a line joins them; other dots say theirs
+    when they are pointed at."""
+    title = f"Class mean over {cost}"
+    ahead: list[str] = []
+    for name in sorted(points, key=lambda name: (points[name][0], -points[name][1])):
+        if not ahead or points[name][1] > points[ahead[-1]][1]:
+            ahead.append(name)
+    drawn = {"others": [name for name in points if name not in ahead], "front": ahead}
+    dots = {}
+    for gid, names in drawn.items():
+        dots[gid] = [f"{name}: {points[name][1]:.1f} % at {points[name][0]:,.0f}" for name in names]
+    with _figure(7.0, 3.6, title=title, dots=dots) as (_, axes, svg):
+        axes.step(*zip(*(points[name] for name in ahead), strict=True), where="post", color=FAINT, lw=1.5)
+        for (gid, names), color in zip(drawn.items(), (OTHER, COLORS["many"]), strict=True):
+            x, y = [points[name][0] for name in names], [points[name][1] for name in names]
+            axes.plot(x, y, "o", ms=5, color=color, alpha=0.8, gid=gid)
+        for name, below in zip(ahead, cycle((False, True)), strict=False):  # neighbours write over each other less
+            place = (4, -12 if below else 4)
+            axes.annotate(_name(name), points[name], xytext=place, textcoords="offset points", fontsize=9)
+        axes.set(xscale="log", xlabel=cost, ylabel="class mean, %")
+        axes.margins(x=0.15, y=0.1)
     return svg[0]
 
 

@@ -124,7 +124,7 @@ def _held_out_of(task: Task, header: Header) -> tuple[Task, str, bool]:
 def was_trained_on(task: Task, header: Header) -> bool:
     """Whether the prompt file's run had this split of labeled images; the unlabeled ones need not be at hand."""
     labeled_sha256 = replace(task, unlabeled=None).manifest()["sha256"]
-    return labeled_sha256 == header.data.get("labelled_sha256", header.data.get("split_sha256"))
+    return labeled_sha256 == header.data.get("labeled_sha256", header.data.get("split_sha256"))
 
 
 def _tested_on_all_images(task: Task) -> Task:

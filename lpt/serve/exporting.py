@@ -22,6 +22,7 @@ from lpt.engine.evaluate import mean_logits
 from lpt.errors import LptError, quoted, require
 from lpt.files import write_atomic
 from lpt.model.backbones.published import licence
+from lpt.model.backbones.timm_vit import quiet
 from lpt.model.classifier import PromptedClassifier
 from lpt.prompt_header import Header
 from lpt.serve.opening import open_prompt
@@ -204,7 +205,9 @@ def _difference(whole: WholeModel, run: Run, scale: float, what: str) -> float:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what exporters say of themselves: of the model they say it by an exception."""
-    with warnings.catch_warnings():
+    """Without what exporters say of themselves: of a model that they cannot take they raise an exception."""
+    with warnings.catch_warnings(), contextlib.ExitStack() as loggers:
         warnings.simplefilter("ignore")
+        for library in ("onnxscript", "onnx_ir", "torch.onnx", "torch.export"):
+            loggers.enter_context(quiet(library))
         yield

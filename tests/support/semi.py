@@ -1,4 +1,4 @@
-"""What tests of semi-supervised methods share: a task with unlabelled images, and runs that can be watched and killed.
+"""What tests of semi-supervised methods share: a task with unlabeled images, and runs that can be watched and killed.
 
 Shapes: views [B 3 S S], features [B D'], logits [B C].
 """
@@ -19,12 +19,12 @@ from tests.support.toy import toy_images, toy_task
 from tests.support.training import bind, recipe_of, with_steps
 
 COUNTS = (14, 7, 3, 2)
-UNLABELLED = (9, 11, 5, 6)
+UNLABELED = (9, 11, 5, 6)
 FAST: dict[str, Any] = {"steps": 3, "rounds": 1, "lr": 0.05, "weight_decay": 0.0, "bottleneck": 4}
 
 
-def semi_task(unlabelled: tuple[int, ...] = UNLABELLED, counts: tuple[int, ...] = COUNTS) -> Task:
-    labels = torch.arange(len(unlabelled)).repeat_interleave(torch.tensor(unlabelled))
+def semi_task(unlabeled: tuple[int, ...] = UNLABELED, counts: tuple[int, ...] = COUNTS) -> Task:
+    labels = torch.arange(len(unlabeled)).repeat_interleave(torch.tensor(unlabeled))
     return replace(toy_task(counts), unlabeled=toy_images(labels, seed=2))
 
 

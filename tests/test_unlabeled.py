@@ -15,6 +15,8 @@ from lpt.engine.clock import Clock
 from lpt.engine.history import History
 from lpt.engine.session import Cost
 from lpt.errors import LptError
+from lpt.methods.semi_supervised import LABELED
+from lpt.prompt_file import read_prompt
 from lpt.serve.evaluating import evaluate_prompt
 from tests.support.command_line import lpt
 from tests.support.pictures import fill
@@ -33,24 +35,24 @@ def prototyped(**changes):
 # Streams.
 
 
-def test_every_step_has_labelled_weak_and_strong_views_of_what_it_should(clip):
+def test_every_step_has_labeled_weak_and_strong_views_of_what_it_should(clip):
     fit = semi("ulfine", clip, keep=True, steps=5, rounds=1, ratio=2, strong_views=2, tuning="head")[1]
-    task, labelled, unlabelled = semi_task(), [], []
+    task, labeled, unlabeled = semi_task(), [], []
     for was in fit.seen:
-        assert was.batches.keys() == {"labelled", "weak", "strong0", "strong1"}
-        one, weak = was.batches["labelled"], was.batches["weak"]
+        assert was.batches.keys() == {LABELED, "weak", "strong0", "strong1"}
+        one, weak = was.batches[LABELED], was.batches["weak"]
         assert len(one.views) == 4 and torch.equal(one.labels, task.train.labels[one.rows])
         views = [was.batches[name].views for name in ("weak", "strong0", "strong1")]
         assert all(torch.equal(was.batches[name].rows, weak.rows) for name in ("strong0", "strong1"))
         assert all(len(view) == 8 for view in views)
         assert not any(torch.equal(a, b) for i, a in enumerate(views) for b in views[:i])
-        labelled += one.rows.tolist()
-        unlabelled += weak.rows.tolist()
-    assert len(set(labelled)) == 20 and len(set(unlabelled[:31])) == 31  # each once before any comes again
-    assert set(unlabelled) == set(range(31))
+        labeled += one.rows.tolist()
+        unlabeled += weak.rows.tolist()
+    assert len(set(labeled)) == 20 and len(set(unlabeled[:31])) == 31  # each once before any comes again
+    assert set(unlabeled) == set(range(31))
 
 
-def test_unlabelled_images_may_be_files(clip, tmp_path):
+def test_unlabeled_images_may_be_files(clip, tmp_path):
     names = {f"class {k}": 4 for k in range(4)}
     fill(tmp_path / "photos", names)
     fill(tmp_path / "more", {"a": 3, "b": 4}, seed=1)
@@ -83,7 +85,7 @@ def test_on_cached_features_the_objective_is_the_same_up_to_the_views(clip, meth
 def test_a_step_draws_one_of_the_cached_strong_views(clip):
     _, fit, _ = semi("ulfine", clip, keep=True, steps=12, rounds=1, tuning="head", cached_views=3, strong_views=2)
     weak, strong = fit.streams["weak"].features, fit.streams["strong0"].features
-    assert weak.shape == (31, 64) and strong.shape == (3, 31, 64) and fit.streams["labelled"].features.shape == (26, 64)
+    assert weak.shape == (31, 64) and strong.shape == (3, 31, 64) and fit.streams[LABELED].features.shape == (26, 64)
     assert not any(torch.equal(a, b) for a, b in ((weak, strong[0]), (strong[0], strong[1]), (strong[1], strong[2])))
     chosen = set()
     for was in fit.seen:
@@ -100,14 +102,14 @@ def test_a_step_draws_one_of_the_cached_strong_views(clip):
 
 
 def test_the_cost_of_a_step_on_cached_features_is_its_matrix_products(clip):
-    """One product of B rows of D' with C classes is 2 B C D'. Three views go forward; labelled and strong ones give the
+    """One product of B rows of D' with C classes is 2 B C D'. Three views go forward; labeled and strong ones give the
     weight a gradient. The features cost a forward of every image."""
     fit = semi("fixmatch", clip, steps=5, rounds=1, tuning="head", cached_views=2)[1]
     assert fit.costs["semi"] == Cost(steps=5, images=5 * 3 * 4, flops=5 * 5 * 2 * 4 * 4 * 64)
     of_one = forward_by_hand(depth=3, tokens=17, width=64, patch=8, hidden=256)
     features = {name: of for name, of in fit.costs.items() if name != "semi"}
     assert {name: cost.images for name, cost in features.items()} == {
-        "labelled-features": 26, "weak-features": 31, "strong-features-0": 31, "strong-features-1": 31,
+        f"{LABELED}-features": 26, "weak-features": 31, "strong-features-0": 31, "strong-features-1": 31,
     }  # fmt: skip
     for cost in features.values():
         assert cost.flops == cost.images * of_one and cost.steps == 0
@@ -177,7 +179,7 @@ def test_many_silent_classes_are_cut_short(clip):
     backbone = prototyped()
     rows = torch.randn(14, 32, generator=torch.Generator().manual_seed(8))
     backbone.prototypes = {f"class {k}": row for k, row in enumerate(rows)}
-    task = semi_task(unlabelled=(3,) * 14, counts=(2,) * 14)
+    task = semi_task(unlabeled=(3,) * 14, counts=(2,) * 14)
     said = semi("fixmatch", backbone, task, steps=1, rounds=1, tau=1.0, tuning="head")[2]
     (line,) = [line for line in said if "kept no pseudo-label" in line]
     assert line.endswith("14 classes: " + ", ".join(f"class {k}" for k in range(10)) + ", ...")
@@ -251,7 +253,13 @@ def test_a_run_killed_within_a_round_ends_with_the_same_files(tower, photos, tmp
     whole = run.train(config, tmp_path / "whole")
     with pytest.raises(Killed):
         run.train(config, tmp_path / "killed", show=kill)
-    again = run.train(config, tmp_path / "killed", resume=True)
+    written = tmp_path / "killed" / "config.yaml"
+    assert "la_on: labeled" in written.read_text()
+    written.write_text(written.read_text().replace("la_on: labeled", "la_on: labelled"))  # as lpt 0.1 wrote it
+    with pytest.warns(FutureWarning, match="la_on=labelled is spelled labeled now"):
+        again = run.train(config, tmp_path / "killed", resume=True)
+    assert "la_on: labeled" in written.read_text()
+    assert read_prompt(tmp_path / "killed" / "prompt.safetensors").header.settings["la_on"] == "labeled"
     for report in (whole, again):
         del report["seconds"], report["peak_memory_bytes"]
     assert again == whole
@@ -287,10 +295,10 @@ def test_a_fused_head_may_be_adjusted_or_it_is_said_that_it_cannot(clip, adjust)
 # Bad input.
 
 
-def test_a_task_without_unlabelled_images_is_told_what_to_do(clip):
+def test_a_task_without_unlabeled_images_is_told_what_to_do(clip):
     for task in (toy_task(), replace(semi_task(), unlabeled=semi_task().unlabeled.subset([]))):
         for method in ("ulfine", "fixmatch", "finessl", "daso"):
-            with pytest.raises(LptError, match=r"toy has no unlabelled images: .*data\.unlabeled"):
+            with pytest.raises(LptError, match=r"toy has no unlabeled images: .*data\.unlabeled"):
                 semi(method, clip, task, steps=2, rounds=1)
         # What the sentence proposes does work.
         semi("fixmatch", clip, task, lambda_u=0, **{**FAST, "steps": 1})
@@ -299,7 +307,7 @@ def test_a_task_without_unlabelled_images_is_told_what_to_do(clip):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["data.unlabeled=null"], "has no unlabelled images: "),
+        (["data.unlabeled=null"], "has no unlabeled images: "),
         (["method.tau=0"], "method.tau: got 0"),
         (["method.tau=1.01"], "method.tau: got 1.01"),
         (["method.name=fixmatch", "method.soft_from=0"], "method.soft_from: got 0"),
