@@ -45,6 +45,8 @@ COMMANDS = {
     "inspect": prompts.inspect,
     "soup": prompts.soup,
     "export": travel.export,
+    "push": travel.push,
+    "pull": travel.pull,
     "report": training.report,
     "doctor": data.doctor,
     "pack": data.pack,

@@ -167,8 +167,10 @@ def other_format(path: Path) -> str | None:
     return next((kind for beginning, kind in BEGINNINGS.items() if start.startswith(beginning)), None)
 
 
-def why_not_downloaded(error: BaseException) -> str:
-    """Why a file could not be had from the Hub, in few words, from the many exceptions of its client."""
+def why_not_downloaded(error: BaseException, *, cached: bool = True) -> str:
+    """Why a file could not be had from the Hub, in few words, from the many exceptions of its client. `cached`: its cache
+    has been looked at, too."""
+    in_no_cache = ", and it is in no cache on this machine" if cached else ""
     causes: list[BaseException] = []
     cause: BaseException | None = error
     while cause is not None and len(causes) < 20:
@@ -176,19 +178,21 @@ def why_not_downloaded(error: BaseException) -> str:
         cause = cause.__cause__ or cause.__context__
     kinds = " ".join(kind.__name__ for one in causes for kind in type(one).__mro__) + f" {error}"
     if "OfflineModeIsEnabled" in kinds:
-        return "HF_HUB_OFFLINE is set, and it is in no cache on this machine"
+        return f"HF_HUB_OFFLINE is set{in_no_cache}"
     if "Invalid credentials" in kinds or "Invalid user token" in kinds:
         return "the Hub does not know the token that it was given: hf auth login stores another one, as does HF_TOKEN"
     if "RemoteEntryNotFound" in kinds:
         return "the repository is there, without such a file"
     if "RevisionNotFound" in kinds:
         return "the repository is there, without such a revision"
+    if "401 Unauthorized" in kinds:
+        return "the Hub wants to know who asks: hf auth login, or HF_TOKEN"
     if "403 Forbidden" in kinds:
         return "the token that was given has no right to do this"
     if any(name in kinds for name in ("RepositoryNotFound", "DatasetNotFound", "GatedRepo")):
         return "the Hub has none of this name, or only for those who have logged in (hf auth login)"
     if any(name in kinds for name in ("LocalEntryNotFound", "ConnectionError", "ConnectError", "Timeout")):
-        return "the Hub cannot be reached, and it is in no cache on this machine"
+        return f"the Hub cannot be reached{in_no_cache}"
     return quoted(str(error).strip().partition(". ")[0], 300) or type(error).__name__  # a sentence, not cut within
 
 

@@ -93,9 +93,7 @@ def edit(
 
     edit_prompt(prompt, out, nested(settings), say=print)
     size = local_file(prompt).stat().st_size
-    print(
-        f"prompt file  {out}  {out.stat().st_size:,} bytes, {size:,} before; lpt evaluate measures it"
-    )
+    print(f"prompt file  {out}  {out.stat().st_size:,} bytes, {size:,} before; lpt evaluate measures it")
 
 
 def soup(

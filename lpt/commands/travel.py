@@ -43,3 +43,35 @@ def export(
     if written.difference is not None:
         compared = f"logits within {written.difference:.1g} of lpt's"
     print(f"{written.model}  {written.bytes:,} bytes, {compared}; {written.facts.name} says what it is")
+
+
+def push(
+    prompt: Annotated[Path, typer.Argument(help="a prompt file")],
+    repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="of the Hugging Face Hub; made if it is new")],
+    name: Annotated[str | None, typer.Option(help="what the file is called there; default: as here")] = None,
+    private: Annotated[bool, typer.Option("--private", help="a new repository is private")] = False,
+    licence: Annotated[str | None, typer.Option(help="of the prompt file, as the Hub has it: apache-2.0")] = None,
+) -> None:
+    """Upload a prompt file to the Hugging Face Hub, with a card made of its header.
+
+    `hf auth login` or HF_TOKEN say who you are. The file is hf://OWNER/NAME/FILE then, for every command that reads
+    prompt files.
+    """
+    from lpt.serve.sharing import push as upload
+
+    pushed = upload(prompt, repository, name=name, private=private, terms=licence)
+    card = "with a card" if pushed.with_card else "the card there is not lpt's and stays"
+    print(f"{pushed.uri}  {card}; {pushed.url}")
+
+
+def pull(
+    source: Annotated[str, typer.Argument(metavar="OWNER/NAME[/FILE]", help="a repository, or one file of it")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="a folder of prompt files; made if it is new")],
+    name: Annotated[str | None, typer.Option(help="what the task is called; default: as its file")] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="in place of a task of that name")] = False,
+) -> None:
+    """Download prompt files from the Hugging Face Hub into a folder, each whole or not at all."""
+    from lpt.serve.sharing import pull as download
+
+    for task in download(source, folder, name=name, replace=replace):
+        print(f"added {quoted(task)}")

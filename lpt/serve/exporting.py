@@ -16,7 +16,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lpt.data.preprocess import MAX_VIEW
 from lpt.device import versions
 from lpt.engine.evaluate import mean_logits
 from lpt.errors import LptError, quoted, require
@@ -38,6 +37,8 @@ LARGEST_DIFFERENCE = 1e-3
 """Of logits times their scale, between an exported model and what it was made of; rounding alone makes 1e-5."""
 
 
+LARGEST_SIDE = 4096
+"""Pixels of an image that an exported model takes."""
 MOST_IN_ONNX = 2 * 10**9
 """Bytes that one ONNX file can hold."""
 OUTPUTS = ("logits", "probabilities")
@@ -84,6 +85,13 @@ def export_prompt(
     out = Path(out)
     _check(out, to, tta)
     model, header = open_prompt(path, weights=weights, name=name, precision="fp32", device="cpu")
+    return export_model(path, model, header, out, to=to, tta=tta)
+
+
+def export_model(
+    path: str | Path, model: PromptedClassifier, header: Header, out: Path, *, to: Form, tta: Ensemble = "none"
+) -> Exported:
+    """As `export_prompt`, of a prompt file that has been opened, in fp32 and on the CPU."""
     model.only_train().eval()
     facts = {"form": to, **facts_of(header, path, out)}
     if to == "peft":
@@ -95,7 +103,7 @@ def export_prompt(
     difference = None if run is None else _difference(whole, run, float(header.scale), str(out))
     facts |= {
         "sha256": hashlib.sha256(content).hexdigest(),
-        "input": {"images": {"type": "uint8", "shape": ["batch", 3, "side", "side"], "side": [1, MAX_VIEW]}},
+        "input": {"images": {"type": "uint8", "shape": ["batch", 3, "side", "side"], "side": [1, LARGEST_SIDE]}},
         "outputs": {name: {"type": "float32", "shape": ["batch", len(header.classes)]} for name in OUTPUTS},
         "tta": tta,
         "largest_difference": difference,
@@ -142,7 +150,7 @@ def traced(whole: WholeModel) -> torch.export.ExportedProgram:
     """The graph of a model, for any number of square images of any size."""
     images = _images(whole, 2)
     whole(images)  # what is computed once in a process is there now, and does not become a part of the graph
-    side = torch.export.Dim("side", min=1, max=MAX_VIEW)
+    side = torch.export.Dim("side", min=1, max=LARGEST_SIDE)
     shapes = {"images": {0: torch.export.Dim("batch", min=1), 2: side, 3: side}}
     with _quiet():
         return torch.export.export(whole, (images,), dynamic_shapes=shapes)
@@ -169,9 +177,8 @@ def _as_torch(program: torch.export.ExportedProgram) -> tuple[bytes, Run]:
 def _as_onnx(program: torch.export.ExportedProgram, what: str) -> tuple[bytes, Run | None]:
     size = sum(value.nbytes for value in program.state_dict.values())
     if size > MOST_IN_ONNX:
-        raise LptError(
-            f"{what} is not written: it would have {size:,} bytes, {MOST_IN_ONNX:,} are the most: --to torch"
-        )
+        most = f"{MOST_IN_ONNX:,} are the most of one ONNX file"
+        raise LptError(f"{what} is not written: it would have {size:,} bytes, {most}: use --to torch")
     with _quiet():
         made: Any = torch.onnx.export(
             program,
@@ -180,6 +187,7 @@ def _as_onnx(program: torch.export.ExportedProgram, what: str) -> tuple[bytes, R
             opset_version=OPSET,
             input_names=["images"],
             output_names=[*OUTPUTS],
+            custom_translation_table={torch.ops.aten.sort.stable: _stable_sort},
             verbose=False,
         )
         content: bytes = made.model_proto.SerializeToString()
@@ -189,6 +197,14 @@ def _as_onnx(program: torch.export.ExportedProgram, what: str) -> tuple[bytes, R
         return content, None
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     return content, lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+
+
+def _stable_sort(self: Any, stable: bool | None = None, dim: int = -1, descending: bool = False) -> tuple[Any, Any]:
+    """`torch.sort(..., stable=True)`, which the exporter does not know: ONNX's TopK has ties in the order of places."""
+    from onnxscript import opset20 as op
+
+    number = op.Shape(self, start=dim, end=dim + 1 if dim != -1 else None)
+    return op.TopK(self, number, axis=dim, largest=int(descending), sorted=1)
 
 
 @torch.no_grad()
