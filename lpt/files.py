@@ -168,8 +168,8 @@ def other_format(path: Path) -> str | None:
 
 
 def why_not_downloaded(error: BaseException, *, cached: bool = True) -> str:
-    """Why a file could not be had from the Hub, in few words, from the many exceptions of its client. `cached`: its cache
-    has been looked at, too."""
+    """Why a file could not be had from the Hub, in few words, from the many exceptions of its client. `cached` says
+    that a cache has been asked, too."""
     in_no_cache = ", and it is in no cache on this machine" if cached else ""
     causes: list[BaseException] = []
     cause: BaseException | None = error

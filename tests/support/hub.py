@@ -105,10 +105,8 @@ class _Handler(BaseHTTPRequestHandler):
         repo = f"{wanted['organization']}/{wanted['name']}"
         if repo in self.hub.files:
             return self.answer(409, {"url": f"{self.hub.url}/{repo}"})
-        self.hub.files[repo], self.hub.private[repo] = (
-            {".gitattributes": b""},
-            wanted.get("private") or wanted.get("visibility") == "private",
-        )
+        self.hub.files[repo] = {".gitattributes": b""}
+        self.hub.private[repo] = wanted.get("private") or wanted.get("visibility") == "private"
         self.answer(200, {"url": f"{self.hub.url}/{repo}"})
 
     def batch(self, wanted: dict) -> None:
