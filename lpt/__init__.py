@@ -21,25 +21,30 @@ from lpt.errors import LptError
 if TYPE_CHECKING:
     from lpt.config import load_config
     from lpt.data import Images, Task, load_task
+    from lpt.data.given import task_from
     from lpt.engine.evaluate import evaluate
     from lpt.engine.phase import Phase, Recipe
     from lpt.engine.session import Session
+    from lpt.estimator import Estimator
     from lpt.model.backbones import load_backbone
     from lpt.model.backbones.base import Backbone
     from lpt.model.classifier import PromptedClassifier
     from lpt.prompt_file import load_prompt, read_prompt, save_prompt
-    from lpt.run import tune
+    from lpt.results import Report
     from lpt.serve.bank import TaskBank
+    from lpt.tuning import model, tune
 
     __version__: str
 
 __all__ = [
     "Backbone",
+    "Estimator",
     "Images",
     "LptError",
     "Phase",
     "PromptedClassifier",
     "Recipe",
+    "Report",
     "Session",
     "Task",
     "TaskBank",
@@ -48,17 +53,21 @@ __all__ = [
     "load_config",
     "load_prompt",
     "load_task",
+    "model",
     "read_prompt",
     "save_prompt",
+    "task_from",
     "tune",
 ]
 
 HOMES = {
     "Backbone": "model.backbones.base",
+    "Estimator": "estimator",
     "Images": "data",
     "Phase": "engine.phase",
     "PromptedClassifier": "model.classifier",
     "Recipe": "engine.phase",
+    "Report": "results",
     "Session": "engine.session",
     "Task": "data",
     "TaskBank": "serve.bank",
@@ -69,7 +78,8 @@ HOMES = {
     "load_task": "data",
     "read_prompt": "prompt_file",
     "save_prompt": "prompt_file",
-    "tune": "run",
+    "task_from": "data.given",
+    "tune": "tuning",
 }
 """Where each public name is at home, as the imports for type checkers have it."""
 

@@ -1,6 +1,7 @@
-"""Long-tailed prompt tuning: adapt one frozen ViT or CLIP to a long-tailed dataset, and use the file that it leaves.
+"""Long-tailed prompt tuning: adapt a frozen ViT or CLIP to a long-tailed dataset, and predict with the resulting prompt
+file.
 
-A wrong setting or file is answered in one sentence, with exit code 2."""
+Errors in settings or files are one sentence each, with exit code 2."""
 
 import gc
 import sys
@@ -10,10 +11,10 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from lpt.commands import data, library, listing, predicting, prompts, training, travel
-from lpt.commands.console import print
+from lpt.commands.console import paragraphs, print
 from lpt.errors import ConfigError, LptError, quoted, shortened
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
 
 def _print_version(wanted: bool) -> None:
@@ -27,10 +28,10 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="show the version")
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="show the version and exit")
     ] = False,
 ) -> None:
-    """What can be said before any command."""
+    """Options before any command."""
 
 
 COMMANDS = {
@@ -57,7 +58,7 @@ COMMANDS = {
 """In the order of `lpt --help`."""
 
 for name, command in COMMANDS.items():
-    app.command(name)(command)
+    app.command(name, help=paragraphs(command.__doc__ or ""))(command)
 app.add_typer(library.library_app, name="library")
 
 

@@ -19,7 +19,7 @@ from lpt.settings import Positive, checked_arguments
 
 
 class Predictor:
-    """A prompt file's answers on batches of images, as a callable.
+    """A prompt file's predictions on batches of images, as a callable.
 
     A batch has a column `path`, of files that this machine can read, or `bytes` too, the encoded images themselves, as
     `ray.data.read_binary_files(..., include_paths=True)` gives them. What it becomes is a pyarrow table with a row for

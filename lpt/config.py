@@ -125,7 +125,7 @@ class TrainSettings(BaseModel):
     """Gaussian neighborhood minimization: every gradient is taken so far beside the weights, by chance; 0 is off, 0.005
     its authors' (Li 2024)."""
     tta: Ensemble = "none"
-    """Of the report: `five_crop` adds a row of answers that are means over five crops (TTE of LIFT)."""
+    """Of the report: `five_crop` adds a row of predictions that are means over five crops (TTE of LIFT)."""
     tf32: bool = False
     """Whether a GPU may round the factors of fp32 matrix products to 10 bits (TF32): several times as fast, and other
     numbers. Off as torch has it; products in bf16 do not depend on it."""
@@ -133,7 +133,7 @@ class TrainSettings(BaseModel):
     """Processes that decode files and make strong views: what this machine has for this process, 0 for threads alone.
     No number depends on it."""
     track: Trackers = []
-    """Experiment trackers that are told of the run: [tensorboard], [mlflow, wandb]. No number depends on them."""
+    """Experiment trackers that log the run: [tensorboard], [mlflow, wandb]. No number depends on them."""
 
 
 class Config(BaseModel):
@@ -186,7 +186,12 @@ class Config(BaseModel):
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The config at `path`, or that of this name which comes with lpt, with `key=value` overrides. Raises ConfigError
-    with every mistake at once."""
+    with every mistake at once.
+
+    >>> import lpt
+    >>> lpt.load_config("digits_lt/lpt", ["train.seed=3"]).train.seed
+    3
+    """
     check_kind("config", path, (str, Path), "give the path of a YAML file")
     return resolve(read_yaml("config", file_of("config", path)), overrides)
 
@@ -200,8 +205,8 @@ def load_config_of_run(path: Path) -> Config:
 
 
 def data_of_run(path: Path) -> dict[str, Any]:
-    """The data of the config that a run has written. Its method may be a stranger's, and is not looked at: to check it
-    would import it. Raises ConfigError."""
+    """The data of the config that a run has written. Its method may be someone else's, and is not looked at: to check
+    it would import it. Raises ConfigError."""
     data = read_yaml("config", path).get("data")
     return check_data(with_later_settings(data) if isinstance(data, dict) else {})
 

@@ -9,7 +9,15 @@ LONGEST_WORD, LONGEST_LINE = 300, 1500
 
 
 class LptError(ValueError):
-    """Anything a user can put right; the command line prints it on one line and exits with code 2."""
+    """Anything a user can put right; the command line prints it on one line and exits with code 2.
+
+    >>> import lpt
+    >>> try:
+    ...     lpt.load_task("digit-lt")
+    ... except lpt.LptError as error:
+    ...     print(str(error)[-25:])
+    ; did you mean digits-lt?
+    """
 
     def __init__(self, message: object = ""):
         super().__init__(shortened(str(message)))
@@ -63,12 +71,12 @@ class DiskError(LptError):
     def __init__(self, path: object, error: OSError):
         super().__init__(
             f"{path} cannot be written ({error.strerror or error}); what was there before is intact: put that right, "
-            "and a run goes on with --resume"
+            "and a run continues with --resume"
         )
 
 
 def quoted(words: object, limit: int = 200) -> str:
-    """What a stranger, a file or a library says, made fit for the terminal: printable, on one line, at most `limit`
+    """A text from outside (a file, a library), made safe for the terminal: printable, on one line, at most `limit`
     letters.
 
     >>> quoted("two\\nlines\\x1b[2J", 12)

@@ -1,4 +1,4 @@
-"""How much memory a step takes, from shapes alone, before anything is allocated; what is said where it ends.
+"""How much memory a step takes, from shapes alone, before anything is allocated; the message where it ends.
 
 The numbers are those of measured peaks on a CPU (nano, DeiT-Tiny; fp32, bf16; 32 to 448 pixels): a little below them,
 so that nothing that fits is refused. Shapes: tokens [B N D], prompt [n D] in each of L blocks, pool [K L n D].
@@ -29,7 +29,7 @@ ON_FEATURES = ("linear_probe", "class_mean", "knn", "zero_shot")
 USABLE = 0.9
 """The rest is the system's, the libraries' and the data's."""
 COPIES = 4
-"""Of what is learned: its value, its gradient, and two moments; all in fp32."""
+"""Of each trainable parameter: its value, its gradient, and two moments; all in fp32."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Step:
 
     @property
     def fixed(self) -> int:
-        """Bytes whatever the batch: weights, and what is learned."""
+        """Bytes whatever the batch: weights, and trainable parameters."""
         backbone = self.backbone
         group_blocks = max(0, backbone.depth - self.prefix_blocks)
         learned = self.prompt_length * backbone.width * (backbone.depth + self.pool_size * group_blocks)

@@ -156,7 +156,7 @@ def _lpt_published(sections: Tree) -> Tree:
 
 
 def _facts(sections: Tree) -> tuple[str, dict[str, Any], bool]:
-    """(name of the data, what is said of the method, whether the backbone has texts)."""
+    """(name of the data, what is reported about the method, whether the backbone has texts)."""
     backbone = str(sections.get("backbone", {}).get("name", ""))
     return str(sections.get("data", {}).get("name", "")), sections.get("method", {}), backbone.startswith("open_clip:")
 

@@ -1,13 +1,13 @@
-"""Prompt files: one safetensors file with what was learned, a JSON header, and never the frozen backbone.
+"""Prompt files: one safetensors file with the trained parameters, a JSON header, and never the frozen backbone.
 
 Format 3 where images can be routed to it or its query is early, else 2; format 1 has no SHA-256; all are read. Tensors:
 `shared.tokens` [L n D], `pool.tokens` [K L' n D], `pool.keys` [K D'], `pool.centre` [D'], `pool.query_map` [D' S+1]
 where the query is early, `head.weight` [C D'], `head.bias` [C] where the head is linear and not cosine, or `head.bank`
 [N D'] where it is nearest neighbours, `query_head.weight` [C D'] where the query has a head of its own,
 `calibration.scale` and `.offset` [C], with a fused head `head.scales` [2], `.prototypes`, `.texts` and `.visual` [C J],
-`.seen` and `.frequency` [C], and `backbone.*`, what was learned inside a copy of the backbone as the header's `inside`
-says. `task.means` [C D'] in fp16 and `task.scores` [101] in fp32 are no part of the model. A shallow prompt has L = 1.
-The header stands under `lpt` in the file's metadata.
+`.seen` and `.frequency` [C], and `backbone.*`, the trained parameters inside a copy of the backbone as the header's
+`inside` says. `task.means` [C D'] in fp16 and `task.scores` [101] in fp32 are no part of the model. A shallow prompt
+has L = 1. The header stands under `lpt` in the file's metadata.
 """
 
 import json
@@ -56,10 +56,18 @@ def save_prompt(
     storage: str = "fp16",
     **facts: Any,
 ) -> Header:
-    """Writes what `model` has learned, whole or not at all. `facts` are further header fields. Raises PromptFileError
-    for numbers that are not finite or too large, DiskError where it cannot be written.
+    """Writes the trained parameters of `model`, whole or not at all. `facts` are further header fields. Raises
+    PromptFileError for numbers that are not finite or too large, DiskError where it cannot be written.
 
-    In fp16 the file reloads to the same bits only after `model.round_to(torch.float16)`.
+    In fp16 the file reloads to the same bits only after `model.round_to(torch.float16)`. `counts` [C] are training
+    images of each class; returned is the header that was written.
+
+    >>> import lpt, tempfile
+    >>> task = lpt.load_task("digits-lt")
+    >>> path = f"{tempfile.mkdtemp()}/digits.safetensors"
+    >>> model = lpt.model(task, lpt.load_backbone("nano"))
+    >>> lpt.save_prompt(path, model, method="lpt", counts=task.counts).method
+    'lpt'
     """
     check_kind("save_prompt: model", model, PromptedClassifier, "give what lpt.tune returns")
     if storage not in tuple(DTYPES):
@@ -150,14 +158,29 @@ def beyond_fp16(model: PromptedClassifier) -> str | None:
 
 
 def read_prompt(path: str | Path) -> PromptFile:
-    """Header and tensors in fp32, checked against each other; no backbone is needed. Raises PromptFileError."""
+    """(header, tensors by name in fp32), checked against each other; no backbone is needed. Raises PromptFileError.
+
+    >>> import lpt
+    >>> lpt.read_prompt("absent.safetensors")
+    Traceback (most recent call last):
+    lpt.errors.PromptFileError: prompt file absent.safetensors does not exist
+    """
     header, arrays = read_header(path)
     header.preprocess = Preprocess(**vars(header.preprocess))
     return PromptFile(header, {name: torch.from_numpy(value).float() for name, value in arrays.items()})
 
 
 def load_prompt(path: str | Path, backbone: Backbone) -> PromptedClassifier:
-    """The model of a prompt file on `backbone`, which must be the one it was made with. Raises PromptFileError."""
+    """The model of a prompt file, in eval mode, on `backbone`, which must be the one it was made with. Raises
+    PromptFileError where it is another one, and for a file that is damaged.
+
+    >>> import lpt, tempfile
+    >>> backbone, path = lpt.load_backbone("nano"), f"{tempfile.mkdtemp()}/digits.safetensors"
+    >>> task = lpt.load_task("digits-lt")
+    >>> header = lpt.save_prompt(path, lpt.model(task, backbone), method="lpt", counts=task.counts)
+    >>> lpt.load_prompt(path, backbone).classes == task.classes
+    True
+    """
     check_kind("load_prompt: backbone", backbone, Backbone, "give what lpt.load_backbone returns")
     check_kind("prompt file", path, (str, Path), "give the path of a file")
     return build_model(Path(path), read_prompt(path), backbone)
@@ -166,7 +189,7 @@ def load_prompt(path: str | Path, backbone: Backbone) -> PromptedClassifier:
 def build_model(
     path: Path, prompt: PromptFile, backbone: Backbone, *, adapt: Callable[[Inside], Backbone] | None = None
 ) -> PromptedClassifier:
-    """The model of a file that has been read, as `load_prompt` makes it. What is learned inside a backbone goes into
+    """The model of a file that has been read, as `load_prompt` makes it. Trainable parameters inside a backbone go into
     the copy of it that `adapt` returns; by default a new one. Raises PromptFileError."""
     header, tensors = prompt
     head = header.head_spec(tensors)
@@ -261,7 +284,7 @@ def _check_blocks(path: Path, header: Header, tensors: Mapping[str, Tensor], bac
 
 
 def _check_inside(path: Path, header: Header, tensors: Mapping[str, Tensor]) -> None:
-    """Are adapters as large as the header says? One that is told to be huge would be made huge."""
+    """Are adapters as large as the header says? A header that says they are huge would make them huge."""
     if header.inside is None or header.inside.kind not in ("lora", "lora_qv", "adaptformer"):
         return
     if header.inside.kind != "adaptformer":

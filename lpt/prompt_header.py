@@ -25,7 +25,7 @@ FORMAT = 3
 SINCE_FORMAT_3 = ("pool.query_map", "task.means", "task.scores")
 """Tensors that format 2 did not have: files without them are still of format 2, which older versions read."""
 LARGEST_NUMBER = 1e6
-"""Nothing that was learned is larger; what is, is no model, and makes answers that are not finite."""
+"""Nothing that was learned is larger; what is, is no model, and makes predictions that are not finite."""
 LARGEST_MEAN, STD_RANGE = 10.0, (1e-3, 1e3)
 """Of pixels in 0..1. Every published mean and deviation is within 0..1; what is far outside makes views of no image."""
 MOST_ENTRIES = 100
@@ -56,7 +56,7 @@ class BackboneFacts(BaseModel):
 
 
 class Inside(BaseModel):
-    """What is learned inside the backbone: arguments of `lpt.model.adapters.with_adapter`."""
+    """Trainable parameters inside the backbone: arguments of `lpt.model.adapters.with_adapter`."""
 
     kind: AdapterKind
     bottleneck: int = Field(ge=1, le=MAX_ADAPTER_WIDTH)
@@ -177,7 +177,7 @@ def format_of(tensors: Iterable[str]) -> int:
     return FORMAT if any(name in SINCE_FORMAT_3 for name in tensors) else 2
 
 
-# A file may come from anybody: nothing in it is believed before it is checked.
+# A file may come from anybody: nothing in it is used before it is checked.
 
 
 def read_header(path: str | Path) -> tuple[Header, dict[str, np.ndarray]]:

@@ -1,4 +1,4 @@
-"""A whole run: from a config to a folder with a prompt file, a report and its page; or in this process, without any.
+"""A whole run: from a config to a folder with a prompt file, a report and its page.
 
 `train` is the story: set up, open the folder, build the recipe, follow it, measure, write. Device, precision,
 processes, history and evaluation are bound here, once for every method.
@@ -31,11 +31,10 @@ from lpt.engine.selection import Best, watched
 from lpt.engine.session import Log, OnStep, Session, total_cost
 from lpt.engine.stopping import Stop
 from lpt.engine.tracking import Tracking, check_trackers
-from lpt.errors import DataError, LptError, UndecodableImage, check_kind
+from lpt.errors import DataError, LptError, UndecodableImage
 from lpt.files import to_bytes, write_atomic
 from lpt.memory import naming_lack_of_memory
 from lpt.methods import build_recipe, described
-from lpt.model.backbones.base import Backbone
 from lpt.model.classifier import PromptedClassifier
 from lpt.prompt_file import DTYPES, beyond_fp16, save_prompt
 from lpt.report.finished import Rows, command_of, split_of, write_page
@@ -43,15 +42,15 @@ from lpt.report.markdown import markdown, table
 from lpt.report.pseudo_labels import diagnose, read_last_round
 from lpt.report.retrieval import bought
 from lpt.report.search import search_lines, search_of
-from lpt.settings import Positive, Seed, Weight, checked_arguments
-from lpt.setup import Setup, check_memory
+from lpt.results import Report
+from lpt.setup import Setup
 
 RUN_FILES = ("config.yaml", "checkpoints", "history.jsonl", "prompt.safetensors", "report.json")
 """By what a folder is known to hold a run."""
 EPOCH_METRICS = ("accuracy", "class_accuracy", "many", "medium", "few", "ece")
 """What the history says of an evaluation after an epoch."""
 FIVE_CROP_METRICS = (*EPOCH_METRICS, "worst_class", "nll", "brier")
-"""What a report says of answers that are means over five crops."""
+"""What a report says of predictions that are means over five crops."""
 
 
 def train(
@@ -61,7 +60,7 @@ def train(
     resume: bool = False,
     say: Log = lambda text: None,
     show: OnStep = lambda phase, step, steps, rates: None,
-) -> dict[str, Any]:
+) -> Report:
     """Runs the method of `config` and fills the folder `out`; returns the report. `say` takes lines of text for people,
     `show` the running numbers.
 
@@ -91,77 +90,39 @@ def train(
                 if setup.is_main:
                     write_results(setup, folder, session, results, began)
             setup.accelerator.wait_for_everyone()
-    return results.report
-
-
-def tune(
-    task: Task,
-    backbone: Backbone,
-    *,
-    method: str = "lpt",
-    batch_size: Positive = 256,
-    seed: Seed = 0,
-    gnm: Weight = 0.0,
-    say: Log = lambda text: None,
-    **settings: Any,
-) -> PromptedClassifier:
-    """Adapts `backbone` to `task` in this process, without a run folder. `settings` are the method's own; `gnm` is
-    train.gnm of a config; `say` takes lines of text for people.
-
-    Raises LptError for an unknown method, ConfigError for settings that it does not have or take, all at once.
-    """
-    batch_size, seed, gnm = checked_arguments(tune, batch_size=batch_size, seed=seed, gnm=gnm)
-    check_kind("tune: task", task, Task, "give what lpt.load_task returns")
-    check_kind("tune: backbone", backbone, Backbone, "give what lpt.load_backbone returns")
-    device = next(backbone.parameters()).device
-    named = {"name": method, **settings}
-    check_memory(named, task, backbone, batch_size, dtype=backbone.dtype, device=device)
-    session = Session(
-        images=task.train,
-        preprocess=backbone.preprocess,
-        batch_size=batch_size,
-        seed=seed,
-        dtype=backbone.dtype,
-        gnm=gnm,
-        log=say,
-    )
-    recipe = build_recipe(named, task, backbone, session)
-    model = follow(recipe, session)
-    model.group_rule, model.trained_on = task.group_rule, task
-    model.task_means = session.task_means(task, backbone)
-    return model.only_train().eval()
+    return Report(results.report, classes=setup.task.classes, counts=setup.task.counts.tolist())
 
 
 @contextlib.contextmanager
 def _naming_the_skip(config: Config) -> Iterator[None]:
-    """Says how to go on without an image that cannot be decoded, where the data has a setting for that."""
+    """Says how to continue without an image that cannot be decoded, where the data has a setting for that."""
     try:
         yield
     except UndecodableImage as error:
         if config.data.get("on_error") != "raise":
             raise
-        raise DataError(f"{error}; lpt doctor names all such, data.on_error=skip goes on without them") from None
+        raise DataError(f"{error}; lpt doctor names all such, data.on_error=skip continues without them") from None
 
 
 def _split_as_before(config: Config, out: Path) -> str | None:
-    """What is said where the run in `out` has split its folder by position, as all of lpt 0.1 did."""
+    """The message where the run in `out` has split its folder by position, as all of lpt 0.1 did."""
     written = out / "config.yaml"
     if config.data.get("split_by") != "image" or not written.exists():
         return None
     if load_config_of_run(written).data.get("split_by") != "position":
         return None
-    return "note: this run's test part was split off by position, and it goes on so (data.split_by)"
+    return "note: this run's test part was split off by position, and it continues so (data.split_by)"
 
 
 # The folder of a run.
 
 
 def check_out(out: Path, *, resume: bool) -> None:
-    """Raises LptError where `out` cannot become, or be gone on with as, a run's folder."""
+    """Raises LptError where `out` cannot become a run's folder, or the folder of a resumed run."""
     if out.exists() and not out.is_dir():
         raise LptError(f"--out {out} is a file: give a folder")
     if not resume and any((out / name).exists() for name in RUN_FILES):
-        raise LptError(f"--out {out} already holds a run: add --resume to go on with it, or give another folder")
+        raise LptError(f"--out {out} already holds a run: add --resume to continue it, or give another folder")
 
 
 class RunFolder:

@@ -67,7 +67,7 @@ class Setup:
         return config.run_hash(self.manifest["sha256"], self.weights_identity)
 
     def remarks(self) -> Iterator[str]:
-        """What a run says of its data and its backbone before it trains."""
+        """What a run reports about its data and its backbone before it trains."""
         yield from self.task.summary_lines()
         for name, shared in self.labels_seen.items():
             yield (

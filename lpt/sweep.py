@@ -303,17 +303,19 @@ def of_phase1(config: Config) -> dict[str, Any]:
 
 def run(config: str, overrides: Sequence[str], out: Path, *, threads: int | None = None) -> Result:
     """The report of `lpt train` in a process of its own, and the processor that it ran on. Raises LptError where it
-    fails, which has said why."""
+    fails, with the reason printed."""
     in_process(["lpt", "train", config, *overrides, "--out", str(out), "--resume"], threads, out)
     return report_in(out)
 
 
 def in_process(words: Sequence[str], threads: int | None, out: Path) -> None:
-    """`python -m` of these words, with so many threads. Raises LptError where it fails, which has said why."""
+    """`python -m` of these words, with so many threads. Raises LptError where it fails, with the reason printed."""
     environment = dict(os.environ) | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
     code = subprocess.run([sys.executable, "-m", *words], env=environment).returncode
     if code:
-        raise LptError(f"the run in {out} ended with exit code {code}, and said why above; the sweep goes on there")
+        raise LptError(
+            f"the run in {out} ended with exit code {code}, with the reason above; the same command resumes there"
+        )
 
 
 def report_in(out: Path) -> Result:

@@ -14,7 +14,7 @@ MAX_VIEW = 1024
 GroupRule = Literal["lt20", "le20", "thirds"]
 """How many, medium and few are told apart."""
 AdapterKind = Literal["bias", "norm", "adaptformer", "lora", "lora_qv", "full"]
-"""What may be learned inside a backbone."""
+"""Trainable parameters inside a backbone."""
 QueryMode = Literal["full", "early", "none"]
 """How group prompts are chosen: by the feature under the shared prompt, as in LPT; by a linear map of the tokens that
 the first block with group prompts gets; or not at all, since all images have the same."""
@@ -27,7 +27,7 @@ Crops = Literal["fixed", "mda"]
 Fusion = Literal["scale", "zscore", "prob", "daso"]
 """Of which numbers a fused head makes one answer."""
 TrackerName = Literal["tensorboard", "mlflow", "wandb", "trackio"]
-"""Experiment trackers that a run can be told to."""
+"""Experiment trackers that can log a run."""
 NUM_SCORES = 101
 """Quantiles that a prompt file has of the scores of its own images."""
 HASH_BYTES = 5

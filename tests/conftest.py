@@ -31,7 +31,7 @@ def deit_tiny_weights() -> Path:
 
 @pytest.fixture(scope="session")
 def tower(tmp_path_factory):
-    """(open_clip's own small model, the same behind the seam, its name and its weights); its texts are made once."""
+    """(open_clip's own small model, the same as a backbone, its name and its weights); its texts are made once."""
     from lpt.model.backbones import load_backbone
     from tests.support.towers import stored
 

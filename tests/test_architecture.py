@@ -1,4 +1,4 @@
-"""docs/architecture.md names every module once and no other, and the rooms keep to themselves."""
+"""docs/architecture.md names every module once and no other, and the layers hold."""
 
 import ast
 import re

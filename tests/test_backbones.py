@@ -170,7 +170,7 @@ def test_attend_is_softmax_attention(dtype, tolerance, tokens):
     assert relative(mixed.double(), weights @ value.double()) <= tolerance
 
 
-# What the seam refuses.
+# What the backbone contract refuses.
 
 UNSERVED = [
     "naflexvit_base_patch16_gap",

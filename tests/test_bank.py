@@ -310,7 +310,7 @@ def test_a_damaged_file_is_refused_and_what_it_was_goes_on(few):
     (folder / "lpt.safetensors").write_bytes(b"no such thing")
     (folder / "new.safetensors").write_bytes((folder / "deep.safetensors").read_bytes()[:-8])
     said = bank.sync()
-    assert len(said) == 2 and said[0].endswith("; what it was goes on") and "new.safetensors" in said[1]
+    assert len(said) == 2 and said[0].endswith("; the file of before is served") and "new.safetensors" in said[1]
     assert set(bank.refused) == {str(folder / "lpt.safetensors"), str(folder / "new.safetensors")}
     assert bank.answer(asked(bank, ["lpt"])) == before and "new" not in bank
     assert bank.sync() == [] and len(bank.refused) == 2  # said once

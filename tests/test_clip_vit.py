@@ -325,7 +325,9 @@ def test_a_file_that_does_not_fit_names_every_key_as_in_open_clip(tmp_path, smal
     ],
 )
 def test_towers_without_a_seam_are_refused_before_any_download(model, said):
-    with pytest.raises(BackboneError, match=rf"open_clip:{model} \({said}\) has no prompt seam; supported: .*ViT-B-16"):
+    with pytest.raises(
+        BackboneError, match=rf"open_clip:{model} \({said}\) cannot take prompts; supported: .*ViT-B-16"
+    ):
         load_backbone(f"open_clip:{model}")
 
 

@@ -1,4 +1,4 @@
-"""What is said of the machine."""
+"""What is reported about the machine."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Rotary ViTs behind the seam, against timm itself and against prompts inserted behind the prefix (`plain.py`)."""
+"""Rotary ViTs as a backbone, against timm itself and against prompts inserted behind the prefix (`plain.py`)."""
 
 from typing import Any
 
@@ -379,7 +379,7 @@ def test_what_was_for_masked_patches_is_left_out_as_by_timm():
     ],
 )
 def test_rotary_models_of_another_kind_are_refused_before_any_download(name, part):
-    with pytest.raises(BackboneError, match=rf"timm:{name} \({part}\) has no prompt seam; supported: .*dinov3"):
+    with pytest.raises(BackboneError, match=rf"timm:{name} \({part}\) cannot take prompts; supported: .*dinov3"):
         load_backbone(f"timm:{name}")
 
 

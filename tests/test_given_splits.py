@@ -259,7 +259,7 @@ def test_a_run_that_meets_a_broken_image_says_how_to_go_on(tmp_path, capsys):
     words = ("backbone.name=nano", "method.name=class_mean", "train.device=cpu", "--out", tmp_path / "run")
     code, _, err = command(capsys, "fit", photos, *words)
     assert code == 2 and "1.png cannot be decoded" in err
-    assert "lpt doctor names all such, data.on_error=skip goes on without them" in err
+    assert "lpt doctor names all such, data.on_error=skip continues without them" in err
     assert command(capsys, "fit", photos, *words, "data.on_error=skip", "--out", tmp_path / "again")[0] == 0
 
 

@@ -258,7 +258,7 @@ def test_a_run_of_before_goes_on_with_its_split(tmp_path):
     (out / "report.json").unlink()
     said = []
     run.train(resolve(config), out, resume=True, say=said.append)
-    assert any("split off by position, and it goes on so" in line for line in said)
+    assert any("split off by position, and it continues so" in line for line in said)
     again = json.loads((out / "report.json").read_text())
     assert again["data"] == json.loads(before)["data"] and again["accuracy"] == json.loads(before)["accuracy"]
     run.train(resolve(config), out, resume=True)  # a second time: now the config says so

@@ -1,4 +1,4 @@
-"""Numbers that are no numbers, in files of strangers and in our own: refused when read, or named with the image."""
+"""Numbers that are no numbers, in untrusted files and in our own: refused when read, or named with the image."""
 
 import json
 import math
@@ -110,7 +110,7 @@ def test_an_answer_that_is_not_finite_is_said_with_its_image(tmp_path, picture, 
     answers = list(predict_files(model, paths))
     texts = json.dumps(answers, allow_nan=False)
     assert len(answers) == 3 and "NaN" not in texts
-    assert f"the model's answer to image {picture} is not finite" in answers[0]["error"]
+    assert f"the model's prediction for image {picture} is not finite" in answers[0]["error"]
     assert "does not exist" in answers[1]["error"] or "no such file" in answers[1]["error"]
     with pytest.raises(TrainingError, match=r"answer to image .* \(one of \d+ of \d+\) is not finite"):
         evaluate_prompt(path, {})

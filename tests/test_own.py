@@ -6,12 +6,12 @@ import sys
 import pytest
 import yaml
 
-from lpt import run
 from lpt.config import load_config, resolve
 from lpt.errors import ConfigError, LptError
 from lpt.methods import METHODS, build_recipe, find
 from lpt.prompt_file import read_prompt
 from lpt.serve.evaluating import evaluate_prompt
+from lpt.tuning import tune
 from tests.support.command_line import lpt as command
 from tests.support.toy import small_backbone, toy_task
 from tests.support.training import bind
@@ -100,7 +100,7 @@ def test_it_is_taken_inside_others_in_python_and_planned(folder, capsys):
     recipe = build_recipe(inner, task, backbone, bind(task, backbone))
     assert next(iter(recipe.phases)).name == "all"
     assert "stranger.pages:tune" in resolve({**CONFIG, "method": inner}).method["first"]["name"]
-    model = run.tune(task, backbone, method="stranger.pages:tune", batch_size=8, epochs=1)
+    model = tune(task, backbone, method="stranger.pages:tune", batch_size=8, epochs=1)
     assert model.classes == task.classes
     assert find("stranger.pages:NEVER_ENDS").ends_in_epochs is False
     code, said, err = command(capsys, "plan", "config.yaml", "--steps", 0)

@@ -197,7 +197,7 @@ def test_after_a_kill_the_same_command_goes_on_to_the_same_bytes(photos, tmp_pat
     process.wait()
     before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}
     if (out / ".packing/plan.json").exists():
-        with pytest.raises(lpt.LptError, match="is a pack that is not finished: the same lpt pack goes on with it"):
+        with pytest.raises(lpt.LptError, match="is a pack that is not finished: the same lpt pack continues with it"):
             load_task("folder", root=str(out))
     done = subprocess.run([*words, out], check=True, capture_output=True, text=True, cwd=ROOT)
     assert "read back" in done.stdout

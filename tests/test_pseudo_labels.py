@@ -131,7 +131,7 @@ def test_a_round_takes_the_place_of_what_is_there_of_it_and_of_later_ones(tmp_pa
     rounds = [a_round(30, seed=k, first=3 * k) for k in range(4)]
     for k, (noted, truth) in enumerate(rounds):
         write(tmp_path / "whole", noted, truth, k + 1)
-    for k in (0, 1, 2, 1, 2, 3):  # after the third round it went on from the first
+    for k in (0, 1, 2, 1, 2, 3):  # after the third round it continued from the first
         noted = rounds[k][0]
         again = {name: noted[name] for name in sorted(noted)}  # as a checkpoint gives them
         write(tmp_path / "again", again if k else noted, rounds[k][1], k + 1)

@@ -77,7 +77,7 @@ def test_a_problem_is_made_simple_and_the_files_after_it_are_tried_too(tmp_path,
     [
         (0, "i.png  cat 0.500  dog 0.250\n", "", '[{"a": 0.5}]', ""),
         (2, "", "error: prompt file p has a damaged header: it holds NaN, which is no number\n", "", ""),
-        (1, "", "error: the model's answer to image i.png is not finite\n", '[{"error": "x"}]', ""),
+        (1, "", "error: the model's prediction for image i.png is not finite\n", '[{"error": "x"}]', ""),
         (0, 'nano nancy "NaN" banana.nan\n', "warning: small\n", "", ""),
         (0, "i.png  cat nan  dog nan\n", "", "", "an output with nan"),
         (0, "ok\n", "", '[{"a": NaN}]', "written JSON that is none: NaN"),

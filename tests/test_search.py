@@ -1,4 +1,5 @@
-"""`lpt fit`: what is held out, what is tried under a budget, what is chosen, and that a killed search goes on exactly.
+"""`lpt fit`: what is held out, what is tried under a budget, what is chosen, and that a killed search continues
+exactly.
 
 Shapes: labels, right [H], counts [C].
 """

@@ -15,7 +15,7 @@ from lpt.losses import loss_by_name
 from lpt.methods import daso
 from lpt.methods.semi_supervised import LABELED, PseudoLabels
 from lpt.model.heads import FusedHead
-from lpt.run import tune
+from lpt.tuning import tune
 from tests.support.semi import COUNTS, FAST, Killed, cross_entropy, normal, semi, semi_task, unit
 from tests.support.toy import small_backbone, toy_task
 

@@ -148,7 +148,7 @@ def test_files_that_did_not_start_from_one_place_are_refused_by_name(tmp_path):
     for path, said in {
         other_start: r"seed of the start \(0 and 1\): a soup is of files from one start",
         other_method: r"differ in method \(fine_tune and lpt\)",
-        tuned: r"kind of what is learned inside the backbone \(None and lora\)",
+        tuned: r"kind of trainable parameters inside the backbone \(None and lora\)",
         pooled: "differ in topk",
     }.items():
         with pytest.raises(PromptFileError, match=said) as error:

@@ -96,7 +96,7 @@ def test_the_handlers_before_come_back_and_threads_are_left_alone():
     [
         ((), "nothing is saved yet: the same command begins again"),
         (("config.yaml",), "nothing is saved yet: the same command with --resume --out {out} begins again"),
-        (("config.yaml", "checkpoints/head.safetensors"), "--resume --out {out} goes on from what is saved"),
+        (("config.yaml", "checkpoints/head.safetensors"), "--resume --out {out} continues from what is saved"),
     ],
 )
 def test_what_is_said_of_what_is_saved_is_so(tmp_path, monkeypatch, capsys, files, said):

@@ -82,7 +82,7 @@ def test_a_stopped_process_is_gone_on_with_among_the_same_images(prompt, photos,
 
     monkeypatch.setattr(streaming, "row_of", stops)
     code, _, aside = lpt(capsys, *words, out)
-    assert code == 128 + signal.SIGTERM and "the same command with --resume goes on" in aside and not out.exists()
+    assert code == 128 + signal.SIGTERM and "the same command with --resume continues" in aside and not out.exists()
     picture(8).save(photos / "a" / "00.jpg")  # not there when the list was made
     assert "has been begun" in lpt(capsys, *words, out)[2]
     code, said, aside = lpt(capsys, *words, out, "--resume")

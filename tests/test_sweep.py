@@ -203,7 +203,7 @@ def test_a_row_can_start_from_another_rows_phase_1(tmp_path):
 def test_a_run_that_fails_ends_the_sweep_with_a_sentence(tmp_path, monkeypatch):
     failed = subprocess.CompletedProcess([], returncode=2)
     monkeypatch.setattr(subprocess, "run", lambda command, env: failed)
-    with pytest.raises(LptError, match="fails ended with exit code 2, and said why above"):
+    with pytest.raises(LptError, match="fails ended with exit code 2, with the reason above"):
         sweep.run("digits_lt/lpt", [], tmp_path / "fails")
 
 

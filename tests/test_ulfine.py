@@ -375,7 +375,7 @@ def test_micro_batches_are_one_batch_in_loss_gradients_and_prototypes(clip, chan
             torch.testing.assert_close(other.learned_state()[name], value, rtol=1e-4, atol=1e-5)
 
 
-# Acceptance 6: a killed run goes on as it would have.
+# Acceptance 6: a killed run continues as it would have.
 
 
 @pytest.mark.parametrize("killed_at", [0, 1, 4, 6])

@@ -116,7 +116,7 @@ def test_the_cost_of_a_step_on_cached_features_is_its_matrix_products(clip):
 
 
 def forward_by_hand(*, depth, tokens, width, patch, hidden):
-    """Twice the multiply-adds of one image; in the last block only CLS asks, and goes on."""
+    """Twice the multiply-adds of one image; in the last block only CLS asks, and continues."""
     embedding = 2 * (tokens - 1) * width * 3 * patch * patch
     total = embedding
     for i in range(depth):

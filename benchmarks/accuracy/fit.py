@@ -7,7 +7,7 @@
 For each seed the search runs as `lpt fit` runs it. Then every candidate of its plan, also those that the search has
 dropped, is trained on all training images with the schedule that the plan gives it and evaluated on the test set, which
 the search does not see. A row goes to `results/fit.json` as soon as it is there and is not computed again for the same
-commit; a run that was killed goes on. `results/fit.md` says what the choice gave away.
+commit; a run that was killed continues. `results/fit.md` says what the choice gave away.
 """
 
 import argparse

@@ -4,7 +4,7 @@
         --teacher ../shared/weights/deit_tiny_patch16_224.fp16.safetensors --epochs 24 --out runs/nano
 
 Targets are the labels of the full, balanced training set and, for each image and its mirror image, the teacher's
-feature, computed once. What is stored is the ViT alone, in fp16. Killed, it goes on at the last epoch.
+feature, computed once. What is stored is the ViT alone, in fp16. Killed, it continues at the last epoch.
 
 Shapes: images [N 3 32 32] uint8, features [2 N D] (as they are, then mirrored), logits [B 100].
 """

@@ -84,7 +84,7 @@ def killed(folder: Path, suffix: str, *, images: int, part: int, kills: int) -> 
         files += 1
         if end.code:
             survived -= 1
-            wrong.append(f"went on to exit code {end.code}: {end.err.strip().splitlines()[-1]}")
+            wrong.append(f"continued to exit code {end.code}: {end.err.strip().splitlines()[-1]}")
         else:
             wrong += differences(whole, out, images)
         if not kind:

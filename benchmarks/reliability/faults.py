@@ -245,7 +245,7 @@ def one_of_two(plan: Plan, folder: Path) -> Iterator[str]:
 
 
 def clock_set_back(plan: Plan, folder: Path, whole: Path) -> Iterator[str]:
-    """Killed in its second phase under a clock that runs backwards, a run goes on in that phase all the same."""
+    """Killed in its second phase under a clock that runs backwards, a run continues in that phase all the same."""
     out = folder / "clock"
     process = started(plan, out, first=("-c", BACKWARDS))
     _until((out / "checkpoints" / "phase2.safetensors").exists, process)
@@ -255,5 +255,5 @@ def clock_set_back(plan: Plan, folder: Path, whole: Path) -> Iterator[str]:
     yield "" if older < newer else "the clock did not run backwards"
     process = started(plan, out, resume=True, first=("-c", BACKWARDS))
     end = ended(process)
-    yield "" if "phase1: finished before" in end.out and "phase2: goes on at step" in end.out else end.out + end.err
+    yield "" if "phase1: finished before" in end.out and "phase2: continues at step" in end.out else end.out + end.err
     yield ", ".join(f"{name} differs" for name in differences(whole, out)) if not end.code else end.err[-300:]

@@ -1,9 +1,9 @@
-"""Files from strangers: damaged or made to harm, each must be refused in one sentence or read, and nothing else.
+"""Untrusted files: damaged or made to harm, each must be refused in one sentence or read, and nothing else.
 
 Every file runs in one of two worker processes with a gigabyte to grow by, an audit hook that forbids to write outside
 the worker's folder, to start a program and to open a connection, and a watchdog. Hypothesis draws the damage and, where
 a file does what none may, looks for the simplest one that does; the note names it, and the seed that makes it again. A
-worker that dies or hangs has lost the file that it was at, and another one goes on with the next seed.
+worker that dies or hangs has lost the file that it was at, and another one continues with the next seed.
 """
 
 import ast
@@ -341,7 +341,7 @@ class Worker:
                     number -= self.run(kind, number, seed, shrink=problems < SHRUNK)
                     problems, seed = problems + 1, seed + 1
         finally:
-            faulthandler.cancel_dump_traceback_later()  # who goes on after the last file must not be ended for it
+            faulthandler.cancel_dump_traceback_later()  # who continues after the last file must not be ended for it
 
     def run(self, kind: str, number: int, seed: int, *, shrink: bool) -> int:
         """Tries up to `number` files of a kind; returns how many it answered for."""

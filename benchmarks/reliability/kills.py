@@ -1,7 +1,8 @@
-"""Runs that are killed at random moments and go on with --resume end in the same bits; Ctrl-C and SIGTERM save first.
+"""Runs that are killed at random moments and continue with --resume end in the same bits; Ctrl-C and SIGTERM save
+first.
 
 Most kills fall within a phase, soon or late after a checkpoint; some while a process starts, some while it writes its
-results. Each life of a run has to go on where the checkpoints of the one before it had been.
+results. Each life of a run has to continue where the checkpoints of the one before it had been.
 """
 
 import random
@@ -145,7 +146,7 @@ def beat(plan: Plan, out: Path, whole: Undisturbed, *, kills: int, chance: rando
         run += 1
         if end.code:
             survived -= 1  # the kill before was not survived after all
-            amiss.append(f"went on to exit code {end.code}: {end.err.strip().splitlines()[-1]}")
+            amiss.append(f"continued to exit code {end.code}: {end.err.strip().splitlines()[-1]}")
         else:
             different += [f"{name} differs" for name in differences(whole.folder, place)]
         if done >= kills:
@@ -169,7 +170,7 @@ def stop(plan: Plan, out: Path, whole: Undisturbed, number: signal.Signals) -> s
     """Sends a signal after the first epoch, in a run that saves only when it must; returns what was amiss, or nothing.
 
     The step after which the loop ends is asked for in tests of the loop; here it is no earlier than what the history
-    tells of, and the resumed run says that it goes on from there.
+    tells of, and the resumed run says that it continues from there.
     """
     process = started(plan.with_("train.checkpoint_seconds=1e9"), out)
     while process.poll() is None and not ((out / "history.jsonl").exists() and (out / "history.jsonl").stat().st_size):

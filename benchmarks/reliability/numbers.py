@@ -33,7 +33,8 @@ from lpt.methods import METHODS
 from lpt.model.classifier import PromptedClassifier
 from lpt.model.heads import CosineHead
 from lpt.prompt_file import read_prompt
-from lpt.run import train, tune
+from lpt.run import train
+from lpt.tuning import tune
 
 STEPS, PER_EPOCH = 10, 4
 RATES = (("sgd", 0.3), ("sgd", 0.99), ("adamw", 0.3), ("adamw", 0.99))
@@ -47,7 +48,7 @@ def rows(quick: bool) -> list[Row]:
         "a loss that is not finite": (
             [lambda place, t=t, bad=bad: _goes_wrong(place, t, lambda loss, head: loss * bad, "loss")
              for t in at for bad in (float("nan"), float("inf"))],
-            "named with phase, step, epoch, rate, remedy; the checkpoint before is finite and goes on to the same bits",
+            "named with phase, step, epoch, rate, remedy; the checkpoint before is finite and resumes to the same bits",
         ),
         "a gradient that is not finite while the loss is": (
             [lambda place, t=t: _goes_wrong(place, t, _steep, "gradient") for t in at],
@@ -68,7 +69,7 @@ def rows(quick: bool) -> list[Row]:
             [_absent_in_lists, _absent_in_folder], "kept, said, in report.json; of lists, and of a folder with skip",
         ),
         "all keys collapsed": ([_collapsed], "said with the settings that help, which are settings"),
-        "all pseudo-labels rejected": ([_rejected], "said with the names of the classes, and the run goes on"),
+        "all pseudo-labels rejected": ([_rejected], "said with the names of the classes, and the run continues"),
         "numbers beyond fp16": ([_beyond_fp16], "said, and stored in fp32: the file reads, and predicts the same"),
     }  # fmt: skip
     return [_row(name, some, note) for name, (some, note) in checks.items()]
@@ -169,7 +170,7 @@ def _goes_wrong(place: Path, t: int, spoiled: Callable[[Tensor, CosineHead], Ten
         _sentence(lambda f=folder, o=optimizer: _phase(f, change, optimizer=o), *named)
         assert _is_finite(folder / "phase1.safetensors") == (t or None), "the last finite checkpoint is not there"
         again, whole = _phase(folder, optimizer=optimizer), _phase(place / f"{optimizer} whole", optimizer=optimizer)
-        assert torch.equal(again.weight, whole.weight), "it does not go on to the same bits"
+        assert torch.equal(again.weight, whole.weight), "it does not continue to the same bits"
 
 
 def _bad_feature(place: Path, bad: float) -> None:

@@ -131,11 +131,12 @@ def saved(folder: Path) -> dict[str, tuple[int, bool]]:
 
 
 def forgot(before: Mapping[str, tuple[int, bool]], said: str) -> list[str]:
-    """Phases that a run which `said` this did not go on with where the checkpoints from `before` it had left them."""
+    """Phases that a run which `said` this did not continue with where the checkpoints from `before` it had left
+    them."""
     return [
-        f"{phase} did not go on at step {step}"
+        f"{phase} did not continue at step {step}"
         for phase, (step, finished) in before.items()
-        if f"{phase}: finished before" not in said and (finished or f"{phase}: goes on at step {step} of" not in said)
+        if f"{phase}: finished before" not in said and (finished or f"{phase}: continues at step {step} of" not in said)
     ]
 
 

@@ -1,4 +1,4 @@
-"""Real files of every sort that a stranger could send, made here to be damaged."""
+"""Real files of every sort that anyone could send, made here to be damaged."""
 
 import contextlib
 import json

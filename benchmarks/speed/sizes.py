@@ -1,8 +1,9 @@
-"""Counts the parameters of every timm architecture with published weights that the seam may serve.
+"""Counts the parameters of every timm architecture with published weights that the backbone contract may serve.
 
     python -m benchmarks.speed.sizes
 
-It writes the table that `lpt list backbones --all` reads: millions of parameters, 0 where the seam refuses it.
+It writes the table that `lpt list backbones --all` reads: millions of parameters, 0 where the backbone contract refuses
+it.
 """
 
 import timm
@@ -22,7 +23,7 @@ def main() -> None:
 
 
 def millions(architecture: str) -> float:
-    """Of parameters without a classifier; 0 where the seam refuses the architecture."""
+    """Of parameters without a classifier; 0 where the backbone contract refuses the architecture."""
     with torch.device("meta"):
         vit = timm.create_model(architecture, num_classes=0)
     try:

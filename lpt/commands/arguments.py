@@ -1,7 +1,8 @@
-"""Arguments and options that several commands share, and what they stand for."""
+"""Arguments and options that several commands share, and their parsing."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from glob import escape, glob
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,18 +10,52 @@ import typer
 
 from lpt.errors import LptError, quoted
 
-OutFile = Annotated[
-    Path | None, typer.Option("--out", metavar="FILE", help="write rows there: FILE.parquet or FILE.jsonl")
+OutFile = Annotated[Path | None, typer.Option("--out", metavar="FILE", help="output file, FILE.parquet or FILE.jsonl")]
+
+
+def named_things(kind: str) -> Callable[[str], list[str]]:
+    """Completes the names of a list, or of the lists themselves; of configs and suites also paths."""
+
+    def complete(incomplete: str) -> list[str]:
+        from lpt.listing import tables
+
+        lists = tables()
+        names = [name for name in (lists if kind == "lists" else lists[kind]) if name.startswith(incomplete)]
+        return names + (sorted(glob(f"{escape(incomplete)}*")) if kind in ("configs", "suites") else [])
+
+    return complete
+
+
+def complete_setting(incomplete: str) -> list[str]:
+    """Completes `method.name=NAME`, and the names of backbones and datasets likewise."""
+    from lpt.listing import tables
+
+    lists = tables()
+    kinds = {"method": "methods", "backbone": "backbones", "data": "data"}
+    settings = [f"{section}.name={name}" for section, kind in kinds.items() for name in lists[kind]]
+    return [setting for setting in settings if setting.startswith(incomplete)]
+
+
+ConfigName = Annotated[
+    Path,
+    typer.Argument(
+        help="a YAML file, or a name from `lpt list configs`: digits_lt/lpt", autocompletion=named_things("configs")
+    ),
 ]
 
 
-ConfigName = Annotated[Path, typer.Argument(help="a YAML file, or a name of `lpt list configs`: digits_lt/lpt")]
+Tta = Annotated[
+    str,
+    typer.Option(
+        metavar="none|five_crop", help="test-time augmentation; five_crop: mean over five crops of each image"
+    ),
+]
 
 
-Tta = Annotated[str, typer.Option(metavar="none|five_crop", help="five_crop: means over five crops of each image")]
-
-
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", help="for example train.seed=1")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE ...]", help="for example train.seed=1", autocompletion=complete_setting),
+]
 
 
 def ensemble_of(text: str) -> Any:
@@ -37,7 +72,7 @@ def ensemble_of(text: str) -> Any:
 def paths_and_settings(
     words: Sequence[Path], *, sections: Sequence[str] = ("backbone", "train")
 ) -> tuple[list[Path], dict[str, Any]]:
-    """What of the `words` of a command are paths of images, and what are settings of `sections`."""
+    """The `words` of a command, divided into paths of images and settings of `sections`."""
     from lpt.config import nested
     from lpt.serve.opening import check_loading
     from lpt.serve.predicting import check_there

@@ -19,6 +19,11 @@ def print_lines(text: str) -> None:
         print(line)
 
 
+def paragraphs(docstring: str) -> str:
+    """The docstring of a command with a line for each paragraph, which the terminal breaks where it is full."""
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in docstring.split("\n\n"))
+
+
 def print_at_once(text: str) -> None:
     print(text, flush=True)
 

@@ -1,4 +1,4 @@
-"""Datasets: examine one, pack one."""
+"""Commands on datasets: doctor, pack."""
 
 from pathlib import Path
 from typing import Annotated
@@ -13,9 +13,10 @@ def doctor(
     root: Annotated[str, typer.Argument(help="a folder of images, or a Hub dataset id")],
     settings: Overrides = None,
 ) -> None:
-    """Before training: the tail, unreadable files, what leaks from train to test; exit code 1 where there is a problem.
+    """Check a dataset: class counts, unreadable files, test images among the training images; exit code 1 if there is
+    a problem.
 
-    backbone.name=NAME adds which of the classes that backbone has been trained to tell apart.
+    backbone.name=NAME adds which of the classes were labels in the backbone's own training.
     """
     from lpt.config import check_data, nested
     from lpt.data.doctor import examine, load_with_mistakes
@@ -41,14 +42,14 @@ def doctor(
 
 
 def pack(
-    data: Annotated[str, typer.Argument(metavar="DATA", help="a folder of images, or a config whose data is meant")],
+    data: Annotated[str, typer.Argument(metavar="DATA", help="a folder of images, or a config with a data section")],
     settings: Overrides = None,
-    out: Annotated[Path, typer.Option(help="the pack's folder")] = ...,  # type: ignore[assignment]
-    side: Annotated[int, typer.Option(min=16, help="pixels of an image's shorter side, at most")] = 256,
+    out: Annotated[Path, typer.Option(help="output folder")] = ...,  # type: ignore[assignment]
+    side: Annotated[int, typer.Option(min=16, help="largest shorter side of an image, in pixels")] = 256,
 ) -> None:
-    """Shrink a task's images once into few large files, which decode faster: data.root=OUT then trains from them.
+    """Resize a dataset's images once into a few large files, which decode faster; train from them with data.root=OUT.
 
-    After a kill the same command goes on; at the end everything is read back.
+    The same command resumes a killed one; at the end everything is read back and checked.
     """
     from lpt.config import check_data, load_config, nested
     from lpt.data import LOCATION_SETTINGS, load_task

@@ -1,4 +1,4 @@
-"""A folder of prompt files: list it, check it, change it, and find the task of an image."""
+"""Commands on a folder of prompt files: list, check, add, remove, and find the task of an image."""
 
 import json
 import sys
@@ -11,7 +11,7 @@ from lpt.commands.arguments import paths_and_settings
 from lpt.commands.console import print, print_lines
 from lpt.errors import LptError, printable, quoted
 
-library_app = typer.Typer(no_args_is_help=True, help="A folder of prompt files: list it, check it, add to it.")
+library_app = typer.Typer(no_args_is_help=True, help="Manage a folder of prompt files: list, check, add, remove.")
 
 
 Library = Annotated[Path, typer.Argument(metavar="DIR", help="a folder of prompt files")]
@@ -20,9 +20,11 @@ Library = Annotated[Path, typer.Argument(metavar="DIR", help="a folder of prompt
 @library_app.command("ls")
 def library_ls(
     folder: Library,
-    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the table there")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="also write the table to FILE")
+    ] = None,
 ) -> None:
-    """The tasks: classes, training images, method, accuracy in per cent, backbone, size, when it was written (UTC)."""
+    """List the tasks: classes, training images, method, accuracy in per cent, backbone, size, time of writing (UTC)."""
     from lpt.files import write_atomic
     from lpt.serve.library import listing, table
 
@@ -36,7 +38,7 @@ def library_ls(
 
 @library_app.command("check")
 def library_check(folder: Library) -> None:
-    """Open and read every file whole; those that are damaged are named (exit 1)."""
+    """Read every file and report damaged ones (exit code 1)."""
     from lpt.serve.library import check
 
     number = bad = 0
@@ -53,11 +55,11 @@ def library_check(folder: Library) -> None:
 @library_app.command("add")
 def library_add(
     folder: Library,
-    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="prompt files; those of runs too")],
-    name: Annotated[str | None, typer.Option(help="what the task is called; default: as its file, or its run")] = None,
-    replace: Annotated[bool, typer.Option("--replace", help="in place of a task of that name")] = False,
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="prompt files, also those in run folders")],
+    name: Annotated[str | None, typer.Option(help="name of the task; default: that of its file or run")] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="replace a task of the same name")] = False,
 ) -> None:
-    """Put copies of prompt files into the folder, each whole or not at all."""
+    """Copy prompt files into the folder."""
     from lpt.serve.library import add
 
     if name is not None and len(files) > 1:
@@ -68,7 +70,7 @@ def library_add(
 
 @library_app.command("rm")
 def library_rm(
-    folder: Library, tasks: Annotated[list[str], typer.Argument(metavar="TASK...", help="as ls calls them")]
+    folder: Library, tasks: Annotated[list[str], typer.Argument(metavar="TASK...", help="names as in `lpt library ls`")]
 ) -> None:
     """Delete the files of tasks."""
     from lpt.serve.library import remove
@@ -80,13 +82,17 @@ def library_rm(
 
 def route(
     library: Annotated[Path, typer.Argument(metavar="DIR", help="a folder of prompt files")],
-    images: Annotated[list[Path], typer.Argument(help="image files or folders; backbone.weights=FILE as in train")],
-    accept: Annotated[float, typer.Option(help="the share of a task's own images that is to be taken")] = 0.95,
-    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the answers there")] = None,
+    images: Annotated[
+        list[Path], typer.Argument(help="image files or folders, and settings as in train: backbone.weights=FILE")
+    ],
+    accept: Annotated[float, typer.Option(help="share of a task's own images to accept")] = 0.95,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="also write the results to FILE")
+    ] = None,
 ) -> None:
-    """Whose image is this? The task with the nearest class mean on the bare backbone, or none where none is near.
+    """Find the task of each image: the one with the nearest class mean of backbone features, or none.
 
-    An image that cannot be decoded is named and the others go on (exit 1).
+    An image that cannot be decoded is reported, the others are routed, and the exit code is 1.
     """
     from lpt.files import write_atomic
     from lpt.serve.opening import check_loading, open_bank

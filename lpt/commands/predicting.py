@@ -18,9 +18,11 @@ def evaluate(
     prompt: Annotated[Path, typer.Argument(help="a prompt file")],
     settings: Overrides = None,
     tta: Tta = "none",
-    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the metrics there")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="also write the metrics to FILE")
+    ] = None,
 ) -> None:
-    """Metrics of a prompt file on a task (by default the one it was trained on)."""
+    """Compute the metrics of a prompt file on a test set (by default that of its training data)."""
     from lpt.config import nested
     from lpt.files import write_atomic
     from lpt.report.markdown import table
@@ -34,19 +36,25 @@ def evaluate(
 
 def predict(
     prompt: Annotated[Path, typer.Argument(help="a prompt file")],
-    images: Annotated[list[Path], typer.Argument(help="image files or folders; backbone.weights=FILE as in train")],
-    topk: Annotated[int | None, typer.Option(min=1, help="classes of each image; 5 where they are printed")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the answers there")] = None,
+    images: Annotated[
+        list[Path], typer.Argument(help="image files or folders, and settings as in train: backbone.weights=FILE")
+    ],
+    topk: Annotated[int | None, typer.Option(min=1, help="number of classes per image; 5 if they are printed")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="also write the predictions to FILE")
+    ] = None,
     out: OutFile = None,
     tta: Tta = "none",
-    batch_size: Annotated[int, typer.Option(min=1, help="images that go through the model together")] = 32,
-    shard: Annotated[str, typer.Option(metavar="i/n", help="with --out: one of n shares of the images")] = "1/1",
-    resume: Annotated[bool, typer.Option("--resume", help="go on with --out where a process has ended")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="images per forward pass")] = 32,
+    shard: Annotated[str, typer.Option(metavar="i/n", help="with --out: process share i of n of the images")] = "1/1",
+    resume: Annotated[bool, typer.Option("--resume", help="resume an interrupted --out")] = False,
 ) -> None:
-    """Class names and probabilities; an image that cannot be decoded is named and the others go on (exit 1).
+    """Predict class names and probabilities of images.
 
-    With --out nothing is printed or held: rows with path, class, probability, margin, task and, with --topk, lists go
-    to a Parquet or JSON lines file of any length; an image that cannot be decoded is a row with its error (exit 0).
+    An image that cannot be decoded is reported, the others are predicted, and the exit code is 1.
+
+    With --out, rows (path, class, probability, margin, task; lists with --topk) are streamed to a Parquet or JSON lines
+    file of any length; an image that cannot be decoded is a row with its error, and the exit code is 0.
     """
     from lpt.files import write_atomic
     from lpt.serve.predicting import find_images, predict_files
@@ -55,10 +63,10 @@ def predict(
     ensemble = ensemble_of(tta)
     if out is not None:
         if json_file:
-            raise LptError("--json and --out are two ways to write answers: give --out alone for many images")
+            raise LptError("--json and --out are two ways to write predictions: give --out alone for many images")
         return _predict_to_file(prompt, paths, settings, out, topk, batch_size, shard, resume, ensemble)
     if resume or shard != "1/1":
-        raise LptError("--resume and --shard are for answers in a file: add --out FILE.parquet or FILE.jsonl")
+        raise LptError("--resume and --shard are for predictions in a file: add --out FILE.parquet or FILE.jsonl")
     files, left_out = find_images(paths)
     model, workers = open_model(prompt, settings, at_once=min(batch_size, len(files)))
     for line in left_out:
@@ -128,32 +136,36 @@ def interruptible(out: Path) -> Iterator[Any]:
         with stop.listening():
             yield stop
     except Stopped as stopped:
-        print(f"stopped by {stopped}; the same command with --resume goes on with {out}", file=sys.stderr)
+        print(f"stopped by {stopped}; the same command with --resume continues with {out}", file=sys.stderr)
         raise typer.Exit(stopped.code) from None
 
 
 def pseudo_label(
     prompt: Annotated[Path, typer.Argument(help="a prompt file")],
     unlabeled: Annotated[
-        list[Path], typer.Argument(help="image files or folders; data.root=DIR, backbone.weights=FILE as in train")
+        list[Path],
+        typer.Argument(help="image files or folders, and settings as in train: data.root=DIR, backbone.weights=FILE"),
     ],
-    out: Annotated[Path, typer.Option(metavar="FILE", help="write labels there: FILE.parquet or FILE.jsonl")],
-    precision: Annotated[float, typer.Option(help="the share of labels that is to be right")] = 0.95,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="output file, FILE.parquet or FILE.jsonl")],
+    precision: Annotated[float, typer.Option(help="target precision of the labels")] = 0.95,
     held_out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="class folders to find thresholds on; default: of its own data")
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="class folders to find thresholds on; default: the held-out images of its own data"
+        ),
     ] = None,
     prior: Annotated[
-        str, typer.Option(help="how frequent classes are: images (estimated of them), held-out, or training")
+        str, typer.Option(help="class frequencies: images (estimated from the given images), held-out, or training")
     ] = "images",
-    topk: Annotated[int, typer.Option(min=1, help="classes in the lists of each row")] = 5,
-    batch_size: Annotated[int, typer.Option(min=1, help="images that go through the model together")] = 32,
-    shard: Annotated[str, typer.Option(metavar="i/n", help="one of n shares of the images")] = "1/1",
-    resume: Annotated[bool, typer.Option("--resume", help="go on where a process has ended")] = False,
+    topk: Annotated[int, typer.Option(min=1, help="number of classes per row")] = 5,
+    batch_size: Annotated[int, typer.Option(min=1, help="images per forward pass")] = 32,
+    shard: Annotated[str, typer.Option(metavar="i/n", help="process share i of n of the images")] = "1/1",
+    resume: Annotated[bool, typer.Option("--resume", help="resume an interrupted --out")] = False,
 ) -> None:
-    """One label for each image, or `unsure`, right as often as --precision says.
+    """Label unlabeled images, at a precision of --precision; an image below its threshold is `unsure`.
 
-    Each class has a threshold, found on held-out images of known class. FILE.json says the thresholds, and the
-    precision and coverage to be expected of classes with many, some and few training images.
+    Each class has a threshold on the probability, found on held-out labeled images. FILE.json has the thresholds, and
+    the expected precision and coverage of many-, medium- and few-shot classes.
     """
     from lpt.serve.pseudo_labeling import Wanted, report_lines
     from lpt.serve.pseudo_labeling import pseudo_label as write_labels

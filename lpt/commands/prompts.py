@@ -1,4 +1,4 @@
-"""Prompt files: look into one, edit one, average several."""
+"""Commands on prompt files: inspect, edit, soup."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from lpt.errors import LptError, quoted
 
 
 def inspect(prompt: Annotated[Path, typer.Argument(help="a prompt file")]) -> None:
-    """What is in a prompt file: method, backbone, classes, sizes, numbers; at most a screenful of it."""
+    """Show the contents of a prompt file: method, settings, backbone, classes, tensors and metrics."""
     from lpt.files import local_file
     from lpt.prompt_header import read_header
 
@@ -34,7 +34,7 @@ def inspect(prompt: Annotated[Path, typer.Argument(help="a prompt file")]) -> No
 
 
 MOST_LINES = 12
-"""Of one kind that `inspect` prints: a stranger's file has as many as it likes."""
+"""Of one kind that `inspect` prints: a file may hold any number."""
 
 
 def _print_few(what: str, lines: Sequence[str]) -> None:
@@ -79,13 +79,17 @@ def _same_in_blocks(tensors: Mapping[str, Any]) -> dict[str, str]:
 def edit(
     prompt: Annotated[Path, typer.Argument(help="a prompt file of LPT")],
     settings: Annotated[
-        list[str], typer.Argument(metavar="KEY=VALUE ...", help="method.query=none or early; data.root=DIR as in train")
+        list[str],
+        typer.Argument(
+            metavar="KEY=VALUE ...", help="method.query=none or early, and settings as in train: data.root=DIR"
+        ),
     ],
-    out: Annotated[Path, typer.Option(metavar="FILE", help="write the edited prompt file there")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="output prompt file")],
 ) -> None:
-    """A prompt file whose images get their group prompts without a query pass, which is about 30 % of inference.
+    """Replace the query pass of an LPT prompt file, which is about 30 % of the cost of inference.
 
-    early: by a linear map of earlier tokens; none: every image the same ones. Both are found on the training images.
+    early: group prompts are chosen by a linear map of earlier tokens; none: all images get the same ones. Both are
+    computed from the training images.
     """
     from lpt.config import nested
     from lpt.files import local_file
@@ -97,13 +101,15 @@ def edit(
 
 
 def soup(
-    prompts: Annotated[list[Path], typer.Argument(help="prompt files from one start: the same train.start_seed")],
-    out: Annotated[Path, typer.Option(metavar="FILE", help="write the soup there")],
+    prompts: Annotated[
+        list[Path], typer.Argument(help="prompt files with the same initialization: the same train.start_seed")
+    ],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="output prompt file")],
     weights: Annotated[
-        str | None, typer.Option(metavar="W,W,...", help="one for each file, in their order; equal by default")
+        str | None, typer.Option(metavar="W,W,...", help="one weight per file, in order; equal by default")
     ] = None,
 ) -> None:
-    """Average prompt files into one, which answers at the cost of a single one: the sum of weight x file."""
+    """Average the weights of prompt files into one prompt file (a model soup)."""
     from lpt.serve.soup import lines
     from lpt.serve.soup import soup as write_soup
 

@@ -1,4 +1,4 @@
-"""Runs: plan one, train one, search for one, sweep over many, and write a report again."""
+"""Commands on runs: train, plan, fit, sweep, and a report once more."""
 
 import json
 import re
@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lpt.commands.arguments import ConfigName, Overrides
+from lpt.commands.arguments import ConfigName, Overrides, named_things
 from lpt.commands.console import Progress, print, print_at_once, print_lines
 from lpt.errors import LptError
 
@@ -17,10 +17,10 @@ from lpt.errors import LptError
 def train(
     config: ConfigName,
     settings: Overrides = None,
-    out: Annotated[Path | None, typer.Option(help="the run's folder; default runs/<data>_<method>")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="go on with the run in --out")] = False,
+    out: Annotated[Path | None, typer.Option(help="output folder; default runs/<data>_<method>")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="resume the run in --out")] = False,
 ) -> None:
-    """Run a method and fill a folder with its prompt file, report and history."""
+    """Train a method; write the prompt file, the report and the training history to a folder."""
     from lpt.config import load_config
 
     resolved = load_config(config, settings or [])
@@ -31,12 +31,14 @@ def train(
 def plan(
     config: ConfigName,
     settings: Overrides = None,
-    steps: Annotated[int, typer.Option(min=0, help="steps of each phase to time; 0 times none")] = 4,
-    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the plan there")] = None,
+    steps: Annotated[int, typer.Option(min=0, help="steps of each phase to time; 0: none")] = 4,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="also write the plan to FILE")
+    ] = None,
 ) -> None:
-    """What `train` would do with this config, without training: phases, what trains, steps, FLOPs, memory and time.
+    """Estimate a run without training: phases, trainable parameters, steps, FLOPs, memory and time.
 
-    The backbone's weights and the class prototypes are not read: random ones of the same shapes stand in for them.
+    The backbone's weights and the class prototypes are not read; random ones of the same shapes replace them.
     """
     from lpt.config import load_config
     from lpt.files import write_atomic
@@ -49,20 +51,20 @@ def plan(
 
 
 def fit(
-    root: Annotated[str | None, typer.Argument(help="a folder of images or a Hub dataset id; none for digits")] = None,
+    root: Annotated[str | None, typer.Argument(help="a folder of images or a Hub dataset id; digits if absent")] = None,
     settings: Overrides = None,
-    budget: Annotated[str, typer.Option(metavar="TIME", help="for search and training: 90s, 10m, 1.5h")] = "10m",
-    metric: Annotated[str, typer.Option(help="what is chosen by: class_mean, few or accuracy")] = "class_mean",
-    seed: Annotated[int | None, typer.Option(help="of folds and training; as train.seed")] = None,
-    out: Annotated[Path | None, typer.Option(help="the run's folder; default runs/<folder>")] = None,
-    save: Annotated[Path | None, typer.Option(metavar="FILE", help="write the chosen config there, too")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="go on with the search or run in --out")] = False,
+    budget: Annotated[str, typer.Option(metavar="TIME", help="time for search and training: 90s, 10m, 1.5h")] = "10m",
+    metric: Annotated[str, typer.Option(help="selection metric: class_mean, few or accuracy")] = "class_mean",
+    seed: Annotated[int | None, typer.Option(help="seed of folds and training; as train.seed")] = None,
+    out: Annotated[Path | None, typer.Option(help="output folder; default runs/<folder>")] = None,
+    save: Annotated[Path | None, typer.Option(metavar="FILE", help="also write the chosen config to FILE")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="resume the search or run in --out")] = False,
 ) -> None:
-    """Compare candidates on held-out training images under a budget of time, and train the best on all of them.
+    """Choose a method on held-out training images within a time budget, and train it on all training images.
 
-    From cheap to dear: class means, neighbours, a logit-adjusted linear probe, then VPT, LoRA and LPT, as far as the
-    budget goes. The test set is looked at once, at the end. Settings narrow the search: method.name=lpt tries LPT
-    alone, backbone.image_size=112 that size alone. docs/fitting.md says how it chooses.
+    Candidates, in order of cost: class means, nearest neighbours, a logit-adjusted linear probe, VPT, LoRA and LPT, as
+    far as the budget allows. The test set is evaluated once, at the end. Settings narrow the search: method.name=lpt
+    tries LPT only, backbone.image_size=112 that size only. docs/fitting.md describes the choice.
     """
     from lpt.search.fitting import fit, requested
 
@@ -81,7 +83,7 @@ def _train(resolved: Any, out: Path, resume: bool) -> None:
 
 
 def _follow(work: Callable[..., dict[str, Any]], out: Path) -> None:
-    """Shows what `work` says, and the results of the run that it leaves in `out`."""
+    """Shows the progress of `work`, and the results of its run in `out`."""
     from lpt import run
     from lpt.engine.stopping import Stopped
     from lpt.report.quoting import shell_command
@@ -91,9 +93,9 @@ def _follow(work: Callable[..., dict[str, Any]], out: Path) -> None:
             report = work(say=progress.say, show=progress.show)
     except Stopped as stopped:
         if any((out / "search").glob("*.json")) and not (out / "config.yaml").exists():
-            again = f"the same command with --resume --out {shell_command(str(out))} goes on with the search"
+            again = f"the same command with --resume --out {shell_command(str(out))} continues with the search"
         elif any((out / "checkpoints").glob("*.safetensors")):
-            again = f"the same command with --resume --out {shell_command(str(out))} goes on from what is saved"
+            again = f"the same command with --resume --out {shell_command(str(out))} continues from what is saved"
         elif any((out / name).exists() for name in run.RUN_FILES):
             again = f"nothing is saved yet: the same command with --resume --out {shell_command(str(out))} begins again"
         else:
@@ -118,32 +120,42 @@ def _print_results(rows: dict[str, dict[str, Any]], out: Path) -> None:
 
 
 def report(
-    folder: Annotated[Path, typer.Argument(metavar="RUN", help="the folder of a finished run")],
-    against: Annotated[list[Path] | None, typer.Option(metavar="RUN", help="another run on the same classes")] = None,
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="folder of a finished run")],
+    against: Annotated[
+        list[Path] | None, typer.Option(metavar="RUN", help="another run on the same classes; may be repeated")
+    ] = None,
 ) -> None:
-    """Write RUN/report.html once more, other runs beside it (--against, up to three times), and print the table."""
+    """Write RUN/report.html again, with up to three other runs beside it (--against), and print the table."""
     from lpt.run import report_again
 
     _print_results(report_again(folder, against=against or []), folder)
 
 
 def sweep(
-    suite: Annotated[Path, typer.Argument(help="a YAML file of rows, or a name of `lpt list suites`")],
+    suite: Annotated[
+        Path,
+        typer.Argument(
+            help="a YAML file of rows, or a name from `lpt list suites`", autocompletion=named_things("suites")
+        ),
+    ],
     settings: Overrides = None,
-    seeds: Annotated[str, typer.Option(help="seeds, separated by commas")] = "0,1,2",
-    methods: Annotated[str, typer.Option(help="only these rows, separated by commas")] = "",
-    jobs: Annotated[int, typer.Option(min=1, help="runs at a time, each with its share of the cores")] = 1,
+    seeds: Annotated[str, typer.Option(help="comma-separated seeds")] = "0,1,2",
+    methods: Annotated[str, typer.Option(help="only these rows, comma-separated")] = "",
+    jobs: Annotated[int, typer.Option(min=1, help="parallel runs, each with its share of the cores")] = 1,
     compare: Annotated[
-        tuple[str, str] | None, typer.Option(metavar="ROW ROW", help="only compare two rows that have been run")
+        tuple[str, str] | None, typer.Option(metavar="ROW ROW", help="only compare two finished rows")
     ] = None,
     results: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="default runs/sweeps/SUITE/results.json; tables beside it")
+        Path | None,
+        typer.Option(metavar="FILE", help="results; default runs/sweeps/SUITE/results.json, tables beside it"),
     ] = None,
-    runs: Annotated[Path | None, typer.Option(metavar="DIR", help="of the runs; default runs/sweeps/SUITE")] = None,
+    runs: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="folder of the runs; default runs/sweeps/SUITE")
+    ] = None,
 ) -> None:
-    """Run every row of a suite over seeds, and write one table; a killed sweep goes on with the same command.
+    """Run every row of a suite over several seeds, and write one table. The same command resumes a killed sweep.
 
-    --compare ROW ROW: the difference in class accuracy, by a paired bootstrap over test images.
+    --compare ROW ROW prints the difference in class accuracy, with a paired bootstrap over test images.
     """
     from lpt import sweep as sweeping
 

@@ -34,6 +34,11 @@ def load_task(name: str, **settings: Any) -> Task:
 
     Raises DataError for data that is not there or not what its name promises, ConfigError for settings that this
     dataset does not have or take, all at once.
+
+    >>> import lpt
+    >>> task = lpt.load_task("digits-lt", imbalance_factor=10)
+    >>> len(task.classes), int(task.counts.max()), int(task.counts.min())
+    (10, 110, 11)
     """
     if not isinstance(name, str) or name not in DATA:
         hint = did_you_mean(str(name)[:99], DATA)

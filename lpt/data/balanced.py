@@ -76,7 +76,7 @@ def balanced(
     if isinstance(images, Images):
         return Images(_augmented(images, rows, changes, workers), labels, ids)
     source = images.source
-    fingerprints = tuple(f"{images.fingerprints[row]}#{augmenter}{view}" for row, view in drawn)
+    fingerprints = tuple(f"{images.fingerprint(row)}#{augmenter}{view}" for row, view in drawn)
     return ChangedFiles(lambda i: source(rows[i]), labels, ids, fingerprints, images.stamp, tuple(changes))
 
 

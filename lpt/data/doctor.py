@@ -27,8 +27,8 @@ class Findings:
 
 
 def load_with_mistakes(name: str, **settings: Any) -> Task:
-    """The task `name` for `examine`: of what ends a run, all that one can go on after is in its facts. Raises DataError
-    for the rest."""
+    """The task `name` for `examine`: of what ends a run, all that one can continue after is in its facts. Raises
+    DataError for the rest."""
     return folder_with_mistakes(**settings) if name == "folder" else load_task(name, **settings)
 
 
@@ -70,7 +70,7 @@ def _by_count(task: Task) -> list[int]:
 
 
 def _repeat_remarks(task: Task, findings: Findings) -> None:
-    """What a run would say of the data, or end with."""
+    """What a run would report of the data, or end with."""
     findings.problems += [f"a run ends here: {sentence}" for sentence in task.facts.get("refused", ())]
     for remark, text in remarks(task.facts, most=5):
         (findings.problems if remark.is_problem else findings.notes).append(text)

@@ -66,7 +66,7 @@ def folder(
     of lpt 0.1: round(test_share · n) of each class by their order, where a new image moves others. `val_per_class`
     holds out training images where there is no val part. Groups are many/medium/few by count where none of them is
     empty, else rank thirds. A file that cannot be decoded ends a run when a batch needs it; `on_error=skip` decodes
-    every file first and goes on without those.
+    every file first and continues without those.
 
     `unlabeled` is a folder with images at any depth, by default ROOT/unlabeled/ where it lies beside train/. An image
     whose topmost folder there bears the name of a class has that class as its truth, for audits alone. It may also be a
@@ -88,7 +88,8 @@ def folder(
 
 
 def folder_with_mistakes(**settings: Any) -> Task:
-    """As `folder`, but what ends a run stands in `facts` under "refused", a sentence each, as far as one can go on."""
+    """As `folder`, but what ends a run stands in `facts` under "refused", a sentence each, as far as reading can
+    continue."""
     bound = inspect.signature(folder).bind(**settings)
     bound.apply_defaults()
     given = bound.arguments
@@ -252,7 +253,7 @@ def _read_parts(
 
 
 def _archives(walked: Walk) -> str:
-    """What is said of archives among the files that are no images."""
+    """What is reported about archives among the files that are no images."""
     kinds = (".tar", ".gz", ".tgz", ".zip", ".bz2", ".xz", ".zst", ".7z", ".rar")
     there = [path for path in walked.left_out.get("other_files", []) if path[-1].lower().endswith(kinds)]
     return f": unpack {quoted(joined(there[0]))} there" if there else ""
@@ -688,7 +689,7 @@ def _with_val_part(train: Files, root: str, val_per_class: int, seed: int) -> tu
 def _amiss(
     contents: Contents, skipped: list[str], labeled: Sequence[Files | None], unlabeled: Files | None
 ) -> dict[str, list[str]]:
-    """What a run says of it (`lpt.data.task.REMARKS`), where there is any."""
+    """What a run reports about it (`lpt.data.task.REMARKS`), where there is any."""
     test = labeled[-1]
     lists = {
         **contents.facts,

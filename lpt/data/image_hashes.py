@@ -78,7 +78,7 @@ def _ends_of(path: str) -> bytes:
 
 def can_be_hashed(images: Images | Files) -> bool:
     """Not those in list files: a million of them are named in a second, and read in an hour."""
-    return isinstance(images, Images) or any(images.fingerprints)
+    return isinstance(images, Images) or callable(images.fingerprints) or any(images.fingerprints)
 
 
 def hashes_to_store(task: Task) -> str | None:

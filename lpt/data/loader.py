@@ -207,7 +207,7 @@ def _in_threads(order: Order, pinned: bool) -> Made:
 
 
 def _made(order: Order, at: Tensor | None = None) -> Made:
-    """What an order comes to. `at` [3] is told the image that is being made, for whoever finds this process dead."""
+    """What an order comes to. `at` [3] holds the image that is being made, for whoever finds this process dead."""
     views: list[Tensor | None] = []
     errors: dict[int, DataError] = {}
     for i in range(len(order)):
@@ -312,7 +312,7 @@ def _end_with_parent() -> None:
 
 
 class _Parts:
-    """What is to be made next, as a sampler that is told anew for each use of the workers."""
+    """What is to be made next, as a sampler that is set anew for each use of the workers."""
 
     def __init__(self) -> None:
         self.parts: Iterator[tuple[int, Order]] = iter(())
@@ -367,7 +367,7 @@ class _Pool:
             yield number, part
 
     def _lost(self, said: str) -> str:
-        """What is said of a worker that has died, with the image that it was making."""
+        """What is reported about a worker that has died, with the image that it was making."""
         dead = {int(pid) for pid in re.findall(r"\d+", said)} | {p.pid for p in self.processes if not p.is_alive()}
         codes = [p.exitcode for p in self.processes if p.pid in dead and p.exitcode]
         how = f"signal {-codes[0]}" if codes and codes[0] < 0 else f"code {codes[0]}" if codes else "no word"
@@ -382,7 +382,7 @@ class _Pool:
             where = "while it waited" + (f" for a batch with image {quoted(first.name(0))}" if first else "")
         return (
             f"a worker process that makes views has ended by itself ({how}) {where}: if memory is short, lower "
-            "train.workers, which may be 0; a run goes on with --resume"
+            "train.workers, which may be 0; a run continues with --resume"
         )
 
     def close(self) -> None:

@@ -88,7 +88,9 @@ def open_pack(root: str, name: str, settings: Mapping[str, Any]) -> Task:
 
 def _head(folder: Path) -> dict[str, Any]:
     if not (folder / HEAD).is_file():
-        raise DataError(f"data.root {quoted(folder)} is a pack that is not finished: the same lpt pack goes on with it")
+        raise DataError(
+            f"data.root {quoted(folder)} is a pack that is not finished: the same lpt pack continues with it"
+        )
     try:
         head = json.loads((folder / HEAD).read_text())
         number = head["format"]

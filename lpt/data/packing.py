@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from PIL import Image
 
 from lpt.data.pack import FORMAT, HEAD, INDEX, NAMES, PLAN, RECORDS, ROLES, Row
-from lpt.data.preprocess import File, decoded
+from lpt.data.preprocess import File, decoded, encoded
 from lpt.data.task import Files, Task
 from lpt.errors import DataError, LptError, quoted
 from lpt.files import write_atomic
@@ -37,7 +37,7 @@ Say = Callable[[str], object]
 def pack(
     task: Task, out: Path, *, side: int, settings: Mapping[str, Any], say: Say = lambda text: None
 ) -> dict[str, Any]:
-    """Writes the pack of `task` to the folder `out`, or goes on with it, and returns what `pack.json` holds. The
+    """Writes the pack of `task` to the folder `out`, or continues with it, and returns what `pack.json` holds. The
     shorter side of an image has at most `side` pixels; `settings` are those of `data:` that the task was made with.
 
     Raises DataError for a task that is not of files, for an image that cannot be decoded, for an `out` that holds
@@ -71,7 +71,7 @@ def pack(
     except OSError as error:
         raise LptError(
             f"{quoted(error.filename or out)} cannot be written ({error.strerror or quoted(error)}): put that right, "
-            "and the same command goes on with the shards that are there"
+            "and the same command continues with the shards that are there"
         ) from error
 
 
@@ -177,7 +177,7 @@ def _rows_by_shard(out: Path) -> dict[str, list[list[Any]]]:
 def shrunk(file: File, side: int) -> tuple[bytes, str]:
     """(the image with its shorter side at most `side`, encoded; its ending). One that is no larger, in a format that
     all know, is the bytes that it was, once they have been decoded. Raises DataError."""
-    content = file.content if isinstance(file.content, bytes) else Path(file.content).read_bytes()
+    content = encoded(file)
     image = decoded(File(file.name, content), min_side=2 * side)
     with Image.open(io.BytesIO(content)) as unopened:
         kind, shorter = unopened.format, min(unopened.size)

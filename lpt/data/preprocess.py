@@ -344,13 +344,34 @@ Box = tuple[float, float, float, float]
 """(left, upper, right, lower) in pixels, as Pillow has it."""
 
 
+Content = str | Path | bytes | Image.Image
+"""Where an image is, its encoded bytes, or what Pillow has made of it."""
+
+
 class File(NamedTuple):
-    """An encoded image: its name, for errors, and where it is, or its bytes. `change` is the augmentation of its views
+    """An image that is not decoded yet: its name, for errors, and where it is, its bytes, one of Pillow's, or a
+    function that gives one of these, which is called where views are made. `change` is the augmentation of its views
     (`lpt.data.augment`) and its seed, for sets of images that are augmented once and for all."""
 
     name: str
-    content: str | Path | bytes
+    content: Content | Callable[[], Content]
     change: tuple[str, int] | None = None
+
+
+def encoded(file: File) -> bytes:
+    """The bytes of its file; of what has none, those of a PNG. Raises DataError."""
+    with _naming(file):
+        content = _given(file)
+        if isinstance(content, Image.Image):
+            written = io.BytesIO()
+            upright_rgb(content.copy()).save(written, "PNG")
+            return written.getvalue()
+        return content if isinstance(content, bytes) else Path(content).read_bytes()
+
+
+def _given(file: File) -> Content:
+    content = file.content
+    return content if isinstance(content, str | Path | bytes | Image.Image) else content()
 
 
 def decoded(file: File, *, min_side: int = 0) -> Image.Image:
@@ -377,7 +398,8 @@ def _naming(file: File) -> Iterator[None]:
         yield
     except Exception as error:  # a decoder's error on a damaged file can be of any class
         reason = quoted(error) or type(error).__name__
-        if "HEIF" not in _formats() and is_heic(file.content):
+        content = file.content
+        if isinstance(content, str | Path | bytes) and "HEIF" not in _formats() and is_heic(content):
             reason = "it is HEIC, whatever its name: install pillow-heif to read it"
         raise UndecodableImage(f"image {file.name} cannot be decoded ({reason})") from None
 
@@ -385,12 +407,16 @@ def _naming(file: File) -> Iterator[None]:
 @contextlib.contextmanager
 def _checked(file: File, min_side: int) -> Iterator[Image.Image]:
     """The image before its pixels are decoded, held to the limits; a large JPEG will be decoded smaller."""
-    content = file.content
+    content = _given(file)
+    if isinstance(content, Image.Image):
+        _check_limits(content, scans=1)
+        yield content.copy()  # the caller's own stays what it is
+        return
     if not isinstance(content, bytes) and not os.path.isfile(content):
         raise FileNotFoundError(f"there is no such file as {content}")  # a pipe would be waited for
     with _open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
         is_progressive = bool(image.info.get("progressive"))
-        scans = _scans(file) if is_progressive else 1
+        scans = _scans(content) if is_progressive else 1
         # A draft is Pillow's word for a JPEG decoded at a half, fourth or eighth. It saves a progressive one no
         # time, as each scan goes over the whole image: such a one is held to the limits before its draft.
         if min_side and not is_progressive:
@@ -489,10 +515,10 @@ def is_heic(content: str | Path | bytes) -> bool:
     return content[4:8] == b"ftyp" and content[8:12] in HEIC_BRANDS
 
 
-def _scans(file: File) -> int:
+def _scans(content: str | Path | bytes) -> int:
     """How many scans a JPEG has, by their markers; bytes of its pixels never look like one."""
-    content = file.content if isinstance(file.content, bytes) else Path(file.content).read_bytes()
-    return content.count(b"\xff\xda")
+    data = content if isinstance(content, bytes) else Path(content).read_bytes()
+    return data.count(b"\xff\xda")
 
 
 def max_pixels() -> int:

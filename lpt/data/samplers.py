@@ -65,7 +65,7 @@ class ClassBalanced:
     with 4 per class).
 
     A class with fewer images repeats them inside a batch; a class without images is never drawn. A batch that is no
-    multiple of `per_class` ends inside a draw, and the next one goes on there.
+    multiple of `per_class` ends inside a draw, and the next one continues there.
     """
 
     def __init__(self, labels: Tensor, *, batch_size: int, per_class: int = 4, seed: int):

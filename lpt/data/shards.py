@@ -175,7 +175,7 @@ def _label_in_json(name: str, member: str, content: str, columns: Columns) -> An
 
 
 def _check_end(name: str, archive: tarfile.TarFile) -> None:
-    """Raises DataError where an archive ends without its two empty blocks, or goes on after them: tarfile stops at
+    """Raises DataError where an archive ends without its two empty blocks, or continues after them: tarfile stops at
     either without a word."""
     file: Any = archive.fileobj
     file.seek(archive.offset)

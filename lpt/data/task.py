@@ -45,7 +45,8 @@ REMARKS = {
     "back_links": Remark("{} links lead back to a folder that they lie in and are not followed", is_problem=False),
     "hidden": Remark("{} hidden files and folders are left out", is_problem=False, by_folder=True),
 }  # fmt: skip
-"""What is said of a task whose `facts` list names under one of these keys. What is no problem is worth a note."""
+"""What is reported about a task whose `facts` list names under one of these keys. What is no problem is worth a
+note."""
 
 # A part of a task is `Images` or `Files`. Both have `labels` [N] and `ids`, a length, `digest`, `take`, `subset` and
 # `content`; only what `take` returns differs, and the engine asks which of the two it has.
@@ -53,7 +54,13 @@ REMARKS = {
 
 @dataclass(frozen=True)
 class Images:
-    """Images of one size in memory: `pixels` [N 3 h w] uint8, `labels` [N], and N `ids` that stay from run to run."""
+    """Images of one size in memory: `pixels` [N 3 h w] uint8, `labels` [N], and N `ids` that stay from run to run.
+
+    >>> import lpt, torch
+    >>> images = lpt.Images(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 1]), ("a", "b"))
+    >>> len(images), images.subset([1]).ids
+    (2, ('b',))
+    """
 
     pixels: Tensor
     labels: Tensor
@@ -101,15 +108,16 @@ class Images:
 class Files:
     """Encoded images, read only when they are asked for, with `labels` [N] and N `ids` that stay from run to run.
 
-    `source(i)` is the path of image i, or its encoded bytes. `fingerprints` say what is in each image (its size in
-    bytes, or a hash) without regard to where and when it was written. `stamp` also changes when a file is written anew
-    or lies elsewhere.
+    `source(i)` is the path of image i, its encoded bytes, or what else a `File` may hold. `fingerprints` say what is in
+    each image (its size in bytes, or a hash) without regard to where and when it was written; a function from i to one
+    is asked for the hash of a split alone. `stamp` also changes when a file is written anew or lies elsewhere; beside
+    such a function it belongs to these images alone.
     """
 
-    source: Callable[[int], str | bytes]
+    source: Callable[[int], Any]
     labels: Tensor
     ids: tuple[str, ...]
-    fingerprints: tuple[str, ...]
+    fingerprints: tuple[str, ...] | Callable[[int], str]
     stamp: str = ""
 
     def __post_init__(self) -> None:
@@ -118,7 +126,7 @@ class Files:
             raise DataError(
                 f"Files: source is {quoted(repr(self.source), 80)}: give a function from i to path or bytes"
             )
-        _check_part(self, fingerprints=len(self.fingerprints))
+        _check_part(self, **({} if callable(self.fingerprints) else {"fingerprints": len(self.fingerprints)}))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -126,26 +134,32 @@ class Files:
     @cached_property
     def digest(self) -> str:
         """SHA-256 over stamp, ids and fingerprints in their order, in hex; no file is read for it."""
-        text = "\n".join([self.stamp, *self.ids, *self.fingerprints])
+        known = () if callable(self.fingerprints) else self.fingerprints
+        text = "\n".join([self.stamp, *self.ids, *known])
         return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
 
     def take(self, indices: Tensor) -> list[File]:
         """The encoded images `indices` [B], for `Preprocess.cut`: B files, not yet decoded."""
         return [File(self.ids[i], self.source(i)) for i in indices.tolist()]
 
+    def fingerprint(self, i: int) -> str:
+        """What is in image i."""
+        return self.fingerprints(i) if callable(self.fingerprints) else self.fingerprints[i]
+
     def subset(self, indices: Iterable[int]) -> "Files":
         """The images `indices` in their order, with labels, ids and fingerprints, under the same stamp."""
         rows = [int(i) for i in indices]
-        source = self.source
-        ids = tuple(self.ids[row] for row in rows)
-        fingerprints = tuple(self.fingerprints[row] for row in rows)
+        source, ids = self.source, tuple(self.ids[row] for row in rows)
+        of_row = self.fingerprint
+        fingerprints = (lambda i: of_row(rows[i])) if callable(self.fingerprints) else tuple(map(of_row, rows))
         return Files(lambda i: source(rows[i]), self.labels[rows], ids, fingerprints, self.stamp)
 
     def plus(self, other: "Files") -> "Files":
         """These images and then those of `other`, in one."""
         first, second, length = self.source, other.source, len(self)
+        assert isinstance(self.fingerprints, tuple) and isinstance(other.fingerprints, tuple)
 
-        def source(i: int) -> str | bytes:
+        def source(i: int) -> Any:
             return first(i) if i < length else second(i - length)
 
         return Files(
@@ -159,12 +173,19 @@ class Files:
     def content(self, rows: np.ndarray) -> bytes:
         """What a split's hash covers of images `rows` beside ids and labels: their fingerprints. To read every file of
         a long list would take an hour."""
-        return "\n".join(self.fingerprints[row] for row in rows.tolist()).encode(errors="surrogateescape")
+        return "\n".join(map(self.fingerprint, rows.tolist())).encode(errors="surrogateescape")
 
 
 @dataclass(frozen=True)
 class Task:
-    """One dataset with its label set. `counts` always come from the training part, not from the labels present."""
+    """One dataset with its label set. `counts` always come from the training part, not from the labels present.
+
+    >>> import lpt, torch
+    >>> images = lpt.Images(torch.zeros(3, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 1]), ("a", "b", "c"))
+    >>> task = lpt.Task("mine", ("cat", "dog"), train=images, test=images)
+    >>> task.counts.tolist(), task.imbalance_factor
+    ([1, 2], 2.0)
+    """
 
     name: str
     classes: tuple[str, ...]
@@ -183,7 +204,7 @@ class Task:
     def __post_init__(self) -> None:
         """Raises DataError for classes, parts or a group rule that make no task."""
         name = quoted(self.name, 80)
-        _check_classes(name, self.classes)
+        check_classes(name, self.classes)
         parts = {"train": self.train, "val": self.val, "unlabeled": self.unlabeled, "test": self.test}
         for role, images in parts.items():
             if images is None and role in ("val", "unlabeled"):
@@ -241,7 +262,7 @@ class Task:
         }
 
     def summary_lines(self) -> list[str]:
-        """What a run says of its data before it trains: a line on sizes, and one for each thing amiss."""
+        """What a run reports about its data before it trains: a line on sizes, and one for each thing amiss."""
         lines = [self._size_line()]
         for remark, text in remarks(self.facts, most=1):
             lines.append(f"{'warning' if remark.is_problem else 'note'}: {text}")
@@ -341,7 +362,8 @@ def _tensor(what: str, value: Any) -> Tensor:
     return value
 
 
-def _check_classes(task: str, classes: Any) -> None:
+def check_classes(task: str, classes: Any) -> None:
+    """Raises DataError for what is no sequence of two or more names, all different."""
     if isinstance(classes, str) or not isinstance(classes, Sequence):
         raise DataError(f"{task}: classes are {quoted(repr(classes), 80)}: give a tuple of names")
     if len(classes) < 2:

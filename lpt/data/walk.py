@@ -34,7 +34,7 @@ RelativePath = tuple[str, ...]
 
 
 def refuse(sentence: str) -> NoReturn:
-    """Ends a run: what a walk does with a mistake, where it is not to go on and name others too."""
+    """Ends a run: what a walk does with a mistake, where it is not to continue and name others too."""
     raise DataError(sentence)
 
 

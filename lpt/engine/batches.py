@@ -1,4 +1,4 @@
-"""What a step is given: batches of views, drawn so that a run goes on after a kill exactly as it would have.
+"""What a step is given: batches of views, drawn so that a run continues after a kill exactly as it would have.
 
 Rows are drawn from (seed, step), views, noise and dropout from (seed, phase, step) and the row's place in the batch of
 all processes.

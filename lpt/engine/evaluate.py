@@ -26,6 +26,9 @@ from lpt.metrics import Scores, row_slices, scores, summarize_scores
 from lpt.model.classifier import Output, PromptedClassifier
 from lpt.model.heads import FusedHead
 from lpt.model.matching import key_usage
+from lpt.model.predicting import no_answer
+from lpt.progress import Bar
+from lpt.results import Report
 from lpt.settings import Positive, checked_arguments
 from lpt.terms import Ensemble
 
@@ -40,7 +43,7 @@ HEAD_METRICS = (
     "harmonic_mean",
     "ece",
 )
-"""What is said of one of two heads by itself."""
+"""What is reported about one of two heads by itself."""
 
 
 class Predictions(NamedTuple):
@@ -57,6 +60,10 @@ class Predictions(NamedTuple):
 Beside = Callable[[PromptedClassifier, Tensor, Tensor, Tensor | None, Output], Mapping[str, Tensor]]
 """`(model, rows [B], prefix tokens, query, output) -> {name: [B ...]}`: what else is wanted of each batch, without a
 second pass through the prefix."""
+
+
+OnRows = Callable[[int, int], None]
+"""Takes (batches done, batches)."""
 
 
 class PrefixCache:
@@ -118,15 +125,16 @@ def predict(
     workers: Workers = "auto",
     tta: Ensemble = "none",
     beside: Beside | None = None,
+    show: OnRows = lambda done, number: None,
 ) -> Predictions:
     """Clean predictions, in order: the test view, no noise, no margin, no dropout. On several processes each
     predicts its share and all get the whole. Leaves the model in eval mode. Raises DataError for an image file that
-    cannot be decoded, TrainingError for an image that the model has no finite answer to.
+    cannot be decoded, TrainingError for an image that the model has no finite prediction for.
 
     `cache` and `folder` save what earlier calls have computed: prefixes of a model with a pool in memory, `features`
-    of one without in files, and `say` is told of those that are damaged. With `tta="five_crop"` logits are means over
-    five crops of each image; group prompts and single heads are not told then, and nothing is kept. `beside` is asked
-    for more of each batch.
+    of one without in files, and `say` is given a warning of those that are damaged. With `tta="five_crop"` logits are
+    means over five crops of each image; group prompts and single heads are not returned then, and nothing is kept.
+    `beside` is asked for more of each batch, and `show` is given how many images are done.
     """
     model.eval()
     if tta != "none":
@@ -134,8 +142,9 @@ def predict(
         batches = _local_rows(images).split(batch_size)
         seen = model.backbone.preprocess.seen_as(tta)
         with _naming_memory(batch_size), views_ahead(model, images, batches, workers=workers, preprocess=seen) as ahead:
-            for views in ahead:
+            for number, views in enumerate(ahead, start=1):
                 gathered.add({"logits": mean_logits(model, views)})
+                show(number, len(batches))
         return _checked(Predictions(gathered.whole()["logits"], images.labels, None), model, images)
     if folder and model.pool is None and beside is None:
         cached = features(model, images, folder=folder, batch_size=batch_size, say=say, workers=workers).to(
@@ -145,7 +154,9 @@ def predict(
         logits = model.classify(cached).float().cpu()
         return _checked(Predictions(logits, images.labels, None, each_head), model, images)
     gathered = GatheredRows(len(images), next(model.parameters()).device)
-    for rows, tokens, query, output in _outputs(model, images, batch_size, cache, workers):
+    number = len(_local_rows(images).split(batch_size))
+    for batch, (rows, tokens, query, output) in enumerate(_outputs(model, images, batch_size, cache, workers), start=1):
+        show(batch, number)
         heads = {f"head/{name}": logits for name, logits in _head_logits(model, output.feature).items()}
         others = beside(model, rows, tokens, query, output) if beside else {}
         ids = {} if output.ids is None else {"ids": output.ids}
@@ -219,14 +230,6 @@ def _naming_memory(batch_size: int) -> contextlib.AbstractContextManager[None]:
     return naming_lack_of_memory(lambda: f"in a prediction of {batch_size} images")
 
 
-def no_answer(image: str) -> str:
-    """What is said where the model's numbers leave their range: a mean of them would be a NaN beside plausible ones."""
-    return (
-        f"the model's answer to image {quoted(image)} is not finite: what it has learned is no model of images; with "
-        "train.precision=fp32 it may be, else train it again with a lower method.lr"
-    )
-
-
 def _checked(predictions: Predictions, model: PromptedClassifier, images: Images | Files) -> Predictions:
     """The same. Raises TrainingError with the first image whose probabilities are not finite, and the number of them,
     those of each head by itself too."""
@@ -264,7 +267,7 @@ def features(
     kept there, in a file named by a hash over all they depend on: the backbone's weights, precision and device,
     torch's version, the view, the prompt and the images (pixels; of files sizes and times of writing; of those in lists
     nothing but their paths). Others have another name: a stale file is never read. One of another shape, or without the
-    checksum that it was written with, is computed and written anew, and `say` is told.
+    checksum that it was written with, is computed and written anew, with a warning to `say`.
     """
     file = folder / f"features-{_identity(model, images)}.safetensors" if folder else None
     cached = _read_features(file, (len(images), model.backbone.feature_width), say) if file else None
@@ -316,12 +319,21 @@ def evaluate(
     cache: PrefixCache | None = None,
     workers: Workers = "auto",
     tta: Ensemble = "none",
-) -> dict[str, Any]:
-    """The metrics of `report.json` on the test set of a task, or on images of its classes.
+    progress: bool | None = None,
+) -> Report:
+    """The metrics of `report.json` on the test set of a task, or on images of its classes, as fractions by name.
 
     many, medium and few are groups by the training counts [C] and the group rule of the task; with images give the
     `counts`, and the rule is that of the task which the model was tuned for, unless `group_rule` names another; `tta`
-    is `predict`'s. Raises DataError for a file that is no image, and for images without counts.
+    five_crop answers by the mean of five crops; `progress` is that of `lpt.tune`. Raises DataError for a file that is
+    no image, for images without counts, and for a task of other classes.
+
+    >>> import lpt
+    >>> task = lpt.load_task("digits-lt")
+    >>> model = lpt.model(task, lpt.load_backbone("nano"))  # as it is before training
+    >>> report = lpt.evaluate(model, task.test.subset(range(40)), task.counts)
+    >>> sorted(report)[:4], len(report["per_class"])
+    (['accuracy', 'brier', 'class_accuracy', 'ece'], 10)
     """
     batch_size, tta = checked_arguments(evaluate, batch_size=batch_size, tta=tta)
     check_kind("evaluate: model", model, PromptedClassifier, "give what lpt.tune or lpt.load_prompt returns")
@@ -340,8 +352,18 @@ def evaluate(
         rule = model.group_rule or usual_group_rule(training_counts(counts, len(model.classes)))
         check_labels("evaluate: images", images, len(model.classes))
     counts = training_counts(counts, len(model.classes))
-    predictions = predict(model, images, batch_size=batch_size, cache=cache, workers=workers, tta=tta)
-    return measure(model, predictions, counts, group_rule=group_rule or rule)
+    with Bar(progress) as bar:
+        predictions = predict(
+            model,
+            images,
+            batch_size=batch_size,
+            cache=cache,
+            workers=workers,
+            tta=tta,
+            show=lambda done, number: bar.show("evaluate", done, number),
+        )
+    metrics = measure(model, predictions, counts, group_rule=group_rule or rule)
+    return Report(metrics, classes=model.classes, counts=counts.tolist())
 
 
 def measure(

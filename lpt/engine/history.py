@@ -41,7 +41,7 @@ class History:
                 raise DiskError(self.path, error) from error
 
     def rewind(self, phase: str, step: int) -> None:
-        """Drop what a killed run wrote about `phase` after `step`, so that a resumed run tells it once."""
+        """Drop what a killed run wrote about `phase` after `step`, so that a resumed run writes it once."""
         keep = [line for line in self.lines if line.get("phase") != phase or line.get("step", 0) <= step]
         if len(keep) == len(self.lines) and (self.path is None or not self.path.exists()):
             return

@@ -58,7 +58,7 @@ def run_phase(phase: Phase, model: TunableModel, session: Session) -> None:
             cost.flops = phase.steps * state.flops
             session.log(f"{phase.name}: finished before")
             return
-        session.log(f"{phase.name}: goes on at step {state.step} of {phase.steps}")
+        session.log(f"{phase.name}: continues at step {state.step} of {phase.steps}")
     if rank_and_world()[0] == 0:
         session.history.rewind(phase.name, state.step)
 

@@ -46,7 +46,16 @@ class TunableModel(Protocol):
 @dataclass(frozen=True, kw_only=True)
 class Phase:
     """All that the loop needs to train one phase. Each has an optimizer and a schedule of its own, and a name that no
-    other phase of the run has: its checkpoint is called by it, and its random numbers are drawn from it."""
+    other phase of the run has: its checkpoint is called by it, and its random numbers are drawn from it.
+
+    >>> import lpt, torch
+    >>> from lpt.methods.supervised import stage
+    >>> task, backbone = lpt.load_task("digits-lt"), lpt.load_backbone("nano")
+    >>> session = lpt.Session(images=task.train, preprocess=backbone.preprocess, batch_size=32)
+    >>> phase = stage(session, "all", lpt.model(task, backbone), task, train=["head."], loss="ce", epochs=2, lr=0.01)
+    >>> phase.name, phase.trains, phase.steps == 2 * phase.steps_per_epoch
+    ('all', ('head.',), True)
+    """
 
     name: str
     trains: tuple[str, ...]
@@ -85,6 +94,11 @@ class Recipe:
 
     `phases` is usually a generator: what it does between two `yield`s sees the model as the phase before has left it.
     None where nothing trains. A recipe is followed once.
+
+    >>> import lpt
+    >>> model = lpt.model(lpt.load_task("digits-lt"), lpt.load_backbone("nano"))
+    >>> lpt.Recipe(model).phases is None
+    True
     """
 
     model: PromptedClassifier

@@ -26,7 +26,7 @@ class Best:
 
     def offer(self, model: PromptedClassifier, phase: str, step: int, score: float) -> None:
         file = self.folder / f"best-{phase}.safetensors"
-        if phase != self.phase:  # another phase begins, or goes on in another process
+        if phase != self.phase:  # another phase begins, or continues in another process
             self.phase = phase
             self.best = load_checkpoint(file, run_hash=self.run_hash) or Checkpoint(0, True, 0.0, {})
         if score > self.best.moments.get("score", torch.tensor(-1.0)):

@@ -1,4 +1,4 @@
-"""What a run binds once for all of its phases: images, randomness, precision, folder, and who is told what."""
+"""What a run binds once for all of its phases: images, randomness, precision, folder, and where progress goes."""
 
 import contextlib
 import time
@@ -57,7 +57,14 @@ def total_cost(costs: Iterable[Cost]) -> Cost:
 
 @dataclass(frozen=True, kw_only=True)
 class Session:
-    """One run as its methods and its loop see it. Only `costs`, `seconds_before` and the history grow while it runs."""
+    """One run as its methods and its loop see it. Only `costs`, `seconds_before` and the history grow while it runs.
+
+    >>> import lpt
+    >>> task, backbone = lpt.load_task("digits-lt"), lpt.load_backbone("nano")
+    >>> session = lpt.Session(images=task.train, preprocess=backbone.preprocess, batch_size=32, seed=3)
+    >>> session.start, session.gnm
+    (3, 0.0)
+    """
 
     images: ImageSource
     """The training images."""
@@ -92,7 +99,7 @@ class Session:
     log: Log = lambda text: None
     on_step: OnStep = lambda phase, step, steps, rates: None
     tracking: "Tracking | None" = None
-    """The experiment trackers that are told of it."""
+    """The experiment trackers that log it."""
     costs: dict[str, Cost] = field(default_factory=dict)
     """By phase."""
     seconds_before: dict[str, float] = field(default_factory=dict)
@@ -139,7 +146,7 @@ class Session:
         self, name: str, model: PromptedClassifier, images: ImageSource, *, strong: bool = False
     ) -> Tensor:
         """The features [N D'] of one random view of each of `images`, in order, computed once in a run: a stream's
-        `features`, for stages in which the backbone learns nothing. `name` draws the views."""
+        `features`, for stages in which nothing in the backbone is trainable. `name` draws the views."""
 
         def compute() -> Tensor:
             return self._view_features(name, model, images, strong)

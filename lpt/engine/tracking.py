@@ -1,7 +1,8 @@
-"""A run told to experiment trackers, through accelerate's: TensorBoard, MLflow, Weights & Biases, Trackio.
+"""A run logged to experiment trackers, through accelerate's: TensorBoard, MLflow, Weights & Biases, Trackio.
 
 What they get is a function of the run's numbers and moves none of them. `tracking.json` in the run's folder says under
-which id each tracker knows the run, and how far it has been told: a resumed run goes on there, and says nothing twice.
+which id each tracker knows the run, and how far it has been logged: a resumed run continues there, and logs nothing
+twice.
 """
 
 import json
@@ -43,7 +44,7 @@ class Told(NamedTuple):
 
 
 class Tracking:
-    """What the trackers `names` are told of the run in the folder `out`. They start when there is something to say: the
+    """Logs the run in the folder `out` to the trackers `names`. They start when there is something to log: the
     folder is the run's own then.
 
     `parameters` are said once, nested dicts as `section.key`; `costs` hold the steps of earlier phases, so that a step
@@ -106,7 +107,7 @@ class Tracking:
         self._remember(self.told._replace(end=True))
 
     def close(self) -> None:
-        """Every tracker has all that it was told."""
+        """Every tracker has stored what was logged."""
         self._tell(lambda name, tracker: tracker.finish(), start=False)
         self._started = None
 
@@ -129,7 +130,7 @@ class Tracking:
                 tell(name, tracker)
             except Exception as error:  # libraries raise what they like, and servers go away
                 del self._started[name]
-                self.say(f"warning: {name} is told no more of this run ({quoted(error)})")
+                self.say(f"warning: {name} logs no more of this run ({quoted(error)})")
 
     def _start(self, name: TrackerName) -> Any:
         """The tracker, where it was before. Raises LptError."""
@@ -158,7 +159,7 @@ class Tracking:
 
 
 def _stored(file: Path) -> tuple[dict[str, str], Told]:
-    """(the ids of before, what the trackers have been told); nothing where the file is not there or damaged."""
+    """(the ids of before, what has been logged); nothing where the file is not there or damaged."""
     try:
         stored = json.loads(file.read_text())
         return {name: str(text) for name, text in stored["ids"].items()}, Told(**stored["told"])
@@ -167,7 +168,8 @@ def _stored(file: Path) -> tuple[dict[str, str], Told]:
 
 
 def _going_on(name: str, out: Path, run_id: str, *, is_new: bool) -> dict[str, Any]:
-    """What each tracker needs to go on with a run. TensorBoard adds files to its folder, which is in the run's own."""
+    """What each tracker needs to continue with a run. TensorBoard adds files to its folder, which is in the run's
+    own."""
     if name == "mlflow":  # it gives ids itself
         return {"run_name": out.name} if is_new else {"run_id": run_id}
     if name == "wandb":

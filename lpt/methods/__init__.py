@@ -35,7 +35,8 @@ def find(name: Any) -> Method:
 
 
 def described(name: str, settings: Mapping[str, Any]) -> str:
-    """A method by what sets it apart from others of its name, for the row of a table. `settings` may be a stranger's.
+    """A method by what sets it apart from others of its name, for the row of a table. `settings` may come from a file
+    of unknown origin.
 
     >>> described("fine_tune", {"tuning": "lora"}), described("lpt", {"epochs": [8, 0]})
     ('fine_tune lora', 'lpt phase 1')

@@ -101,7 +101,7 @@ def tune(
             _, world = rank_and_world()
             unit = all_gather_rows(F.normalize(head.joint(feature).float(), dim=1), len(feature) * world)
             enqueue(memory, head, unit, all_gather_rows(labels, len(labels) * world))
-            # Of everything predicted; what is believed alone would forget the classes that are not.
+            # Of everything predicted; kept ones alone would forget the classes that are not.
             label = all_gather_rows(pseudo.label, len(pseudo.label) * world)
             share = torch.bincount(label, minlength=num_classes).float() / len(label)
             head.frequency.lerp_(share, 1 - histogram_ema)

@@ -52,7 +52,7 @@ def _imported(name: str, module: str) -> Any:
         importlib.invalidate_caches()
     try:
         return importlib.import_module(module)
-    except Exception as error:  # a stranger's module raises what it likes
+    except Exception as error:  # an imported module may raise anything
         reason = quoted(f"{type(error).__name__}: {error}")
         raise LptError(
             f"method {quoted(name)}: {module} cannot be imported ({reason}); it has to be installed, or lie in the "

@@ -34,12 +34,13 @@ WEAK = "weak"
 
 @dataclass(frozen=True)
 class SemiSchedule:
-    """How long and on what. `ratio` unlabeled images come with each labeled one; the pseudo-labels are told after each
-    of at most `rounds` of equal length. A linear `warmup` takes a tenth of the steps, or one round if that is shorter.
+    """How long and on what. `ratio` unlabeled images come with each labeled one; the pseudo-labels are reported after
+    each of at most `rounds` of equal length. A linear `warmup` takes a tenth of the steps, or one round if that is
+    shorter.
 
-    With `cached_views` V > 0, which needs a backbone in which nothing learns, features of one weak and V strong views
-    of every image are computed once. `micro_batches` are exact, also in what needs the whole batch. `weight_ema` is the
-    momentum of the running mean of what trains by gradient. SGD's `lr` is taken as it is.
+    With `cached_views` V > 0, which needs a backbone in which nothing is trainable, features of one weak and V strong
+    views of every image are computed once. `micro_batches` are exact, also in what needs the whole batch. `weight_ema`
+    is the momentum of the running mean of what trains by gradient. SGD's `lr` is taken as it is.
     """
 
     steps: Positive = 10_000
@@ -72,7 +73,7 @@ class SemiSchedule:
 
 
 class PseudoLabels(NamedTuple):
-    """Of weak views: probabilities [B C], whose largest is the pseudo-label, which images are believed (`mask` [B]),
+    """Of weak views: probabilities [B C], whose largest is the pseudo-label, which pseudo-labels are kept (`mask` [B]),
     how much each weighs [B], and what every head says for itself [B C]."""
 
     probability: Tensor
@@ -126,7 +127,7 @@ def unlabeled_images(task: Task) -> Images | Files:
 
 
 def consistency_loss(logits: Tensor, pseudo: PseudoLabels) -> Tensor:
-    """mean_j w_j CE(logits_j, ŷ_j) over all unlabeled images of the batch, believed or not (Sohn 2020, FixMatch)."""
+    """mean_j w_j CE(logits_j, ŷ_j) over all unlabeled images of the batch, kept or not (Sohn 2020, FixMatch)."""
     return (pseudo.weight * F.cross_entropy(logits, pseudo.label, reduction="none")).mean()
 
 

@@ -41,9 +41,9 @@ def tune(
     it erases what stage 1 has balanced, and more the longer it runs: `la` keeps it (ours).
 
     Stage 1 takes AdamW with a clipped norm of 1, as the authors' code does; 10 epochs instead of 1, since its features
-    are cached (ours): those of the model as stage 2 will start it. `last_block` adds what is learned in the backbone's
-    last block, and runs on images. `epochs_stage1=0` is stage 2 alone. Raises LptError where stage 2 has nothing to
-    learn in the last block.
+    are cached (ours): those of the model as stage 2 will start it. `last_block` adds the trainable parameters in the
+    backbone's last block, and runs on images. `epochs_stage1=0` is stage 2 alone. Raises LptError where stage 2 has
+    nothing to learn in the last block.
     """
     second = _stage2(resolve(then), stage2_loss, resolve)
     if epochs_stage1:
@@ -102,7 +102,7 @@ def _warn_of_long_cross_entropy(second: InnerMethod, session: Session) -> None:
 
 
 def _last_block(model: PromptedClassifier) -> list[str]:
-    """The prefix of what is learned in the backbone's last block. Raises LptError where nothing is."""
+    """The prefix of the trainable parameters in the backbone's last block. Raises LptError where nothing is."""
     prefix = f"backbone.vit.blocks.{model.backbone.depth - 1}."
     if not any(f"backbone.{name}".startswith(prefix) for name in model.backbone.learned):
         raise LptError("method.stage1_train=last_block needs a tuning with parameters there: bias, norm, ...")

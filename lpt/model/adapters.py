@@ -1,4 +1,4 @@
-"""What may be learned inside a backbone: a copy of it with adapters put in, or with some of its own tensors thawed.
+"""Trainable parameters inside a backbone: a copy of it with adapters put in, or with some of its own tensors thawed.
 
 The copy is a backbone as any other; `learned` names what is not frozen in it, all of it in fp32. Everything else keeps
 its bits. Shapes: tokens [B N D].
@@ -27,7 +27,7 @@ KINDS = {
 
 
 def with_adapter(backbone: Backbone, kind: Kind, *, bottleneck: int = 4, rank: int = 8, seed: int = 0) -> Backbone:
-    """A copy of a timm ViT behind the seam, in which `kind` is learned; it still gives the same features.
+    """A copy of a timm backbone in which `kind` is trainable; it still gives the same features.
 
     `bottleneck` is AdaptFormer's width, `rank` LoRA's: of `lora` with α = 2 `rank` as is usual, of `lora_qv` scaled by
     1 / `rank`. `seed` draws the start.
@@ -90,7 +90,7 @@ def _learned_names(backbone: Backbone, kind: Kind) -> set[str]:
 
 
 def _freeze_all_but(backbone: Backbone, learned: Collection[str]) -> None:
-    """Takes the gradient from everything, and brings what is learned to fp32; `only_train` thaws it later."""
+    """Takes the gradient from everything, and brings trainable parameters to fp32; `only_train` thaws it later."""
     for name, parameter in backbone.named_parameters():
         parameter.requires_grad_(False)
         if name in learned:

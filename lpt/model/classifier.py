@@ -5,16 +5,18 @@ Shapes: images [B 3 H W], tokens [B P+N D], query and feature [B D'], logits [B 
 
 import contextlib
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from lpt.data.loader import Workers
 from lpt.data.task import Task
 from lpt.model.backbones.base import Backbone, KeyValue, Prompt
 from lpt.model.heads import Calibration, CosineHead, Head, LinearHead
 from lpt.model.kept import Kept, version
 from lpt.model.matching import KeyIndex, match
+from lpt.model.predicting import Predicted, Transform, predicted
 from lpt.model.prompts import DeepPrompt, PromptPool, ShallowPrompt
 from lpt.model.task_means import TaskMeans
 
@@ -42,6 +44,11 @@ class PromptedClassifier(nn.Module):
 
     `query_head` (ours, not LPT's) is the head of phase 1, kept for the query. LPT needs a pass for the query and one
     with group prompts anyway: in eval mode the logits are the mean of what both say, where the query is a full one.
+
+    >>> import lpt
+    >>> model = lpt.model(lpt.load_task("digits-lt"), lpt.load_backbone("nano"))
+    >>> type(model).__name__, len(model.classes)
+    ('PromptedClassifier', 10)
     """
 
     def __init__(
@@ -59,13 +66,13 @@ class PromptedClassifier(nn.Module):
         self.backbone, self.head, self.shared, self.pool, self.classes = backbone, head, shared, pool, classes
         self.query_head, self.calibration = query_head, calibration
         self.group_rule: str | None = None
-        """How the task that the model was tuned for tells many, medium and few apart; None where nobody has said."""
+        """How the task that the model was tuned for tells many, medium and few apart; None where it is not known."""
         self.trained_on: Task | None = None
-        """That task, of which a prompt file remembers the training images; None where nobody has said."""
+        """That task, of which a prompt file remembers the training images; None where it is not known."""
         self.phase1_head: Tensor | None = None
         """The rows [C D'] of the head as LPT's phase 1 left it, for who asks what phase 2 has bought; in no file."""
         self.task_means: TaskMeans | None = None
-        """Where its task lies among the features of the bare backbone; None where nobody has said."""
+        """Where its task lies among the features of the bare backbone; None where it is not known."""
         self._learned = [p for name, p in backbone.named_parameters() if name in backbone.learned]
         self._shared_answers, self._fixed_answers = Kept[list[KeyValue]](), Kept[list[KeyValue]]()
         self._index = Kept[KeyIndex]()
@@ -130,7 +137,7 @@ class PromptedClassifier(nn.Module):
         return self._after_prefix(tokens, _by_block(self.pool.ensemble(ids)))
 
     def feature(self, images: Tensor) -> Tensor:
-        """[B 3 H W] → [B D'] under the shared prompt alone, with a gradient where something learns."""
+        """[B 3 H W] → [B D'] under the shared prompt alone, with a gradient where something is trainable."""
         return self._after_prefix(self.prefix(images), None)
 
     def classify(self, feature: Tensor) -> Tensor:
@@ -140,6 +147,37 @@ class PromptedClassifier(nn.Module):
     def probabilities(self, logits: Tensor) -> Tensor:
         """softmax(scale · logits) [B C], the scale being the head's (1 for a linear one)."""
         return (self.head.scale * logits).softmax(dim=1)
+
+    # What it says of images in any form.
+
+    def predict(self, images: Any, *, batch_size: int = 64, workers: Workers = "auto") -> Predicted:
+        """(classes by name, labels [N], probabilities [N C]) of N images, in their order.
+
+        `images` are one or a list of PIL images, paths, encoded bytes, arrays [h w 3] or tensors [3 h w]; pixels
+        [N 3 h w] uint8; `lpt.Images`; a dataset of these; or a DataLoader whose batches are views [B 3 S S], alone or
+        first in a tuple, as `transform` makes them. Training mode is left as it was. Raises DataError, with its name,
+        for an image that cannot be decoded or is none, TrainingError where an answer is not finite.
+
+        >>> import lpt
+        >>> task = lpt.load_task("digits-lt")
+        >>> model = lpt.model(task, lpt.load_backbone("nano"))  # as it is before training
+        >>> answer = model.predict(task.test.pixels[:2])
+        >>> answer.labels.shape, answer.probabilities.shape, set(answer.classes) <= set(task.classes)
+        (torch.Size([2]), torch.Size([2, 10]), True)
+        """
+        return predicted(self, images, batch_size=batch_size, workers=workers)
+
+    @property
+    def transform(self) -> Transform:
+        """The test view [3 S S] of one image, normalized: for a loader of one's own.
+
+        >>> import lpt
+        >>> from PIL import Image
+        >>> model = lpt.model(lpt.load_task("digits-lt"), lpt.load_backbone("nano"))
+        >>> model.transform(Image.new("RGB", (60, 40))).shape
+        torch.Size([3, 32, 32])
+        """
+        return Transform(self.backbone.preprocess)
 
     @property
     def prefix_state(self) -> tuple[object, ...] | None:
@@ -235,7 +273,7 @@ class PromptedClassifier(nn.Module):
 
     @property
     def _shared_version(self) -> tuple[object, ...]:
-        """Changes with any write to the shared prompt or to what is learned in the backbone."""
+        """Changes with any write to the shared prompt or to the trainable parameters in the backbone."""
         shared = () if self.shared is None else version(self.shared.tokens)
         return (*shared, *map(version, self._learned))
 

@@ -30,7 +30,7 @@ Space = Literal["features", "joint"]
 
 
 class Fused(BaseModel):
-    """How a fused head makes one answer of two: arguments of `FusedHead`."""
+    """How a fused head makes one prediction of two: arguments of `FusedHead`."""
 
     fusion: Fusion
     eta: float = Field(ge=0, le=1)

@@ -164,7 +164,7 @@ class FusedHead(nn.Module):
         - `zscore`: both standardized over an image's classes, then times the deviation of `linear`;
         - `prob`: the log of the mixed probabilities;
         - `daso` (Oh 2022): as `prob`, but the weight of the similarity is h_k'^(1/T) / max h^(1/T), where h is
-          `frequency` and k' the class that `linear` prefers: what is predicted often is believed less.
+          `frequency` and k' the class that `linear` prefers: what is predicted often counts less.
         """
         if self.fusion == "scale":
             return self.eta * linear + (1 - self.eta) * similarity

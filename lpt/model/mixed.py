@@ -34,7 +34,7 @@ class TaskPool(NamedTuple):
     keys: PoolKeys
     centre: Tensor
     settings: tuple[tuple[str, Any], ...]
-    """What a `PromptPool` is told besides its tensors."""
+    """The settings of a `PromptPool`, besides its tensors."""
 
     @property
     def topk(self) -> int:
@@ -55,9 +55,9 @@ class TaskModel:
     query_head: CosineHead | None = None
     calibration: Calibration | None = None
     learned: Mapping[str, Tensor] | None = None
-    """What has been learned inside the backbone, by name."""
+    """The trained parameters inside the backbone, by name."""
     settings: tuple[tuple[str, Any], ...] = ()
-    """What its model is told besides its tensors."""
+    """The settings of its model, besides its tensors."""
     adapted: "AdaptedBackbone | None" = None
     """The copy of the backbone that `learned` belongs in."""
     alone: PromptedClassifier | None = None
@@ -233,7 +233,7 @@ def _can_be_mixed(model: PromptedClassifier, adapted: AdaptedBackbone | None) ->
 
 
 def _settings(module: nn.Module) -> tuple[tuple[str, Any], ...]:
-    """What a module is told besides its tensors: only what agrees in it can be computed together."""
+    """The settings of a module, besides its tensors: only modules that agree in them can be computed together."""
     plain = [
         (name, value) for name, value in vars(module).items() if isinstance(value, bool | int | float | str | None)
     ]

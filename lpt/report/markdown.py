@@ -4,9 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lpt.report.quoting import code_block, for_markdown
-
-COLUMNS = ("accuracy", "class_accuracy", "many", "medium", "few", "worst_class", "ece")
-COLUMN_NAMES = {"accuracy": "all", "class_accuracy": "class mean", "worst_class": "worst class", "ece": "ECE"}
+from lpt.results import COLUMN_NAMES, COLUMNS, percent
 
 SWAPS = (("tail", "head"), ("head", "tail"))
 """(true, pseudo-labeled as) of the mistakes that tell how pseudo-labels are biased."""
@@ -20,15 +18,6 @@ WATCHED = {
 
 FIVE_CROPS = ", five crops"
 """What is added to the name of a row whose answers are of five crops."""
-
-
-def percent(value: float | None) -> str:
-    """One decimal; an empty group is n/a, never NaN.
-
-    >>> percent(0.6789), percent(None)
-    ('67.9', 'n/a')
-    """
-    return "n/a" if value is None else f"{100 * value:.1f}"
 
 
 def table(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str:

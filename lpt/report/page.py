@@ -283,7 +283,7 @@ def _retrieval(report: Mapping[str, Any]) -> list[str]:
 
 
 def _pseudo_labels(report: Mapping[str, Any]) -> list[str]:
-    """What a semi-supervised run believed of its unlabeled images, if it is one."""
+    """The pseudo-labels of a semi-supervised run, if it is one."""
     diagnosis = report.get("pseudo_labels")
     if not diagnosis:
         return []
@@ -291,7 +291,7 @@ def _pseudo_labels(report: Mapping[str, Any]) -> list[str]:
     empty_classes = diagnosis["predicted"].count(0)
     spread = _drawn(plots.pseudo_labels, diagnosis["predicted"], diagnosis.get("true"), counts)
     note = f"{pseudo_label_line(diagnosis)} {empty_classes} of {len(counts)} classes have none."
-    sections = [_section("What was believed", spread, note)]
+    sections = [_section("Pseudo-labels", spread, note)]
     if "precision" in diagnosis:
         of_class = (diagnosis[f"per_class_{metric}"] for metric in ("precision", "recall"))
         by_class = _drawn(plots.precision_and_recall, *of_class, counts)

@@ -159,7 +159,7 @@ def _read(path: Path) -> Any:
 def diagnose(
     noted: Mapping[str, Tensor], truth: Tensor, counts: Tensor, unlabeled_counts: Tensor | None
 ) -> dict[str, Any]:
-    """Of one round: how many images are believed and, where the `truth` [R] is known (not -1), how many rightly.
+    """Of one round: how many pseudo-labels are kept and, where the `truth` [R] is known (not -1), how many rightly.
 
     `counts` [C] are of the labeled images: head and tail are their first and last third. `unlabeled_counts` [C] are the
     true counts of the unlabeled images, None where they are not known. `precision` and the numbers of false ones are of

@@ -1,4 +1,4 @@
-"""What strangers call classes, files and runs, made fit for Markdown, HTML, a shell and a spreadsheet.
+"""Names of classes, files and runs, escaped for Markdown, HTML, a shell and a spreadsheet.
 
 For the terminal and for errors: `printable` and `quoted` in `lpt.errors`.
 """

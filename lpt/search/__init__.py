@@ -1,1 +1,1 @@
-"""`lpt fit`: candidates from cheap to dear, compared on held-out training images under a budget of time."""
+"""`lpt fit`: candidates in order of cost, compared on held-out training images under a budget of time."""

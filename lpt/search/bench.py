@@ -160,7 +160,7 @@ def run_trial(bench: Bench, candidate: Candidate, fold: int, share: float, ident
     run_hash = f"{identity}/{name}"
     try:
         trial = _train_and_ask(bench, candidate, fold, share, place, run_hash)
-    except TrainingError as error:  # numbers that left their range: the others go on
+    except TrainingError as error:  # numbers that left their range: the others continue
         trial = Trial(candidate.name, fold, share, failed=str(error))
     trial = replace(trial, identity=identity, seconds=round(time.perf_counter() - began, 2))
     write_atomic(file, json.dumps(vars(trial)).encode())

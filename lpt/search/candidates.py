@@ -1,4 +1,4 @@
-"""What `lpt fit` tries, from cheap to dear, with the settings that follow from counts, backbone and device."""
+"""What `lpt fit` tries, in order of cost, with the settings that follow from counts, backbone and device."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace

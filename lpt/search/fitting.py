@@ -44,7 +44,8 @@ class Request:
 
 
 class Chosen(NamedTuple):
-    """A candidate, the config that trains it, and what is said of the search; None where nothing was compared."""
+    """A candidate, the config that trains it, and what is reported about the search; None where nothing was
+    compared."""
 
     candidate: Candidate
     config: Config
@@ -104,7 +105,7 @@ def fit(
     """Searches, says why it chose what it chose, and trains that in the folder `out`; returns its report. The chosen
     config is written to `save`, too.
 
-    Raises LptError, and Stopped when Ctrl-C or SIGTERM has ended it; with `resume` it then goes on where it was.
+    Raises LptError, and Stopped when Ctrl-C or SIGTERM has ended it; with `resume` it then continues where it was.
     """
     check_out(out, resume=resume)
     if rank_and_world()[1] > 1:
@@ -133,7 +134,7 @@ def searched(
     if len(found) == 1 and (found[0].on_features or found[0].name == "given" or "epochs" in found[0].method):
         return Chosen(found[0], configs[0], None)
     if not (resume or not (out / "search").exists()):
-        raise LptError(f"--out {out} already holds a search: add --resume to go on with it, or give another folder")
+        raise LptError(f"--out {out} already holds a search: add --resume to continue it, or give another folder")
     with bench.stop.listening(), locked(out):
         if len(bench.labels) == 0 and len(found) > 1:
             say("no class has 3 training images, so that nothing can be held out and compared: class means it is")

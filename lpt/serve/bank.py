@@ -120,6 +120,13 @@ class TaskBank:
     those that have not been asked for longest are dropped, and read again when they are. `batch_size` images go through
     the backbone together, of as many tasks as there are; tasks that agree in the sizes of their prompts share a
     forward, and of what else is learned LoRA and AdaptFormer do.
+
+    >>> import lpt, tempfile
+    >>> backbone, path = lpt.load_backbone("nano"), f"{tempfile.mkdtemp()}/digits.safetensors"
+    >>> task = lpt.load_task("digits-lt")
+    >>> header = lpt.save_prompt(path, lpt.model(task, backbone), method="lpt", counts=task.counts)
+    >>> lpt.TaskBank(backbone, path).tasks
+    ('digits',)
     """
 
     def __init__(
@@ -187,8 +194,8 @@ class TaskBank:
 
     def add(self, path: str | Path, *, name: str | None = None) -> str:
         """Adds a file, in place of the task of the same name if there is one; returns the name. Requests that have
-        begun keep the model they began with. Raises PromptFileError for a file that cannot be served: what there was
-        before goes on."""
+        begun keep the model they began with. Raises PromptFileError for a file that cannot be served: the one before
+        is still served."""
         path = Path(path)
         name = task_name(path) if name is None else name
         if name == AUTO:
@@ -212,7 +219,7 @@ class TaskBank:
 
     def sync(self) -> list[str]:
         """Looks again at what `prompts` names: new files are added, changed ones replaced, and tasks whose file has
-        gone are removed. A file that cannot be served is in `refused`, and what it was before goes on. What there is to
+        gone are removed. A file that cannot be served is in `refused`, and its last version is served. What there is to
         say of it, a line each. Raises LptError where `prompts` names nothing."""
         said: list[str] = []
         refused: dict[str, str] = {}
@@ -228,7 +235,7 @@ class TaskBank:
             except PromptFileError as error:
                 refused[str(path)] = str(error)
                 if self.refused.get(str(path)) != str(error):
-                    said.append(f"{error}; what it was goes on" if name in self else str(error))
+                    said.append(f"{error}; the file of before is served" if name in self else str(error))
         for entry in list(self._entries.values()):
             if entry.name not in paths and not entry.path.exists():
                 self.remove(entry.name)

@@ -139,7 +139,8 @@ def _tested_on_all_images(task: Task) -> Task:
 
 
 def without_training_images(task: Task, header: Header) -> tuple[Task, int, str]:
-    """(the task without test images that the prompt file was trained on, how many these were, what is said of it).
+    """(the task without test images that the prompt file was trained on, how many these were, what is reported about
+    it).
 
     The split that the prompt file was trained with holds none. Raises DataError where nothing is left to test on.
     """
@@ -211,7 +212,7 @@ def _label_of_each_class(names: Sequence[str], prompt_classes: Sequence[str]) ->
 def _matching_lines(
     task: Task, prompt_classes: Sequence[str], images: int, unmatched: Mapping[str, Sequence[str]]
 ) -> list[str]:
-    """What to tell of the match, nothing where both sides have the same classes. `images` counts the matched ones."""
+    """A note on the match, none where both sides have the same classes. `images` counts the matched ones."""
     absent, unknown = unmatched["absent_from_data"], unmatched["unknown_to_prompt"]
     lines: list[str] = []
     if respelled := unmatched["other_spelling"]:

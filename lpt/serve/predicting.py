@@ -1,4 +1,4 @@
-"""A prompt file's answers on image files.
+"""A prompt file's predictions on image files.
 
 Shapes: views [B 3 S S] uint8.
 """
@@ -17,10 +17,11 @@ from lpt.data.loader import Workers, cut_ahead
 from lpt.data.preprocess import File, Preprocess
 from lpt.data.task import remarks
 from lpt.data.walk import RelativePath, Walk, as_text, joined, walk_by_folder
-from lpt.engine.evaluate import mean_logits, no_answer
+from lpt.engine.evaluate import mean_logits
 from lpt.errors import DataError, quoted, short
 from lpt.memory import naming_lack_of_memory
 from lpt.model.classifier import PromptedClassifier
+from lpt.model.predicting import no_answer
 from lpt.terms import Ensemble
 
 Content = str | Path | bytes

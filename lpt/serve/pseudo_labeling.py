@@ -34,7 +34,7 @@ from lpt.serve.streaming import Say, Shard, file_sha256, images_of_job, row_of, 
 from lpt.serve.thresholds import HeldOut, choose, class_shares, expected, weights
 
 UNSURE = "unsure"
-"""In the place of a label; `sure` tells it from a class of that name."""
+"""In the place of a label; `sure` distinguishes it from a class of that name."""
 Prior = Literal["images", "held-out", "training"]
 """Where it is taken from how frequent each class is: estimated of the unlabeled images, or as it is elsewhere."""
 
@@ -260,7 +260,7 @@ class Labeling:
 
 
 def report_lines(report: Mapping[str, Any]) -> list[str]:
-    """What people are told of a report, a line for each group that has images."""
+    """The report as text, a line for each group that has images."""
     lines = [
         f"{report['rows']} images: {report['groups']['all']['labeled']} labeled, {report['unsure']} unsure"
         + (f", {report['errors']} that cannot be read" if report["errors"] else ""),

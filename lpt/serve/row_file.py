@@ -1,9 +1,9 @@
 """A long table written row by row, of which a kill takes nothing: whole parts, joined when all rows are there.
 
-A Parquet file cannot be gone on with, since its index is written when it is closed, and of a text file nobody knows
+A Parquet file cannot be continued, since its index is written when it is closed, and of a text file nobody knows
 whether it is whole. So rows go into parts, each written whole or not at all and named by its first row and how many it
 has, in a folder `FILE.partial`; after the last one they are joined into `FILE`, which is there only when it is whole.
-A resumed process goes on after the last part. What is lost in a kill is the work since then, never a row.
+A resumed process continues after the last part. What is lost in a kill is the work since then, never a row.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ Row = Mapping[str, Any]
 class RowFile:
     """The file at `path`: `rows` of it are written, `errors` of them with an `error`. `schema` is a pyarrow schema; a
     column that a row lacks is null in Parquet, and absent in a line of JSON. `job` says what is written, as JSON:
-    another one cannot go on with it."""
+    another one cannot continue with it."""
 
     def __init__(self, path: Path, schema: Any, job: Mapping[str, Any]) -> None:
         self.path, self.schema, self.job = path, schema, job
@@ -202,7 +202,7 @@ class RowFile:
         return parts
 
     def _damaged(self, why: str) -> LptError:
-        return LptError(f"--out {self.path} cannot be gone on with: in {self.partial} {why}: delete it and begin again")
+        return LptError(f"--out {self.path} cannot be resumed: in {self.partial} {why}: delete it and begin again")
 
 
 def partial_of(path: Path) -> Path:
@@ -221,7 +221,7 @@ def check_out(path: Path, *, resume: bool) -> None:
     if path.exists():
         raise LptError(f"--out {path} is there already: give another name, or delete it")
     if (partial_of(path) / "job.json").exists():
-        raise LptError(f"--out {path} has been begun: add --resume to go on with it, or delete {partial_of(path)}")
+        raise LptError(f"--out {path} has been begun: add --resume to continue it, or delete {partial_of(path)}")
 
 
 def _job_of_parquet(path: Path) -> Any:

@@ -48,7 +48,7 @@ class Ingredient:
 
     @property
     def kind(self) -> str | None:
-        """What is learned inside the backbone."""
+        """Trainable parameters inside the backbone."""
         return self.header.inside.kind if self.header.inside else None
 
     def facts(self) -> dict[str, Any]:
@@ -98,7 +98,7 @@ SAME: dict[str, Callable[[Ingredient], Any]] = {
     "image size": lambda part: part.header.backbone.image_size,
     "classes, or their order": lambda part: part.header.classes,
     "seed of the start": lambda part: part.start_seed,
-    "kind of what is learned inside the backbone": lambda part: part.kind,
+    "kind of trainable parameters inside the backbone": lambda part: part.kind,
     "scale of the head": lambda part: part.header.scale,
     "topk": lambda part: part.header.topk,
     "first block with group prompts": lambda part: part.header.prefix_blocks,

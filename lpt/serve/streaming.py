@@ -1,4 +1,4 @@
-"""A prompt file's answers on any number of images, into a file that a kill leaves whole: `lpt predict --out`.
+"""A prompt file's predictions on any number of images, into a file that a kill leaves whole: `lpt predict --out`.
 
 Beside the parts of a `RowFile` lies the list of images, written once: what is added to a folder meanwhile is not looked
 at, and a resumed process takes the same images in the same order. Memory does not grow with the number of images.
@@ -25,7 +25,7 @@ from lpt.terms import Ensemble
 
 Say = Callable[[str], None]
 ERRORS_SAID = 20
-"""Images that cannot be read, of which each is a row, and which are named while the others go on."""
+"""Images that cannot be read, of which each is a row, and which are named while the others continue."""
 
 
 class Shard(NamedTuple):
@@ -127,7 +127,7 @@ def write_answers(
     at_start: Callable[[], None] = lambda: None,
     at_end: Callable[[], Callable[[Row], Row] | None] = lambda: None,
 ) -> Written:
-    """A row for each image that `paths` lead to, in the file that `writing` is; goes on after the rows that it has.
+    """A row for each image that `paths` lead to, in the file that `writing` is; continues after the rows that it has.
     `at_start` is called before the model sees them; when all rows are there they become what the function that `at_end`
     returns makes of them."""
     with writing.opened(resume=resume):
@@ -252,7 +252,7 @@ def row_of(
 ) -> dict[str, Any]:
     """One image's row. `answer` has two classes or more."""
     row: dict[str, Any] = {"path": file.name}
-    name = b"" if isinstance(file.content, bytes) else os.fsencode(file.content)
+    name = os.fsencode(file.content) if isinstance(file.content, str | Path) else b""
     if name and name != file.name.encode():
         row["path_bytes"] = name.hex() if in_json else name
     if answer.error is not None:

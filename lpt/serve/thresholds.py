@@ -1,4 +1,4 @@
-"""From which probability on a label is believed, found for each class on held-out images whose labels are known.
+"""From which probability on a label is accepted, found for each class on held-out images whose labels are known.
 
 Shapes: held-out images [N], classes [C], candidates [T]. Groups are those of the class that is predicted.
 """
@@ -166,7 +166,7 @@ def interval(is_so: np.ndarray, weight: np.ndarray, *, among: int = 0) -> dict[s
     of no image.
 
     It is of n images, 1/n = 1/n_held + 1/`among`, n_held being the smaller of (Σw)²/Σw² and what the variance of the
-    share says, r (1 - r) (Σw)²/Σ(w (x - r))²: where what is wrong weighs more, fewer images have to be believed.
+    share says, r (1 - r) (Σw)²/Σ(w (x - r))²: where what is wrong weighs more, fewer images have to be accepted.
 
     >>> {key: round(value, 3) for key, value in interval(np.arange(10) < 9, np.ones(10)).items()}
     {'estimate': 0.9, 'low': 0.596, 'high': 0.982}

@@ -6,7 +6,7 @@
     python tests/support/same_bits.py compare FOLDER OTHER
 
 `train` runs every case with the `lpt` of CHECKOUT, `kill` some of them until a checkpoint within a phase is there,
-`resume` goes on with those, perhaps with another checkout, and `compare` names every case whose prompt file,
+`resume` continues with those, perhaps with another checkout, and `compare` names every case whose prompt file,
 `report.json` (but for times, memory and versions), or losses in `history.jsonl` differ. Exit code 1 where one does.
 """
 
@@ -215,7 +215,7 @@ def resume(checkout: Path, folder: Path) -> int:
         settings = [*cases(folder, None)[name], "train.checkpoint_seconds=0"]
         words, env = command(checkout, settings, folder / name, "--resume")
         done = subprocess.run(words, env=env, cwd=checkout, capture_output=True, text=True)
-        if done.returncode or "goes on at step" not in done.stdout:
+        if done.returncode or "continues at step" not in done.stdout:
             print(f"{name}: exit code {done.returncode}: {done.stdout[-300:]} {done.stderr[-500:]}", flush=True)
             failed = 1
     return failed

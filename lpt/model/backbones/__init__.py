@@ -47,6 +47,11 @@ def load_backbone(
     `weights` is a local safetensors file that is used instead of a download; `image_size` interpolates the
     position embedding; `norm_eps` is the ε of its LayerNorms, by default what the model has. Raises BackboneError, and
     ConfigError for arguments of another kind.
+
+    >>> import lpt
+    >>> backbone = lpt.load_backbone("nano", image_size=48)
+    >>> backbone.depth, backbone.width, backbone.preprocess.size
+    (8, 128, 48)
     """
     name, image_size, norm_eps = checked_arguments(load_backbone, name=name, image_size=image_size, norm_eps=norm_eps)
     check_kind("backbone.weights", weights or "", (str, Path), "give the path of a safetensors file")

@@ -43,6 +43,14 @@ class Backbone(nn.Module, ABC):
 
     Frozen means no gradient, and eval mode whatever `train()` is called with: no dropout, no drop path.
     Subclasses set the attributes without a value in their constructor, and call `freeze` at its end.
+
+    >>> import lpt, torch
+    >>> backbone = lpt.load_backbone("nano")
+    >>> tokens = backbone.embed(torch.zeros(2, 3, 32, 32))
+    >>> for i in range(backbone.depth):
+    ...     tokens = backbone.block(i, tokens)
+    >>> tokens.shape, backbone.pool(tokens).shape
+    (torch.Size([2, 65, 128]), torch.Size([2, 128]))
     """
 
     # What it is.

@@ -60,7 +60,7 @@ def lines() -> Iterator[str]:
 
 
 def supports(entries: list[Entry]) -> str:
-    """What a family supports, in words. Prompts and tunings are the seam's, which serves all that is listed."""
+    """What a family supports, in words. All that is listed can be prompted and tuned."""
     texts = WITH_TEXTS in entries[0].family
     prototypes = "texts" if texts else "prototypes.weights"
     if any(entry.labels for entry in entries):

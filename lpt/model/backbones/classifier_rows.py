@@ -68,7 +68,7 @@ class ClassifierRows:
         return f"rows {fingerprint_of([('rows', self._rows()[0]), *otherwise.items()])}"
 
     def remark(self, classes: Sequence[str]) -> str:
-        """What a run says of them."""
+        """What a run reports about them."""
         _, label_set = self._rows()
         matched = match_names(classes, label_set)
         lack = [name for name in classes if not matched[name]]

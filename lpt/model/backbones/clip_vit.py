@@ -1,4 +1,4 @@
-"""Image towers of open_clip behind the seam, with texts: CLIP's own ViTs, SigLIP's, EVA-02's, Perception Encoder's.
+"""Image towers of open_clip as backbones, with texts: CLIP's own ViTs, SigLIP's, EVA-02's, Perception Encoder's.
 
 Shapes: feature [B D'], projection [D' J] to the joint space of images and texts, prototypes [C J] there.
 """
@@ -56,7 +56,7 @@ def load(model: str, *, weights: Path | None = None, image_size: int | None = No
     open_clip's key names, is given.
 
     A tag says whether QuickGELU was trained, and with which pixels. Without one the model's config says the first, and
-    the first tag of the model the second. Raises BackboneError for unknown names, for towers that the seam cannot serve
+    the first tag of the model the second. Raises BackboneError for unknown names, for towers that are not supported
     (before any download), for weights that are pickles only, and for weights that do not fit (every key named).
     """
     name = f"open_clip:{model}"
@@ -99,7 +99,7 @@ def _open(
 def _read_config(name: str, model: str, tag: str, *, needs_tag: bool) -> tuple[dict[str, Any], Mapping[str, Any]]:
     """open_clip's config of `model` with the activation that `tag` was trained with, and what is published of the tag.
 
-    Raises BackboneError for unknown names, and for towers that the seam cannot serve.
+    Raises BackboneError for unknown names, and for towers that are not supported.
     """
     require("open_clip", extra="clip", gives=f"backbone {name}")
     import open_clip
@@ -156,9 +156,9 @@ def refuse_unserved_tower(name: str, config: Mapping[str, Any]) -> None:
 
     vision = CLIPVisionCfg(**config["vision_cfg"])
     if "multimodal_cfg" in config:
-        raise BackboneError(f"backbone {name} (CoCa) has no prompt seam; supported: {SUPPORTED}")
+        raise BackboneError(f"backbone {name} (CoCa) cannot take prompts; supported: {SUPPORTED}")
     if isinstance(vision.layers, list | tuple):
-        raise BackboneError(f"backbone {name} (a ResNet) has no prompt seam; supported: {SUPPORTED}")
+        raise BackboneError(f"backbone {name} (a ResNet) cannot take prompts; supported: {SUPPORTED}")
     if architecture := vision.timm_model_name:
         if not timm.is_model(architecture):
             raise BackboneError(f"backbone {name} needs {architecture}, no model of timm {timm.__version__}: update it")
@@ -174,7 +174,7 @@ def refuse_unserved_tower(name: str, config: Mapping[str, Any]) -> None:
         if field.name not in served and value != field.default:
             unserved.append(f"{field.name}={value}")
     if unserved:
-        raise BackboneError(f"backbone {name} ({', '.join(unserved)}) has no prompt seam; supported: {SUPPORTED}")
+        raise BackboneError(f"backbone {name} ({', '.join(unserved)}) cannot take prompts; supported: {SUPPORTED}")
 
 
 def _own_tower(name: str, config: Mapping[str, Any], path: Path | None) -> tuple[Any, Tensor]:

@@ -1,4 +1,4 @@
-"""Rotary ViTs of timm behind the seam: DINOv3, EVA-02, Perception Encoder, RoPE-ViT.
+"""Rotary ViTs of timm as backbones: DINOv3, EVA-02, Perception Encoder, RoPE-ViT.
 
 Shapes: tokens [B P+N D], queries, keys and values [B heads n d], angles as timm has them, their sines and cosines
 [N 2d], or [heads N 2d] where each head has its own.
@@ -78,7 +78,8 @@ class EvaViT(TimmViT):
         return self._block_with_prompts(block, tokens, rotation, answers, keep)
 
     def _turn(self, i: int) -> tuple[Tensor | None, Rotation | None]:
-        """Block `i`'s angles as timm has them, and as a rotation; computed once, unless their frequencies learn."""
+        """Block `i`'s angles as timm has them, and as a rotation; computed once, unless their frequencies are
+        trainable."""
         rope, mixed = self.vit.rope, self.vit.rope_mixed
         if rope is None:
             return None, None
@@ -167,7 +168,7 @@ def _rotation(angles: Tensor, prefix: int, *, half: bool) -> Rotation:
 
 
 def _mixed(rope: Any, i: int, grid: tuple[int, int]) -> Tensor:
-    """Block `i`'s angles [heads N 2d] of frequencies that learn."""
+    """Block `i`'s angles [heads N 2d] of trainable frequencies."""
     from timm.layers.pos_embed_sincos import get_mixed_freqs, get_mixed_grid
 
     x, y = rope.t_x, rope.t_y
@@ -210,7 +211,7 @@ def is_eva(vit: Any) -> bool:
 
 
 def unserved_part(vit: Any) -> str | None:
-    """What of an `Eva` the seam does not serve, in a few words; None where it serves all of it."""
+    """What of an `Eva` is not supported, in a few words; None where all of it is."""
     from timm.layers.attention import AttentionRope
     from timm.layers.pos_embed_sincos import RotaryEmbeddingCat, RotaryEmbeddingDinoV3, RotaryEmbeddingMixed
     from timm.models.eva import EvaAttention, EvaBlock

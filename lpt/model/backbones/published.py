@@ -1,4 +1,4 @@
-"""What is published for the seam: full names, sizes and licences of weights, and the nearest to a wrong name."""
+"""What is published: full names, sizes and licences of weights, and the nearest to a wrong name."""
 
 import difflib
 from functools import cache
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 SERVED = ("vision_transformer", "deit", "eva")
-"""timm's modules with models that the seam serves."""
+"""timm's modules with supported models."""
 SIZES = Path(__file__).parent / "sizes.tsv"
 """Millions of parameters by architecture, 0 of those that are refused, as `python -m benchmarks.speed.sizes` counts
 them: building all of them takes a minute."""
@@ -24,7 +24,7 @@ def module_of(architecture: str) -> str:
 
 
 def is_served(architecture: str) -> bool:
-    """Whether the seam serves an architecture, as far as its name says."""
+    """Whether an architecture is supported, as far as its name says."""
     if module_of(architecture) not in SERVED or "_distilled_" in architecture:
         return False
     return _sizes().get(architecture, 1.0) > 0
@@ -32,7 +32,7 @@ def is_served(architecture: str) -> bool:
 
 @cache
 def full_names() -> tuple[str, ...]:
-    """All full names, `<architecture>.<tag>`, with weights that the seam serves."""
+    """All full names, `<architecture>.<tag>`, with weights that are supported."""
     import timm
 
     return tuple(name for name in timm.list_pretrained() if is_served(name.partition(".")[0]))

@@ -1,4 +1,4 @@
-"""Plain ViTs of timm behind the seam: ViT, DeiT, DeiT-3, DINOv2, CLIP and SigLIP image towers.
+"""Plain ViTs of timm as backbones: ViT, DeiT, DeiT-3, DINOv2, CLIP and SigLIP image towers.
 
 Shapes: tokens [B P+N D], prompt [n D] or [B n D], keys and values [B heads n D/heads].
 """
@@ -155,7 +155,7 @@ def split_heads(packed: Tensor, parts: int, attn: Any) -> tuple[Tensor, ...]:
 def load(name: str, *, weights: Path | None = None, image_size: int | None = None) -> TimmViT:
     """The timm model `name`, its weights from a local safetensors file or from timm's hub by full tagged name.
 
-    Raises BackboneError for unknown names, for families that the seam cannot serve, for a bare name that would be
+    Raises BackboneError for unknown names, for families that are not supported, for a bare name that would be
     downloaded, and for weights of another architecture (every missing, unexpected and misshapen key named).
     """
     import timm
@@ -199,7 +199,7 @@ def untrained(
     """Random weights from `seed`, for tests, plans and smoke runs; `changes` go to timm's constructor. It is called
     `untrained:ARCHITECTURE` unless `name` says otherwise.
 
-    Raises BackboneError for unknown names, and for families that the seam cannot serve.
+    Raises BackboneError for unknown names, and for families that are not supported.
     """
     import timm
 
@@ -277,7 +277,7 @@ def refuse_unserved(name: str, architecture: str, supported: str = SUPPORTED) ->
     """Before any download: is this one of timm's plain or rotary ViTs at all?"""
     module = module_of(architecture)
     if module not in SERVED or "_distilled_" in architecture:
-        raise BackboneError(f"backbone {name} (timm's {module}) has no prompt seam; {_instead(name, supported)}")
+        raise BackboneError(f"backbone {name} (timm's {module}) cannot take prompts; {_instead(name, supported)}")
 
 
 def _instead(name: str, supported: str) -> str:
@@ -294,15 +294,15 @@ def refuse_unserved_module(name: str, vit: Any, supported: str = SUPPORTED) -> N
 
     if is_eva(vit):
         if part := unserved_part(vit):
-            raise BackboneError(f"backbone {name} ({part}) has no prompt seam; {_instead(name, supported)}")
+            raise BackboneError(f"backbone {name} ({part}) cannot take prompts; {_instead(name, supported)}")
         return
     # Exact types: a subclass may compute something else in its forward.
     if type(vit) is not VisionTransformer:
-        raise BackboneError(f"backbone {name} ({type(vit).__name__}) has no prompt seam; {_instead(name, supported)}")
+        raise BackboneError(f"backbone {name} ({type(vit).__name__}) cannot take prompts; {_instead(name, supported)}")
     for block in vit.blocks:
         if type(block) is not Block or type(block.attn) is not Attention or block.attn.gate is not None:
             kind = type(vit.blocks[0]).__name__
-            raise BackboneError(f"backbone {name} ({kind}) has no prompt seam; {_instead(name, supported)}")
+            raise BackboneError(f"backbone {name} ({kind}) cannot take prompts; {_instead(name, supported)}")
 
 
 def _load_weights(vit: nn.Module, path: Path, architecture: str) -> None:
