@@ -10,7 +10,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from lpt.commands import data, library, listing, predicting, prompts, training
+from lpt.commands import audit, data, library, listing, predicting, prompts, training
 from lpt.commands.console import paragraphs, print
 from lpt.errors import ConfigError, LptError, quoted, shortened
 
@@ -46,6 +46,7 @@ COMMANDS = {
     "inspect": prompts.inspect,
     "soup": prompts.soup,
     "report": training.report,
+    "audit": audit.audit,
     "doctor": data.doctor,
     "pack": data.pack,
     "sweep": training.sweep,
