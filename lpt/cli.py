@@ -12,9 +12,10 @@ import typer
 
 from lpt.commands import audit, data, library, listing, predicting, prompts, training
 from lpt.commands.console import paragraphs, print
+from lpt.commands.serve import serve
 from lpt.errors import ConfigError, LptError, quoted, shortened
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
 
 def _print_version(wanted: bool) -> None:
@@ -43,6 +44,7 @@ COMMANDS = {
     "pseudo-label": predicting.pseudo_label,
     "edit": prompts.edit,
     "route": library.route,
+    "serve": serve,
     "inspect": prompts.inspect,
     "soup": prompts.soup,
     "report": training.report,

@@ -1,6 +1,7 @@
 """What `lpt list` shows, read from the source: importing the methods would import torch, which takes seconds."""
 
 import ast
+import re
 from functools import cache
 from itertools import takewhile
 from pathlib import Path
@@ -13,9 +14,9 @@ PACKAGE = Path(__file__).parent
 def tables() -> dict[str, dict[str, str]]:
     """By kind, the description of each by its name."""
     return {
-        "methods": _first_lines(PACKAGE / "methods/__init__.py", "METHODS"),
+        "methods": _first_sentences(PACKAGE / "methods/__init__.py", "METHODS"),
         "backbones": ast.literal_eval(_assigned(PACKAGE / "model/backbones/__init__.py", "FAMILIES")),
-        "data": _first_lines(PACKAGE / "data/__init__.py", "DATA"),
+        "data": _first_sentences(PACKAGE / "data/__init__.py", "DATA"),
         "losses": ast.literal_eval(_assigned(PACKAGE / "losses.py", "LOSSES")),
         "presets": ast.literal_eval(_assigned(PACKAGE / "presets.py", "PRESETS")),
         "configs": {name: _heading(path) for name, path in shipped("config").items()},
@@ -23,15 +24,20 @@ def tables() -> dict[str, dict[str, str]]:
     }
 
 
-def first_line(text: str | None) -> str:
-    lines = (text or "").strip().splitlines()
-    return lines[0] if lines else ""
+def first_sentence(text: str | None) -> str:
+    """Of a docstring, up to the period at the end of a line or before a space and a capital letter.
+
+    >>> first_sentence("kNN (Wu 2018, Sec. 3 of it),\\n    cosine. It holds\\n    all.")
+    'kNN (Wu 2018, Sec. 3 of it), cosine.'
+    """
+    paragraph = " ".join((text or "").strip().partition("\n\n")[0].split())
+    return re.split(r"(?<=\.) (?=[A-Z`])", paragraph)[0]
 
 
-def _first_lines(path: Path, table: str) -> dict[str, str]:
-    """The first line of what each function in a `table` of functions, or of calls with one, says of itself.
+def _first_sentences(path: Path, table: str) -> dict[str, str]:
+    """The first sentence of the docstring of each function in a `table` of functions, or of calls with one.
 
-    Of a function `tune` that is what its page says: it is the only one there.
+    Of a function `tune` it is the docstring of its module.
     """
     homes = _imported(path)
     lines = {}
@@ -46,7 +52,7 @@ def _first_lines(path: Path, table: str) -> dict[str, str]:
             assert isinstance(function, ast.Name)
             home, name = homes[function.id]
         page = _parsed(PACKAGE.parent / (home.replace(".", "/") + ".py"))
-        lines[ast.literal_eval(key or function)] = first_line(_docstring(page, name))
+        lines[ast.literal_eval(key or function)] = first_sentence(_docstring(page, name))
     return lines
 
 

@@ -161,3 +161,21 @@ def test_what_cannot_be_audited_is_one_sentence(audited_run, capsys, tmp_path, m
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     code, _, err = lpt(capsys, "audit", audited_run / "run")
     assert code == 2 and "pip install 'lpt[audit]'" in err and err.count("\n") == 1
+
+
+def test_the_benchmark_plants_what_it_says_and_measures_all_groups(capsys, monkeypatch, tmp_path):
+    pytest.importorskip("sklearn")
+    from benchmarks.audit.__main__ import KINDS, main, planted
+
+    labels = torch.repeat_interleave(torch.arange(3), torch.tensor([80, 60, 5]))
+    for kind, number in zip(KINDS, (8, 7), strict=True):  # 4 + 3 + 1, and 5 % of 145
+        changed, wrong = planted(labels, 3, kind, 0)
+        assert wrong.sum() == number and ((changed != labels).numpy() == wrong).all()
+    same, _ = planted(labels, 3, KINDS[0], 0)
+    assert torch.bincount(same).tolist() == [80, 60, 5]
+    monkeypatch.setattr(sys, "argv", ["audit", "--quick", "--json", str(tmp_path / "a.json")])
+    main()
+    rows = json.loads((tmp_path / "a.json").read_text())["rows"]
+    assert len(rows) == 2 * 3 * 4 and "| same counts | few" in capsys.readouterr().out
+    best = {row["way"]: row["average_precision"] for row in rows if (row["kind"], row["group"]) == (KINDS[1], "all")}
+    assert best["audit"] > 0.3

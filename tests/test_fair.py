@@ -1,13 +1,15 @@
 """The fair test of phase 2: its arms on a toy task, routing by what is told, masked logits, and differences."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 
 from benchmarks.accuracy import fair
-from lpt.config import resolve
+from lpt.config import load_config, resolve
 from lpt.engine.loop import follow
 from lpt.methods import build_recipe
 from tests.support.toy import small_backbone, toy_task
@@ -124,3 +126,15 @@ def test_differences_have_intervals_and_equivalence_is_said_where_it_is_shown():
         np.mean([((worse == labels).astype(float) - (base == labels))[labels == k].var() for k in range(10)]) / 10_000
     )
     assert 100 * means.std() == pytest.approx(spread, rel=0.05)
+
+
+def test_a_routed_arm_is_a_whole_run_with_its_own_passes(tmp_path, monkeypatch):
+    monkeypatch.setattr(fair, "superclass_of", lambda classes: torch.arange(len(classes)) // 5)
+    words = ["method.epochs=[1, 1]", "method.beta=0", "method.pool_size=4", "method.topk=2"]
+    config = load_config("configs/digits_lt/lpt.yaml", words)
+    report = fair.train_arm(config, tmp_path / "run", "random", say=lambda text: None)
+    assert "retrieval" not in report and report["class_accuracy"] == report["passes"]["mean"]["class_accuracy"]
+    passes = load_file(tmp_path / "run" / "passes.safetensors")
+    right = passes["mean"] == passes["labels"]
+    assert report["accuracy"] == pytest.approx(float(right.mean()))
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["passes"] == report["passes"]

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 import lpt
+from benchmarks.serving.demo import main as draw_tasks
 from lpt.cli import app, main
 from lpt.config import load_config
 
@@ -34,6 +35,8 @@ def test_every_command_of_the_readme_exists(command):
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
     elif words[0] == "python":
         assert words[1] == "-m" and (ROOT / words[2].replace(".", "/")).exists()
+    elif words[0] == "curl":
+        assert words[-1].endswith("/v1/predict")  # `tests/test_server.py` runs those of docs/serving.md
     else:
         assert words[0] == ".venv/bin/lpt" or words[0] == "lpt"
         verb, rest = words[1], words[2:]
@@ -120,6 +123,35 @@ def test_the_demo_is_what_the_readme_says(tmp_path, monkeypatch, capsys):
     rows = re.findall(r"^\| (\w+) +\|", README[README.index("linear_probe_ce") - 40 :], re.MULTILINE)[:4]
     assert rows == ["linear_probe_ce", "linear_probe_la", "lpt_phase1", "lpt"]
     assert all(f"| {row} " in table for row in rows) and "runs/demo/lpt/report.html" in table
+
+
+def test_the_demo_of_the_server_runs(tmp_path, monkeypatch, capsys):
+    """The Makefile's commands with one epoch each, up to a server that would answer."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    recipe = (ROOT / "Makefile").read_text().replace("\\\n", " ").partition("\nserve-demo:")[2].partition("\n\n")[0]
+    recipe = recipe.replace("$(DIGITS)", "configs/digits_lt").replace("$(SERVE)", "runs/serve_demo")
+    commands = re.findall(r"\$\(BIN\)/(lpt .*)", recipe)
+    assert [shlex.split(command)[1] for command in commands] == [*["train"] * 4, "library", "serve"]
+    tasks = []
+    monkeypatch.setattr("lpt.server.running.run", lambda app, listening: tasks.extend(app.state.service.bank.tasks))
+    draw_tasks(Path("runs/serve_demo"))
+    for command in commands:
+        epochs = "[1, 1]" if "lpt.yaml" in command else "1"
+        more = [f"method.epochs={epochs}"] if " train " in command else []
+        if " library " in command:
+            command, _, pattern = command.rpartition(" ")
+            more = [str(path) for path in sorted(tmp_path.glob(pattern))]
+        if " serve " in command:
+            more = ["--port", "0"]
+        assert say_it(monkeypatch, command, *more) == 0, capsys.readouterr().err
+    assert tasks == ["colours", "digits", "shapes", "textures"]
+    assert len(list(tmp_path.glob("runs/serve_demo/images/*.png"))) == 20
+
+
+def test_pictures_of_the_readme_are_small():
+    for target in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README):
+        assert (ROOT / target).stat().st_size < 200_000
 
 
 def test_the_python_of_the_readme_runs(tmp_path, cifar100_root, deit_tiny_weights, monkeypatch):

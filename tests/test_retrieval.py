@@ -163,13 +163,13 @@ def test_the_sentence_says_what_to_do():
     nothing, some, unclear = (0.001, -0.002, 0.004), (0.02, 0.01, 0.03), (0.003, -0.02, 0.026)
     assert report.sentence(numbers("retrieved", retrieved_constant=nothing, retrieved_none=some)) == (
         "Retrieval buys +0.1 (-0.2 to +0.4) points of class mean over the same prompts for all images: choose "
-        "method.query=none (`lpt edit`), which spares the query's pass; over phase 1 alone the whole buys +2.0 (+1.0 "
-        "to +3.0)."
+        "method.query=none (`lpt edit`), which spares the query's pass; phase 2 as a whole buys +2.0 (+1.0 "
+        "to +3.0) over phase 1 alone."
     )
     kept = report.sentence(numbers("retrieved", retrieved_constant=some, retrieved_none=nothing))
-    assert ": keep the query; " in kept and kept.endswith("buys +0.1 (-0.2 to +0.4), which it may as well be.")
+    assert ": keep the query; " in kept and kept.endswith("over phase 1 alone, which is no more than noise.")
     unsure = report.sentence(numbers("retrieved", retrieved_constant=unclear, retrieved_none=unclear))
-    assert "too few images to tell" in unsure and "may as well" not in unsure
+    assert "too few images to tell" in unsure and "noise" not in unsure
     both = report.sentence(numbers("both", retrieved_constant=nothing, both_constant=some, both_none=some))
     assert "with the query's own head beside it +2.0 (+1.0 to +3.0): keep the query;" in both
     assert report.sentence(numbers("fixed", fixed_none=some)).startswith("The fixed group prompts buy +2.0")

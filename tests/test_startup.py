@@ -137,9 +137,9 @@ def test_arrays_are_sealed_as_tensors_are(tmp_path):
 
 def test_lists_say_what_the_tables_say():
     tables = listing.tables()
-    first_line = listing.first_line
-    assert tables["methods"] == {name: first_line(method.description) for name, method in METHODS.items()}
-    assert tables["data"] == {name: first_line(function.__doc__) for name, function in DATA.items()}
+    first_sentence = listing.first_sentence
+    assert tables["methods"] == {name: first_sentence(method.description) for name, method in METHODS.items()}
+    assert tables["data"] == {name: first_sentence(function.__doc__) for name, function in DATA.items()}
     assert tables["losses"] == LOSSES and tables["backbones"] == FAMILIES
     assert all(all(table.values()) for table in tables.values())
 

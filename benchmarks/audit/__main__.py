@@ -86,6 +86,7 @@ def planted(labels: Tensor, num_classes: int, kind: str, seed: int) -> tuple[Ten
     else:
         parts = [rng.permutation(np.flatnonzero(right == k)) for k in range(num_classes)]
         chosen = np.concatenate([rows[: max(1, round(WRONG * len(rows)))] for rows in parts])
+        assert np.bincount(right[chosen]).max() <= len(chosen) / 2, "no exchange makes all of them wrong"
         new = rng.permutation(right[chosen])
         while (same := np.flatnonzero(new == right[chosen])).size:  # each is exchanged with any other
             others = rng.integers(len(chosen), size=len(same))

@@ -1,7 +1,8 @@
 """Arguments and options that several commands share, and their parsing."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from glob import escape, glob
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +13,35 @@ from lpt.errors import LptError, quoted
 OutFile = Annotated[Path | None, typer.Option("--out", metavar="FILE", help="output file, FILE.parquet or FILE.jsonl")]
 
 
-ConfigName = Annotated[Path, typer.Argument(help="a YAML file, or a name from `lpt list configs`: digits_lt/lpt")]
+def named_things(kind: str) -> Callable[[str], list[str]]:
+    """Completes the names of a list, or of the lists themselves; of configs and suites also paths."""
+
+    def complete(incomplete: str) -> list[str]:
+        from lpt.listing import tables
+
+        lists = tables()
+        names = [name for name in (lists if kind == "lists" else lists[kind]) if name.startswith(incomplete)]
+        return names + (sorted(glob(f"{escape(incomplete)}*")) if kind in ("configs", "suites") else [])
+
+    return complete
+
+
+def complete_setting(incomplete: str) -> list[str]:
+    """Completes `method.name=NAME`, and the names of backbones and datasets likewise."""
+    from lpt.listing import tables
+
+    lists = tables()
+    kinds = {"method": "methods", "backbone": "backbones", "data": "data"}
+    settings = [f"{section}.name={name}" for section, kind in kinds.items() for name in lists[kind]]
+    return [setting for setting in settings if setting.startswith(incomplete)]
+
+
+ConfigName = Annotated[
+    Path,
+    typer.Argument(
+        help="a YAML file, or a name from `lpt list configs`: digits_lt/lpt", autocompletion=named_things("configs")
+    ),
+]
 
 
 Tta = Annotated[
@@ -23,7 +52,10 @@ Tta = Annotated[
 ]
 
 
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", help="for example train.seed=1")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE ...]", help="for example train.seed=1", autocompletion=complete_setting),
+]
 
 
 def ensemble_of(text: str) -> Any:

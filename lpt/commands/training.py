@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lpt.commands.arguments import ConfigName, Overrides
+from lpt.commands.arguments import ConfigName, Overrides, named_things
 from lpt.commands.console import Progress, print, print_at_once, print_lines
 from lpt.errors import LptError
 
@@ -132,7 +132,12 @@ def report(
 
 
 def sweep(
-    suite: Annotated[Path, typer.Argument(help="a YAML file of rows, or a name from `lpt list suites`")],
+    suite: Annotated[
+        Path,
+        typer.Argument(
+            help="a YAML file of rows, or a name from `lpt list suites`", autocompletion=named_things("suites")
+        ),
+    ],
     settings: Overrides = None,
     seeds: Annotated[str, typer.Option(help="comma-separated seeds")] = "0,1,2",
     methods: Annotated[str, typer.Option(help="only these rows, comma-separated")] = "",

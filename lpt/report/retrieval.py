@@ -95,8 +95,8 @@ def sentence(retrieval: Mapping[str, Any]) -> str:
     else:
         text += ": choose method.query=none (`lpt edit`), which spares the query's pass"
     _, low, high = differences[f"{answer} - none"]["class_accuracy"]
-    over_phase1 = f"; over phase 1 alone the whole buys {buys(f'{answer} - none')}"
-    return text + over_phase1 + (", which it may as well be." if low <= 0 and high < TOO_WIDE else ".")
+    over_phase1 = f"; phase 2 as a whole buys {buys(f'{answer} - none')} over phase 1 alone"
+    return text + over_phase1 + (", which is no more than noise." if low <= 0 and high < TOO_WIDE else ".")
 
 
 def points(difference: tuple[float, float, float] | None) -> str:
