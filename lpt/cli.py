@@ -10,7 +10,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from lpt.commands import data, library, listing, predicting, prompts, training, travel
+from lpt.commands import audit, data, library, listing, predicting, prompts, training, travel
 from lpt.commands.console import paragraphs, print
 from lpt.commands.serve import serve
 from lpt.errors import ConfigError, LptError, quoted, shortened
@@ -51,6 +51,7 @@ COMMANDS = {
     "push": travel.push,
     "pull": travel.pull,
     "report": training.report,
+    "audit": audit.audit,
     "doctor": data.doctor,
     "pack": data.pack,
     "sweep": training.sweep,

@@ -196,12 +196,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return resolve(read_yaml("config", file_of("config", path)), overrides)
 
 
-def load_config_of_run(path: Path) -> Config:
-    """The config that a run has written, perhaps one of before `LATER_SETTINGS`. Raises ConfigError."""
+def load_config_of_run(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """The config that a run has written, perhaps one of before `LATER_SETTINGS`, with `key=value` overrides. Raises
+    ConfigError."""
     raw = read_yaml("config", path)
     if isinstance(raw.get("data"), dict):
         raw["data"] = with_later_settings(raw["data"])
-    return resolve(raw)
+    return resolve(raw, overrides)
 
 
 def data_of_run(path: Path) -> dict[str, Any]:

@@ -2,9 +2,10 @@
 
 import builtins
 import sys
-from typing import Any, TextIO
+from typing import TextIO
 
 from lpt.errors import printable
+from lpt.progress import Bar
 
 
 def print(line: str, *, file: TextIO | None = None, flush: bool = False) -> None:
@@ -32,42 +33,14 @@ def print_aside(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-class Progress:
+class Progress(Bar):
     """A bar with rates and time left on a terminal; plain lines elsewhere."""
 
     def __init__(self) -> None:
-        self.bar: Any = None
-        self.task: Any = None
-        self.phase = ""
-
-    def __enter__(self) -> "Progress":
-        if sys.stdout.isatty():
-            from rich.progress import BarColumn, Progress, TextColumn
-
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                TextColumn("{task.completed}/{task.total}"),
-            )
-            self.bar = Progress(*columns, TextColumn("{task.fields[rates]}"), transient=True)
-            self.bar.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self.bar:
-            self.bar.stop()
+        super().__init__(wanted=True)
 
     def say(self, text: str) -> None:
-        if self.bar:
-            self.bar.console.print(printable(text), markup=False, highlight=False)
+        if self.is_live:
+            self.rich.console.print(printable(text), markup=False, highlight=False)
         else:
             print(text, flush=True)
-
-    def show(self, phase: str, step: int, steps: int, rates: str) -> None:
-        if not self.bar:
-            return
-        if phase != self.phase:
-            if self.task is not None:
-                self.bar.remove_task(self.task)
-            self.task, self.phase = self.bar.add_task(phase, total=steps, rates=""), phase
-        self.bar.update(self.task, completed=step, rates=rates)

@@ -11,6 +11,7 @@ from lpt.data.task import Files, Images
 from lpt.engine.history import History
 from lpt.errors import LptError
 from lpt.files import read_tensors, write_atomic
+from lpt.report.audit import audit_of
 from lpt.report.page import html
 from lpt.report.quoting import shell_command
 from lpt.report.search import search_of
@@ -90,6 +91,7 @@ def _write_html(
             test=test,
             against=others,
             search=search_of(out),
+            audit=audit_of(out),
         )
     except KeyError as error:
         raise LptError(f"{out} was written by another version of lpt: its report has no {error}") from None

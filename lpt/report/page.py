@@ -3,32 +3,26 @@
 Shapes: labels, predicted, confidence [N], in the order of the test part.
 """
 
-import base64
-import io
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
-from PIL import Image
 from torch import Tensor
 
 from lpt.data.longtail import GROUPS
-from lpt.data.preprocess import decoded
 from lpt.data.task import Files, Images
-from lpt.errors import DataError, NotInstalled
+from lpt.errors import NotInstalled
 from lpt.report import plots, retrieval
+from lpt.report.audit import audit_html
 from lpt.report.class_table import class_table
 from lpt.report.markdown import cost_line, percent, pseudo_label_line, row_name, single_head_line, watched_line
 from lpt.report.quoting import for_html
 from lpt.report.search import search_html
+from lpt.report.thumbnails import figure, thumbnail
 
 WORST_CLASSES = 10
 MISTAKES_SHOWN = 5
 """Of each of the worst classes."""
-SIDE = 72
-"""Of a thumbnail, in CSS pixels; stored with twice as many for dense screens."""
-
 STYLE = """
 :root { color-scheme: light dark; --paper: #f5f6f7; --card: #fff; --quiet: #5c6b78; --line: #e6e9ec; --ink: #22303c; }
 @media (prefers-color-scheme: dark) {
@@ -76,13 +70,14 @@ def html(
     test: Images | Files | None = None,
     against: Mapping[str, Mapping[str, Any]] | None = None,
     search: Mapping[str, Any] | None = None,
+    audit: Mapping[str, Any] | None = None,
 ) -> str:
     """The text of the page.
 
     `predictions` holds labels, predicted and confidence [N]; `history` the lines of the training log; `config` the YAML
     and `command` the command line of the run; `against` other runs' reports on the same classes, by name; `test` the
-    images to show, None where they are not at hand; `search` is what `lpt fit` compared before. Raises KeyError for a
-    report of another version.
+    images to show, None where they are not at hand; `search` is what `lpt fit` compared before, `audit` what
+    `lpt audit` found. Raises KeyError for a report of another version.
     """
     against = against or {}
     parts = [
@@ -96,6 +91,7 @@ def html(
         *_key_usage(report),
         *_retrieval(report),
         *_pseudo_labels(report),
+        *([_section("Labels to look at", audit_html(audit), audit["how"])] if audit else []),
     ]
     if history:
         parts.append(_section("Training", _drawn(plots.training_curves, history), "Mean loss of each epoch."))
@@ -226,34 +222,13 @@ def _worst_class(
     pictures = ""
     if test:
         surest = mistakes[confidence[mistakes].argsort(descending=True)][:MISTAKES_SHOWN].tolist()
-        pictures = "".join(_thumbnail(test, i, classes[int(predicted[i])]) for i in surest)
+        named = ((i, classes[int(predicted[i])]) for i in surest)
+        pictures = "".join(figure(thumbnail(test, i), f"predicted as {name}", name) for i, name in named)
     taken_for = for_html(", ".join(confusions)) or "nothing else"
     return (
         f'<div class="class"><header><b>{for_html(classes[k])}</b><span>{percent(accuracy)} % right, '
         f"{training_images} training images</span></header>"
         f"<span class=quiet>predicted as {taken_for}</span><div>{pictures}</div></div>"
-    )
-
-
-def _thumbnail(test: Images | Files, i: int, taken_for: str) -> str:
-    """Test image `i` as a figure, nothing where its file cannot be decoded any more."""
-    (picture,) = test.take(torch.tensor([i]))
-    try:
-        if isinstance(picture, Tensor):
-            image = Image.fromarray(picture.permute(1, 2, 0).numpy())
-        else:
-            image = decoded(picture, min_side=2 * SIDE)
-    except DataError:
-        return ""
-    pixelated = ' class="pixels"' if max(image.size) < SIDE else ""
-    image.thumbnail((2 * SIDE, 2 * SIDE))
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", optimize=True)
-    png = base64.b64encode(buffer.getvalue()).decode()
-    name = for_html(taken_for)
-    return (
-        f'<figure><img{pixelated} alt="predicted as {name}" src="data:image/png;base64,{png}">'
-        f"<figcaption>{name}</figcaption></figure>"
     )
 
 

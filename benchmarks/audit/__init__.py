@@ -1,0 +1,1 @@
+"""How many planted label errors an audit finds, group by group."""

@@ -1,0 +1,1 @@
+"""Likely label errors and near-duplicates among training images."""
