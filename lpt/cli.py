@@ -12,6 +12,7 @@ import typer
 
 from lpt.commands import data, library, listing, predicting, prompts, training, travel
 from lpt.commands.console import paragraphs, print
+from lpt.commands.serve import serve
 from lpt.errors import ConfigError, LptError, quoted, shortened
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -43,6 +44,7 @@ COMMANDS = {
     "pseudo-label": predicting.pseudo_label,
     "edit": prompts.edit,
     "route": library.route,
+    "serve": serve,
     "inspect": prompts.inspect,
     "soup": prompts.soup,
     "export": travel.export,

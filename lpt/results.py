@@ -61,7 +61,7 @@ class Report(dict[str, Any]):
                 f"{images}</tr>"
             )
         images = '<th scope="col">training images</th>' if self.counts else ""
-        head = f'<tr><th scope="col">class</th><th scope="col">right, %</th>{images}</tr>'
+        head = f'<tr><th scope="col">class</th><th scope="col">accuracy, %</th>{images}</tr>'
         return (
             f"<details><summary>the worst classes</summary><table><thead>{head}</thead>"
             f"<tbody>{''.join(rows)}</tbody></table></details>"

@@ -25,7 +25,7 @@ def test_a_hand_worked_case():
     probabilities = torch.tensor([[0.7, 0.2, 0.1], [0.5, 0.3, 0.2], [0.1, 0.8, 0.1], [0.6, 0.1, 0.3], [0.2, 0.2, 0.6]])
     labels = torch.tensor([0, 0, 1, 2, 2])
     report = summarize(probabilities, labels, torch.tensor([200, 50, 3]))
-    # Right: rows 0, 1, 2 and 4; row 3 is a 2 taken for a 0.
+    # Right: rows 0, 1, 2 and 4; row 3 is a 2 predicted as a 0.
     assert report["accuracy"] == pytest.approx(4 / 5)
     assert report["per_class"] == pytest.approx([1.0, 1.0, 0.5])
     assert report["class_accuracy"] == pytest.approx(2.5 / 3)

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 import lpt
+from benchmarks.serving.demo import main as draw_tasks
 from lpt.cli import app, main
 from lpt.config import load_config
 
@@ -34,12 +35,14 @@ def test_every_command_of_the_readme_exists(command):
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
     elif words[0] == "python":
         assert words[1] == "-m" and (ROOT / words[2].replace(".", "/")).exists()
+    elif words[0] == "curl":
+        assert words[-1].endswith("/v1/predict")  # `tests/test_server.py` runs those of docs/serving.md
     else:
         assert words[0] == ".venv/bin/lpt" or words[0] == "lpt"
         verb, rest = words[1], words[2:]
         if verb == "train":
             settings = [w for w in rest[1:] if "=" in w and not w.startswith("--")]
-            load_config(ROOT / rest[0], settings)
+            load_config(rest[0], settings)
         else:
             assert verb in {command.name or command.callback.__name__ for command in app.registered_commands}
 
@@ -85,17 +88,14 @@ def test_the_commands_of_the_main_run_run(workplace, monkeypatch, capsys, cifar1
     for name in ("data", "weights"):
         (workplace.parent / "shared").mkdir(exist_ok=True)
         (workplace.parent / "shared" / name).symlink_to(cifar100_root.parents[1] / name)
-    (workplace / "photos").rename(workplace / "holiday")
-    next((workplace / "holiday").rglob("*.jpg")).rename(workplace / "photo.jpg")
-    section = README[README.index("## The main run") : README.index("## Five lines of Python")]
+    section = README[README.index("## Results") : README.index("## Five lines of Python")]
     of_the_section = [command for command in COMMANDS if command.split("  ")[0] in section.replace("\\\n", " ")]
     assert [shlex.split(command)[1] for command in of_the_section] == [
+        "plan",
         "train",
         "evaluate",
-        "predict",
         "inspect",
         "list",
-        "plan",
     ]
     for command in of_the_section:
         assert say_it(monkeypatch, command) == 0, capsys.readouterr().err
@@ -122,6 +122,35 @@ def test_the_demo_is_what_the_readme_says(tmp_path, monkeypatch, capsys):
     assert all(f"| {row} " in table for row in rows) and "runs/demo/lpt/report.html" in table
 
 
+def test_the_demo_of_the_server_runs(tmp_path, monkeypatch, capsys):
+    """The Makefile's commands with one epoch each, up to a server that would answer."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    recipe = (ROOT / "Makefile").read_text().replace("\\\n", " ").partition("\nserve-demo:")[2].partition("\n\n")[0]
+    recipe = recipe.replace("$(DIGITS)", "configs/digits_lt").replace("$(SERVE)", "runs/serve_demo")
+    commands = re.findall(r"\$\(BIN\)/(lpt .*)", recipe)
+    assert [shlex.split(command)[1] for command in commands] == [*["train"] * 4, "library", "serve"]
+    tasks = []
+    monkeypatch.setattr("lpt.server.running.run", lambda app, listening: tasks.extend(app.state.service.bank.tasks))
+    draw_tasks(Path("runs/serve_demo"))
+    for command in commands:
+        epochs = "[1, 1]" if "lpt.yaml" in command else "1"
+        more = [f"method.epochs={epochs}"] if " train " in command else []
+        if " library " in command:
+            command, _, pattern = command.rpartition(" ")
+            more = [str(path) for path in sorted(tmp_path.glob(pattern))]
+        if " serve " in command:
+            more = ["--port", "0"]
+        assert say_it(monkeypatch, command, *more) == 0, capsys.readouterr().err
+    assert tasks == ["colours", "digits", "shapes", "textures"]
+    assert len(list(tmp_path.glob("runs/serve_demo/images/*.png"))) == 20
+
+
+def test_pictures_of_the_readme_are_small():
+    for target in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README):
+        assert (ROOT / target).stat().st_size < 200_000
+
+
 def test_the_python_of_the_readme_runs(tmp_path, cifar100_root, deit_tiny_weights, monkeypatch):
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     code = code.replace("../shared/data/cifar100", str(cifar100_root)).replace(
@@ -141,6 +170,10 @@ def test_the_python_of_the_readme_runs(tmp_path, cifar100_root, deit_tiny_weight
     monkeypatch.chdir(tmp_path)
     exec(code.replace("epochs=(4, 2)", "epochs=(1, 1)"), {})
     assert list(tmp_path.glob("*.safetensors"))
+
+
+def test_it_is_short():
+    assert len(README.splitlines()) < 150
 
 
 def test_the_public_names_are_few_and_there():

@@ -14,7 +14,7 @@ from benchmarks.reliability.outputs import problem_with
 PYTHON = sys.executable
 
 
-LONG = ("determinism", "kills", "large", "processes")
+LONG = ("determinism", "kills", "large", "processes", "serving")
 """Themes that take a minute and more also in small. Other tests kill, resume and compare smaller runs."""
 
 

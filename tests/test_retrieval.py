@@ -162,8 +162,8 @@ def numbers(answer, **differences):
 def test_the_sentence_says_what_to_do():
     nothing, some, unclear = (0.001, -0.002, 0.004), (0.02, 0.01, 0.03), (0.003, -0.02, 0.026)
     assert report.sentence(numbers("retrieved", retrieved_constant=nothing, retrieved_none=some)) == (
-        "Retrieval buys +0.1 (-0.2 to +0.4) points of class mean over the same prompts for all images: choose "
-        "method.query=none (`lpt edit`), which spares the query's pass; phase 2 as a whole buys +2.0 (+1.0 "
+        "Retrieval adds +0.1 (-0.2 to +0.4) points of class mean over the same prompts for all images: choose "
+        "method.query=none (`lpt edit`), which spares the query's pass; phase 2 as a whole adds +2.0 (+1.0 "
         "to +3.0) over phase 1 alone."
     )
     kept = report.sentence(numbers("retrieved", retrieved_constant=some, retrieved_none=nothing))
@@ -172,7 +172,7 @@ def test_the_sentence_says_what_to_do():
     assert "too few images to tell" in unsure and "noise" not in unsure
     both = report.sentence(numbers("both", retrieved_constant=nothing, both_constant=some, both_none=some))
     assert "with the query's own head beside it +2.0 (+1.0 to +3.0): keep the query;" in both
-    assert report.sentence(numbers("fixed", fixed_none=some)).startswith("The fixed group prompts buy +2.0")
+    assert report.sentence(numbers("fixed", fixed_none=some)).startswith("The fixed group prompts add +2.0")
 
 
 def test_a_run_reports_it_everywhere(finished):
@@ -184,8 +184,8 @@ def test_a_run_reports_it_everywhere(finished):
     middle = bought["arms"]["both"]["class_accuracy"] - bought["arms"]["constant"]["class_accuracy"]
     assert bought["differences"]["both - constant"]["class_accuracy"][0] == pytest.approx(middle)
     text, page = (finished / "report.md").read_text(), (finished / "report.html").read_text()
-    assert "## What retrieval buys" in text and bought["says"] in text and "| mean of both heads \\* |" in text
-    assert "<h2>What retrieval buys</h2>" in page and page.count("method.query=none") == text.count("method.query=none")
+    assert "## What retrieval adds" in text and bought["says"] in text and "| mean of both heads \\* |" in text
+    assert "<h2>What retrieval adds</h2>" in page and page.count("method.query=none") == text.count("method.query=none")
     assert "random ones" in page and "20 held-out images" in page
 
 
@@ -197,4 +197,4 @@ def test_a_page_of_a_run_without_a_pool_says_nothing_of_it(finished):
     page = html(
         written, classes=classes, predictions={**made, "confidence": torch.ones(3)}, history=[], config="", command=""
     )
-    assert "What retrieval buys" not in page
+    assert "What retrieval adds" not in page

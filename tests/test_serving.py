@@ -91,7 +91,7 @@ def test_classes_in_another_spelling_are_matched_and_said(prompt, tmp_path, caps
     assert found["absent_from_data"] == [] and found["unknown_to_prompt"] == ["Ant"]
     assert found["other_spelling"] == ["EEL = eel", "Red_Owl = red owl", "dog  = dog"]
     text = "\n".join(said)
-    assert "3 classes are spelled otherwise in the prompt file and taken for the same: EEL = eel, Red_Owl" in text
+    assert "3 classes are spelled otherwise in the prompt file and matched all the same: EEL = eel, Red_Owl" in text
     assert "classes matched by name: 4 of 4, 16 of 19 images" in text
     for old, new in (("Red_Owl", "red owl"), ("EEL", "eel"), ("dog ", "dog")):
         (tmp_path / "same" / old).rename(tmp_path / "same" / new)
@@ -101,7 +101,7 @@ def test_classes_in_another_spelling_are_matched_and_said(prompt, tmp_path, caps
     name = f"backbone.name={BACKBONE['name']}"
     code, out, error = command(capsys, "evaluate", prompt, f"data.root={tmp_path / 'same'}", name)
     assert (
-        code == 0 and "1 classes are spelled otherwise in the prompt file and taken for the same: Cat = cat" in out
+        code == 0 and "1 classes are spelled otherwise in the prompt file and matched all the same: Cat = cat" in out
     ), error
 
 

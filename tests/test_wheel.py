@@ -72,7 +72,12 @@ def installed(built, tmp_path_factory):
 def test_the_wheel_holds_what_the_repository_has(built):
     names = set(zipfile.ZipFile(built[1]).namelist())
     wanted = {f"lpt/{path.relative_to(ROOT / 'lpt').as_posix()}" for path in (ROOT / "lpt").rglob("*.py")}
-    wanted |= {"lpt/py.typed", "lpt/model/backbones/nano.safetensors", "lpt/model/backbones/sizes.tsv"}
+    wanted |= {
+        "lpt/py.typed",
+        "lpt/model/backbones/nano.safetensors",
+        "lpt/model/backbones/sizes.tsv",
+        "lpt/server/page.html",
+    }
     wanted |= {f"lpt/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "configs").rglob("*.yaml")}
     wanted |= {f"lpt/suites/{path.name}" for path in (ROOT / "benchmarks/accuracy/suites").glob("*.yaml")}
     about = fnmatch.filter(names, "lpt-*.dist-info/*")

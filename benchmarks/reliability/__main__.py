@@ -1,4 +1,4 @@
-"""Does it lose work? Kills, faults, hostile files, bad numbers, several processes, long lists: one table.
+"""Does it lose work? Kills, faults, hostile files, bad numbers, several processes, long lists, a server: one table.
 
     python -m benchmarks.reliability [--json FILE] [--only kills,faults] [--quick]
 
@@ -17,7 +17,7 @@ from benchmarks.reliability.row import Row
 from lpt.device import versions
 from lpt.files import write_atomic
 
-THEMES = ("kills", "faults", "hostile", "numbers", "processes", "large", "determinism", "answers")
+THEMES = ("kills", "faults", "hostile", "numbers", "processes", "large", "determinism", "answers", "serving")
 """Modules of this package; each has `rows(quick) -> list[Row]`."""
 
 

@@ -34,6 +34,9 @@ GROUPS: dict[tuple[str, ...], tuple[str, tuple[str, ...]]] = {
 GROUPS |= {
     ("memory-1000", "memory-1000-pool", "memory-1000-pool/budget"): ("memory:memory_1000", ()),
     ("route", "route-strangers"): ("route:route", ()),
+    ("http-1", "http-8", "http-64"): ("http:http", ("deit_tiny", "fp32")),
+    ("overload",): ("http:overload", ()),
+    ("replace",): ("http:replace", ()),
 }
 """Checks that are measured together: a function of a module of this package, and what it is given."""
 

@@ -51,7 +51,9 @@ def plan(
 
 
 def fit(
-    root: Annotated[str | None, typer.Argument(help="a folder of images or a Hub dataset id; digits if absent")] = None,
+    root: Annotated[
+        str | None, typer.Argument(help="a folder of images or a Hub dataset id; omit it with data.name=NAME")
+    ] = None,
     settings: Overrides = None,
     budget: Annotated[str, typer.Option(metavar="TIME", help="time for search and training: 90s, 10m, 1.5h")] = "10m",
     metric: Annotated[str, typer.Option(help="selection metric: class_mean, few or accuracy")] = "class_mean",

@@ -397,7 +397,7 @@ def _naming(file: File) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # a decoder's error on a damaged file can be of any class
-        reason = quoted(error) or type(error).__name__
+        reason = quoted(error).partition(" <_io.")[0] or type(error).__name__  # Pillow tells where in memory bytes are
         content = file.content
         if isinstance(content, str | Path | bytes) and "HEIF" not in _formats() and is_heic(content):
             reason = "it is HEIC, whatever its name: install pillow-heif to read it"

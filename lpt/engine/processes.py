@@ -32,7 +32,7 @@ def naming_lost_peers() -> Iterator[None]:
         if world == 1 or not connection_lost:
             raise
         raise TrainingError(
-            f"another of the {world} processes has ended: look for what it said, and start all of them again with "
+            f"another of the {world} processes has ended: look for its error message, and start all of them again with "
             "--resume"
         ) from error
 

@@ -13,7 +13,7 @@ from lpt.data.longtail import shot_groups
 from lpt.report.markdown import percent
 from lpt.report.quoting import for_html
 
-HEADINGS = ("class", "group", "training images", "test images", "right, %", "taken for")
+HEADINGS = ("class", "group", "training images", "test images", "accuracy, %", "predicted as")
 
 SCRIPT = """
 for (const button of document.querySelectorAll("th button")) button.addEventListener("click", () => {
@@ -64,7 +64,7 @@ def class_table(
 
 
 def _most_taken_for(labels: Tensor, predicted: Tensor, num_classes: int) -> Mapping[int, tuple[int, int]]:
-    """Class → (the class that its mistakes are most often taken for, how many of them), of classes with mistakes.
+    """Class → (the class that its mistakes are most often predicted as, how many of them), of classes with mistakes.
 
     >>> _most_taken_for(torch.tensor([0, 0, 0, 1]), torch.tensor([2, 2, 1, 1]), 3)
     {0: (2, 2)}

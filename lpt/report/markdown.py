@@ -78,7 +78,7 @@ def pseudo_label_line(diagnosis: Mapping[str, Any]) -> str:
         return line + "; the truth is not known."
     line += f", {percent(diagnosis['precision'])} % of them right; {diagnosis['false_kept']:,} wrong ones"
     if diagnosis["false_confidence"] is not None:
-        line += f", {diagnosis['false_confidence']:.2f} sure on average"
+        line += f", {diagnosis['false_confidence']:.2f} mean confidence"
     return line + "."
 
 
@@ -161,10 +161,10 @@ def _facts_of_some_runs(report: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _bias(diagnosis: Mapping[str, Any]) -> str:
-    """KL divergence of the kept labels from the truth, and how often tail and head were taken for each other."""
+    """KL divergence of the kept labels from the truth, and how often tail and head were predicted as each other."""
     parts = [f"KL to the truth {diagnosis['kl']:.2f}"] if "kl" in diagnosis else []
     for true, taken_for in SWAPS:
-        parts.append(f"{true} taken for {taken_for} {percent(diagnosis[f'{true}_taken_for_{taken_for}'])} %")
+        parts.append(f"{true} predicted as {taken_for} {percent(diagnosis[f'{true}_taken_for_{taken_for}'])} %")
     return ", ".join(parts)
 
 

@@ -191,7 +191,8 @@ def _worst_classes(
     entries = []
     for accuracy, k in ranked[:WORST_CLASSES]:
         entries.append(_worst_class(k, accuracy, report["data"]["counts"][k], classes, predictions, test))
-    note = "Below each its surest mistakes, with what they were taken for." if test else "The images were not at hand."
+    note = "With each, its most confident mistakes and the classes that they were predicted as."
+    note = note if test else "The images were not at hand."
     return _section("The worst classes", "".join(entries), note)
 
 
@@ -215,7 +216,7 @@ def _worst_class(
     predictions: Mapping[str, Tensor],
     test: Images | Files | None,
 ) -> str:
-    """One of the worst classes: what it is taken for, and its most confident mistakes as pictures."""
+    """One of the worst classes: what it is predicted as, and its most confident mistakes as pictures."""
     labels, predicted, confidence = (predictions[name] for name in ("labels", "predicted", "confidence"))
     of_class = labels == k
     mistakes = (of_class & (predicted != k)).nonzero().flatten()
@@ -230,7 +231,7 @@ def _worst_class(
     return (
         f'<div class="class"><header><b>{for_html(classes[k])}</b><span>{percent(accuracy)} % right, '
         f"{training_images} training images</span></header>"
-        f"<span class=quiet>taken for {taken_for}</span><div>{pictures}</div></div>"
+        f"<span class=quiet>predicted as {taken_for}</span><div>{pictures}</div></div>"
     )
 
 
@@ -251,7 +252,7 @@ def _thumbnail(test: Images | Files, i: int, taken_for: str) -> str:
     png = base64.b64encode(buffer.getvalue()).decode()
     name = for_html(taken_for)
     return (
-        f'<figure><img{pixelated} alt="taken for {name}" src="data:image/png;base64,{png}">'
+        f'<figure><img{pixelated} alt="predicted as {name}" src="data:image/png;base64,{png}">'
         f"<figcaption>{name}</figcaption></figure>"
     )
 
@@ -279,7 +280,7 @@ def _retrieval(report: Mapping[str, Any]) -> list[str]:
     )
     sentence = f"<p>{for_html(retrieval.sentence(bought))}</p>"
     table = f"{sentence}<table><tr>{head}</tr>{body}</table>"
-    return [_section("What retrieval buys", table, retrieval.note(bought))]
+    return [_section("What retrieval adds", table, retrieval.note(bought))]
 
 
 def _pseudo_labels(report: Mapping[str, Any]) -> list[str]:
@@ -299,7 +300,7 @@ def _pseudo_labels(report: Mapping[str, Any]) -> list[str]:
         sections.append(_section("How rightly, class by class", by_class, note))
         wrong = _drawn(plots.wrong_confidence, diagnosis["false_histogram"])
         note = "They train as the right ones do: the surer, the worse."
-        sections.append(_section("How sure the wrong ones are", wrong, note, narrow=True))
+        sections.append(_section("Confidence of wrong pseudo-labels", wrong, note, narrow=True))
     return sections
 
 

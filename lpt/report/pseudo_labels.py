@@ -200,7 +200,7 @@ def diagnose(
 
 
 def _swaps(label: Tensor, truth: Tensor, counts: Tensor) -> dict[str, float | None]:
-    """How many images of tail classes are taken for ones of head classes, and the other way round, as shares."""
+    """How many images of tail classes are predicted as ones of head classes, and the other way round, as shares."""
     groups = shot_groups(counts, "thirds")
     is_head, is_tail = torch.zeros(len(counts), dtype=torch.bool), torch.zeros(len(counts), dtype=torch.bool)
     is_head[groups["many"]] = True

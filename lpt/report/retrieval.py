@@ -83,8 +83,8 @@ def sentence(retrieval: Mapping[str, Any]) -> str:
         return points(differences[pair]["class_accuracy"])
 
     if "fixed - none" in differences:
-        return f"The fixed group prompts buy {buys('fixed - none')} points of class mean over phase 1 alone."
-    text = f"Retrieval buys {buys('retrieved - constant')} points of class mean over the same prompts for all images"
+        return f"The fixed group prompts add {buys('fixed - none')} points of class mean over phase 1 alone."
+    text = f"Retrieval adds {buys('retrieved - constant')} points of class mean over the same prompts for all images"
     if answer == "both":
         text += f", with the query's own head beside it {buys('both - constant')}"
     _, low, high = differences[f"{answer} - constant"]["class_accuracy"]
@@ -95,7 +95,7 @@ def sentence(retrieval: Mapping[str, Any]) -> str:
     else:
         text += ": choose method.query=none (`lpt edit`), which spares the query's pass"
     _, low, high = differences[f"{answer} - none"]["class_accuracy"]
-    over_phase1 = f"; phase 2 as a whole buys {buys(f'{answer} - none')} over phase 1 alone"
+    over_phase1 = f"; phase 2 as a whole adds {buys(f'{answer} - none')} over phase 1 alone"
     return text + over_phase1 + (", which is no more than noise." if low <= 0 and high < TOO_WIDE else ".")
 
 
@@ -142,6 +142,6 @@ def _against(differences: Mapping[str, Any], name: str, own: str) -> str:
 
 def section(retrieval: Mapping[str, Any]) -> list[str]:
     """The lines of `report.md`."""
-    lines = ["## What retrieval buys", "", sentence(retrieval), "", f"| {' | '.join(HEAD)} |", "|---|---:|---:|---:|"]
+    lines = ["## What retrieval adds", "", sentence(retrieval), "", f"| {' | '.join(HEAD)} |", "|---|---:|---:|---:|"]
     lines += [f"| {' | '.join(map(for_markdown, row))} |" for row in rows(retrieval)]
     return [*lines, "", for_markdown(note(retrieval)), ""]

@@ -349,7 +349,7 @@ def _why(
     name, what = labels[chosen.name], f"held-out {metric.replace('_', ' ')}"
     images = f"on {int((~best.right.isnan()).sum())} images"
     if len(finalists) == 1:
-        return f"{name} is taken: nothing else was tried to the end."
+        return f"{name} is chosen: nothing else was tried to the end."
 
     def lead(over: Finalist) -> str:
         found = difference(best.right, over.right, weights, z=Z_CHOICE)
@@ -360,7 +360,7 @@ def _why(
         if chosen.seconds * CHEAPER > best.seconds:
             price = "is what others have to beat"
         return (
-            f"{name} is taken: {labels[best.name]} has the highest {what}, {100 * values[best.name]:.1f}, but its lead "
+            f"{name} is chosen: {labels[best.name]} has the best {what}, {100 * values[best.name]:.1f}, but its lead "
             f"of {lead(chosen)} is noise {images}, and {name} {price}."
         )
     others = [one for one in finalists if one is not best]
@@ -368,6 +368,6 @@ def _why(
     if not chosen.is_reference:  # it was taken for being better than the reference, whatever the others are
         second = next(one for one in finalists if one.is_reference)
     return (
-        f"{name} is taken: its {what}, {100 * values[best.name]:.1f}, is the highest, {lead(second)} above that of "
+        f"{name} is chosen: its {what}, {100 * values[best.name]:.1f}, is the highest, {lead(second)} above that of "
         f"{labels[second.name]} {images}."
     )

@@ -8,7 +8,7 @@ import io
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
@@ -79,10 +79,12 @@ class HeldTask:
     def view(self, image: Picture, name: str = "image") -> Tensor:
         """The image's test view [3 S S] as this task has it; any thread may make it. Raises DataError, with its `name`,
         for one that cannot be decoded."""
-        return _view(self.preprocess, image, name)
+        return view_of(self.preprocess, image, name)
 
 
-def _view(preprocess: Preprocess, image: Picture, name: str) -> Tensor:
+def view_of(preprocess: Preprocess, image: Picture, name: str = "image") -> Tensor:
+    """An image's test view [3 S S], normalized; any thread may make it. Raises DataError, with its `name`, for one that
+    cannot be decoded."""
     if isinstance(image, Tensor):
         return preprocess.test(_checked_pixels(image, name)[None])[0]
     if isinstance(image, Image.Image):
@@ -90,11 +92,27 @@ def _view(preprocess: Preprocess, image: Picture, name: str) -> Tensor:
     return preprocess.normalized(preprocess.cut_one(File(name, image), None)[None])[0]
 
 
+def view_kind(preprocess: Preprocess) -> Hashable:
+    """Tasks that agree in it see an image as the same view."""
+    return preprocess.test_view, preprocess.cutter
+
+
 class Asked(NamedTuple):
     """A view [3 S S] that `task` is asked about."""
 
     task: HeldTask
     view: Tensor
+
+
+Routers = tuple[tuple[Preprocess, Router], ...]
+"""A router for each kind of view that tasks have: a feature is of a view."""
+
+
+class Unrouted(NamedTuple):
+    """An image whose task is wanted, as the view [3 S S] of each of `routers`."""
+
+    routers: Routers
+    views: tuple[Tensor, ...]
 
 
 @dataclass(eq=False)
@@ -151,7 +169,7 @@ class TaskBank:
         self._used: OrderedDict[str, int] = OrderedDict()  # bytes of tasks in memory, the one used last at the end
         # A copy is there for as long as a task that is in memory needs it.
         self._adapted: WeakValueDictionary[tuple[str, int], AdaptedBackbone] = WeakValueDictionary()
-        self._routing: tuple[tuple[Preprocess, Router], ...] | None = None
+        self._routing: Routers | None = None
         self._refused_stamps: dict[Path, tuple[int, ...]] = {}
         self.sync()
 
@@ -183,6 +201,10 @@ class TaskBank:
     def header(self, task: str) -> Header:
         """What a task's file says, but for the hashes of its training images. Raises UnknownTask."""
         return self._entry(task).header
+
+    def routable(self, task: str) -> bool:
+        """Whether images are routed to it. Raises UnknownTask."""
+        return self._entry(task).means is not None
 
     def __contains__(self, task: object) -> bool:
         return task in self._entries
@@ -334,16 +356,28 @@ class TaskBank:
         return found
 
     def _routes(self, pictures: Mapping[int, Picture]) -> list[Route | DataError]:
-        by_view: list[list[Route | DataError]] = []
-        for preprocess, router in self._routers():
-            made = list(made_in_threads(_view_or_error, cycle([preprocess]), pictures.values(), pictures))
-            views = [view for view in made if isinstance(view, Tensor)]
-            routes = iter(router.routes(self._bare_features(torch.stack(views))) if views else ())
-            by_view.append([next(routes) if isinstance(view, Tensor) else view for view in made])
-        return [_nearest(routes) for routes in zip(*by_view, strict=True)]
+        routers = self.routers()
+        made = list(made_in_threads(_views_or_error, cycle([routers]), pictures.values(), pictures))
+        found = iter(self.routed([Unrouted(routers, views) for views in made if not isinstance(views, DataError)]))
+        return [views if isinstance(views, DataError) else next(found) for views in made]
 
-    def _routers(self) -> tuple[tuple[Preprocess, Router], ...]:
-        """A router for each kind of view that tasks have: a feature is of a view."""
+    def routed(self, images: Sequence[Unrouted]) -> list[Route]:
+        """As `route`, of views that somebody has made: the route of largest score by any of an image's views."""
+        rows_of: dict[int, list[int]] = {}
+        for row, image in enumerate(images):
+            rows_of.setdefault(id(image.routers), []).append(row)
+        found: dict[int, Route] = {}
+        for rows in rows_of.values():
+            by_view = []
+            for k, (_, router) in enumerate(images[rows[0]].routers):
+                views = torch.stack([images[row].views[k] for row in rows])
+                by_view.append(router.routes(self._bare_features(views)))
+            for row, routes in zip(rows, zip(*by_view, strict=True), strict=True):
+                found[row] = max(routes, key=lambda route: route.score)
+        return [found[row] for row in range(len(images))]
+
+    def routers(self) -> Routers:
+        """By which images are routed now. Raises LptError where there is no task with class means."""
         with self._lock:
             if self._routing is not None:
                 return self._routing
@@ -352,8 +386,7 @@ class TaskBank:
             for entry in entries:
                 if entry.means is not None:
                     preprocess = Preprocess(**vars(entry.header.preprocess))
-                    key = (preprocess.test_view, preprocess.cutter)
-                    tasks.setdefault(key, (preprocess, {}))[1][entry.name] = entry.means
+                    tasks.setdefault(view_kind(preprocess), (preprocess, {}))[1][entry.name] = entry.means
             if not tasks:
                 Router({}, accept=self.accept)  # says why
             self._routing = tuple(
@@ -500,15 +533,19 @@ def _pictures(images: Any) -> list[Picture]:
 
 def _view_or_error(preprocess: Preprocess, image: Picture, number: int) -> Tensor | DataError:
     try:
-        return _view(preprocess, image, str(image) if isinstance(image, str | Path) else f"{number} of the list")
+        return view_of(preprocess, image, str(image) if isinstance(image, str | Path) else f"{number} of the list")
     except DataError as error:
         return error
 
 
-def _nearest(routes: Sequence[Route | DataError]) -> Route | DataError:
-    """Of one image's routes by several views the one of largest score, or what is wrong with the image."""
-    wrong = next((route for route in routes if isinstance(route, DataError)), None)
-    return wrong or max((route for route in routes if isinstance(route, Route)), key=lambda route: route.score)
+def _views_or_error(routers: Routers, image: Picture, number: int) -> tuple[Tensor, ...] | DataError:
+    views: list[Tensor] = []
+    for preprocess, _ in routers:
+        view = _view_or_error(preprocess, image, number)
+        if isinstance(view, DataError):
+            return view
+        views.append(view)
+    return tuple(views)
 
 
 def _in_fp16(means: TaskMeans | None) -> TaskMeans | None:

@@ -218,7 +218,7 @@ def _matching_lines(
     if respelled := unmatched["other_spelling"]:
         shown = quoted(", ".join(respelled[:5])) + (", ..." if len(respelled) > 5 else "")
         lines.append(
-            f"{len(respelled)} classes are spelled otherwise in the prompt file and taken for the same: {shown}"
+            f"{len(respelled)} classes are spelled otherwise in the prompt file and matched all the same: {shown}"
         )
     if not absent and not unknown:
         return lines

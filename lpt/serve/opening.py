@@ -70,7 +70,7 @@ def open_backbone(
 
 
 def open_bank(
-    folder: Path,
+    folder: Path | Mapping[str, Path],
     *,
     weights: str | None = None,
     name: str | None = None,
@@ -80,8 +80,9 @@ def open_bank(
     batch_size: int = 64,
     accept: float = 0.95,
 ) -> TaskBank:
-    """The tasks of a folder of prompt files, on the backbone that most of them are for; those for another one are in
-    the bank's `refused`. Raises LptError where there is no file that can be opened, and what `open_prompt` does."""
+    """The tasks of a folder of prompt files, or of files by task, on the backbone that most of them are for; those for
+    another one are in the bank's `refused`. Raises LptError where there is no file that can be opened, and what
+    `open_prompt` does."""
     headers, problem = {}, "it holds no prompt file"
     for _, path in named_files(folder):
         try:

@@ -264,7 +264,7 @@ def report_lines(report: Mapping[str, Any]) -> list[str]:
     lines = [
         f"{report['rows']} images: {report['groups']['all']['labeled']} labeled, {report['unsure']} unsure"
         + (f", {report['errors']} that cannot be read" if report["errors"] else ""),
-        "of images taken for classes with ..., per cent, in brackets 95 % intervals:",
+        "of images predicted as classes with ..., per cent, in brackets 95 % intervals:",
     ]
     for name, group in report["groups"].items():
         if not group["classes"]:
