@@ -134,7 +134,6 @@ def posted(task):
 @pytest.mark.filterwarnings("ignore")  # Ray's own, of pydantic and of sockets
 def test_two_replicas_on_two_processors(library, monkeypatch):
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # nothing is written into the home folder
-    monkeypatch.setenv("RAY_raylet_start_wait_time_s", "200")  # on machines that have other work, too
     ray = pytest.importorskip("ray", reason="Ray is not installed: pip install lpt[ray]")
     from ray import serve
 
