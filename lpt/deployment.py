@@ -129,7 +129,7 @@ def build(settings: Deployment) -> Any:
         async def in_batches(self, asked: list[Asked]) -> list[TaskAnswer]:  # type: ignore[override]
             return await self.answers(asked)
 
-    deployment = serve.deployment(
+    deployment: Any = serve.deployment(
         Tasks,
         num_replicas=settings.replicas,
         max_ongoing_requests=3 * settings.batch_size,  # one batch is computed while the next one gathers

@@ -3,6 +3,7 @@
 import asyncio
 import io
 import json
+import re
 import shutil
 import time
 import urllib.error
@@ -11,9 +12,11 @@ import urllib.request
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from pydantic import ValidationError
 
+from lpt import deployment
 from lpt.deployment import Deployment, Replica
 from lpt.errors import DataError, UnknownTask
 from lpt.model.backbones import load_backbone
@@ -21,6 +24,7 @@ from lpt.model.classifier import PromptedClassifier
 from lpt.model.heads import CosineHead
 from lpt.prompt_file import save_prompt
 from lpt.serve.bank import TaskBank
+from tests.support.shared import ROOT
 
 
 def encoded(seed):
@@ -72,6 +76,15 @@ def test_new_files_are_found_when_its_health_is_asked_for(library):
     replica.check_health()
 
 
+def test_the_config_of_the_page_is_one_that_is_taken():
+    page = (ROOT / "docs" / "clusters.md").read_text()
+    (config,) = (yaml.safe_load(text) for text in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL))
+    (application,) = config["applications"]
+    module, _, name = application["import_path"].partition(":")
+    assert module == deployment.__name__ and callable(getattr(deployment, name))
+    assert Deployment(**application["args"]).replicas == 4
+
+
 class Request:
     """As much of Starlette's as a replica looks at."""
 
@@ -121,7 +134,6 @@ def posted(task):
 @pytest.mark.filterwarnings("ignore")  # Ray's own, of pydantic and of sockets
 def test_two_replicas_on_two_processors(library, monkeypatch):
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # nothing is written into the home folder
-    monkeypatch.setenv("RAY_raylet_start_wait_time_s", "200")  # on machines that have other work, too
     ray = pytest.importorskip("ray", reason="Ray is not installed: pip install lpt[ray]")
     from ray import serve
 

@@ -219,12 +219,15 @@ DOCS = (ROOT / "docs" / "export.md").read_text()
 SHELL = [line for block in re.findall(r"```sh\n(.*?)```", DOCS, re.DOTALL) for line in block.splitlines()]
 
 
+def nano_prompt(path):
+    save_prompt(path, classifier(load_backbone("nano")), method="class_mean", counts=COUNTS)
+
+
 def test_the_commands_of_the_page_run(tmp_path, capsys, monkeypatch):
     """Exactly as they stand; what a model is stands beside it, and its answers are those of `lpt predict` on files."""
     pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed: pip install lpt[onnx]")
     monkeypatch.chdir(tmp_path)
-    nano = load_backbone("nano")
-    save_prompt("prompt.safetensors", classifier(nano), method="class_mean", counts=COUNTS)
+    nano_prompt(Path("prompt.safetensors"))
     Image.fromarray(pictures(1, 32)[0].permute(1, 2, 0).numpy()).save("photo.png")
     Image.open("photo.png").save("photo.jpg", quality=95)
     for command in SHELL[:2]:
@@ -327,15 +330,15 @@ def test_what_peft_has_no_place_for_is_refused(reason, backbone, tmp_path):
         (["--to", "peft", "--out", "a", "--tta", "five_crop"], "--tta five_crop is for torch and onnx"),
         (["--to", "peft", "--out", "."], "--out . is there already: give the name of a new folder"),
         (["--to", "torch", "--out", "a.pt2", "train.seed=1"], "train: there is no such section here (backbone)"),
-        (["--to", "peft", "--out", "a"], "is no LoRA (lpt), which alone peft has a place for"),
+        (["--to", "peft", "--out", "a"], "is no LoRA (class_mean), which alone peft has a place for"),
     ],
 )
-def test_bad_input_gets_one_sentence(words, sentence, finished, tmp_path, capsys, monkeypatch):
+def test_bad_input_gets_one_sentence(words, sentence, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("there").touch()
-    code, said, wrong = lpt(capsys, "export", finished / "prompt.safetensors", *words)
+    nano_prompt(Path("prompt.safetensors"))
+    code, said, wrong = lpt(capsys, "export", "prompt.safetensors", *words)
     assert code == 2 and not said and sentence in wrong and len(wrong.splitlines()) == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+    assert [path.name for path in tmp_path.iterdir()] == ["prompt.safetensors"]
 
 
 def test_a_model_that_answers_otherwise_is_not_written(backbone, tmp_path, monkeypatch):

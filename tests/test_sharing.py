@@ -1,9 +1,14 @@
 """Prompt files on a Hub that stands on this machine: pushed by the client's own protocol, pulled, and read in place."""
 
 import json
+import re
+import shlex
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from lpt.errors import PromptFileError
 from lpt.files import local_file
@@ -15,6 +20,7 @@ from lpt.prompt_header import read_header
 from lpt.serve.sharing import MADE_BY, model_card
 from tests.support.hub import TOKEN, Commands, Hub
 from tests.support.pictures import fill
+from tests.support.shared import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +138,22 @@ def test_pull_adds_to_a_folder(hub, lpt, repo, prompt, tmp_path):
     hub.files[repo] = {"prompt.safetensors": prompt.read_bytes()}
     code, said, _ = lpt("pull", f"{repo}/prompt.safetensors", tmp_path / "prompts")
     assert code == 0 and said == f"added {repo.partition('/')[2]}\n"
+
+
+def test_the_commands_of_the_page_run(hub, lpt, prompt):
+    """Exactly as they stand, in one folder."""
+    here = Path(lpt.folder)
+    shutil.copy(prompt, here / "prompt.safetensors")
+    Image.new("RGB", (40, 40), "red").save(here / "photo.jpg")
+    (block,) = re.findall(r"```sh\n(.*?)```", (ROOT / "docs" / "sharing.md").read_text(), re.DOTALL)
+    hub.files.pop("me/digits", None)
+    said = []
+    for command in block.splitlines():
+        code, out, wrong = lpt(*shlex.split(command)[1:])
+        assert code == 0, (command, wrong)
+        said.append(out)
+    assert said[0].startswith("hf://me/digits/digits.safetensors  with a card") and said[2] == "added digits\n"
+    assert said[1].startswith("photo.jpg  ") and (here / "prompts" / "digits.safetensors").exists()
 
 
 WRONG = {

@@ -159,7 +159,6 @@ class Pair:
         trained = {"inference": (), "phase1_step": ("shared.", "head."), "phase2_step": ("pool.", "head.")}[work]
         for model, pool in self.pools.items():
             model.pool = None if work == "phase1_step" else pool
-            model._shared_cache = None
             model.only_train(*trained)
 
     def published(self, work: str) -> list[Tensor]:

@@ -201,8 +201,9 @@ def _as_onnx(program: torch.export.ExportedProgram, what: str) -> tuple[bytes, R
 
 def _stable_sort(self: Any, stable: bool | None = None, dim: int = -1, descending: bool = False) -> tuple[Any, Any]:
     """`torch.sort(..., stable=True)`, which the exporter does not know: ONNX's TopK has ties in the order of places."""
-    from onnxscript import opset20 as op
+    from onnxscript import opset20
 
+    op: Any = opset20
     number = op.Shape(self, start=dim, end=dim + 1 if dim != -1 else None)
     return op.TopK(self, number, axis=dim, largest=int(descending), sorted=1)
 

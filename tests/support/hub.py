@@ -182,9 +182,11 @@ class Commands:
         environment = {name: value for name, value in os.environ.items() if name not in left_out}
         environment |= {"HF_ENDPOINT": url, "HF_HOME": home, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN}
         environment |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1"}
+        self.folder = home
         self.process = subprocess.Popen(
             [sys.executable, "-c", self.PROGRAM],
             env=environment,
+            cwd=home,
             text=True,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
