@@ -49,7 +49,8 @@ def bound(host: str, port: int) -> socket.socket:
         why = error.strerror if isinstance(error, OSError) else error
         raise LptError(f"--host {quoted(host, 80)} is no address ({why}): give one of this machine") from None
     try:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if os.name == "posix":  # elsewhere it lets two servers have one port
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
     except OSError as error:
         listening.close()
