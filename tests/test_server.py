@@ -222,7 +222,7 @@ def test_health_metrics_and_paths_that_are_not_there(client):
     }
     assert values["lpt_tasks",] == 4 and values["lpt_in_flight",] == 0 and values["lpt_task_bytes",] > 0
     assert values["lpt_requests_total", "/v1/predict", "200"] >= 1 and values["lpt_questions_total", "422"] >= 1
-    for path in ("/docs", "/../../etc/passwd", "/page.html", "/v1/predict/x"):
+    for path in ("/docs", "/../../etc/passwd", "/page.html", "/v1/predict/x", "/v1/tasks/"):
         response = client.get(path)
         assert response.status_code == 404 and "no such path" in response.json()["error"]
     assert client.get("/v1/predict").status_code == 405

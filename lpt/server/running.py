@@ -5,6 +5,7 @@ import copy
 import os
 import signal
 import socket
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,7 @@ def run(app: Any, listening: socket.socket) -> None:
         limit_concurrency=MOST_CONNECTIONS,
         timeout_graceful_shutdown=GRACE,
     )
+    warnings.filterwarnings("ignore", module="PIL")  # of large images: they are held to limits of our own
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _leave)  # uvicorn raises the signal again at the end
     uvicorn.Server(config).run(sockets=[listening])
