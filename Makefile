@@ -35,8 +35,9 @@ SERVE := runs/serve_demo
 serve-demo: .venv/ready
 	rm -rf $(SERVE)
 	$(BIN)/python -m benchmarks.serving.demo $(SERVE)
-	$(BIN)/lpt train $(DIGITS)/lpt.yaml data.name=folder data.root=$(SERVE)/data/digits --out $(SERVE)/digits
-	$(BIN)/lpt train $(DIGITS)/lpt.yaml data.name=folder data.root=$(SERVE)/data/shapes "method.epochs=[12, 0]" \
+	$(BIN)/lpt train $(DIGITS)/lpt.yaml data.name=folder data.root=$(SERVE)/data/digits "method.epochs=[24, 8]" \
+		--out $(SERVE)/digits
+	$(BIN)/lpt train $(DIGITS)/lpt.yaml data.name=folder data.root=$(SERVE)/data/shapes "method.epochs=[30, 0]" \
 		--out $(SERVE)/shapes
 	$(BIN)/lpt train $(DIGITS)/linear_probe.yaml data.name=folder data.root=$(SERVE)/data/textures \
 		method.name=fine_tune method.tuning=lora method.epochs=8 --out $(SERVE)/textures

@@ -188,7 +188,7 @@ def sent(port: int, raw: bytes, patience: float) -> tuple[str, str]:
         return status, f"status {status}: {body[:150]!r}"
     if b"Traceback" in found or b"/prompts/" in found:
         return status, f"it tells what is inside: {body[:150]!r}"
-    if b"application/json" in head and b"HTTP/1." not in body:
+    if b"application/json" in head and b"HTTP/1." not in body and not raw.startswith(b"HEAD"):
         try:
             content = json.loads(body)
         except ValueError:

@@ -133,7 +133,7 @@ def create_app(
         await asyncio.get_running_loop().run_in_executor(None, service.close)
 
     # The usual pages of documentation load their scripts from elsewhere: the description itself is at /openapi.json.
-    app = FastAPI(title="lpt", docs_url=None, redoc_url=None, lifespan=lifespan, version="1")
+    app = FastAPI(title="lpt", docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=lifespan, version="1")
     app.add_middleware(Guard, metrics=service.metrics, token=token, local=local)
     app.state.service, app.state.watcher = service, watcher
     app.add_exception_handler(Refusal, _refused)

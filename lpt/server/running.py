@@ -5,6 +5,7 @@ import copy
 import os
 import signal
 import socket
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,8 @@ def bound(host: str, port: int) -> socket.socket:
         why = error.strerror if isinstance(error, OSError) else error
         raise LptError(f"--host {quoted(host, 80)} is no address ({why}): give one of this machine") from None
     try:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if os.name == "posix":  # elsewhere it lets two servers have one port
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
     except OSError as error:
         listening.close()
@@ -107,6 +109,7 @@ def run(app: Any, listening: socket.socket) -> None:
         limit_concurrency=MOST_CONNECTIONS,
         timeout_graceful_shutdown=GRACE,
     )
+    warnings.filterwarnings("ignore", module="PIL")  # of large images: they are held to limits of our own
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _leave)  # uvicorn raises the signal again at the end
     uvicorn.Server(config).run(sockets=[listening])
