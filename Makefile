@@ -8,7 +8,7 @@ BIN := .venv/bin
 	$(PYTHON) -c "import sys; sys.exit('lpt needs Python 3.11 or newer, this is ' + sys.version.split()[0]) if sys.version_info < (3, 11) else None"
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "pip>=25.1"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[clip,digits,hub,lora,serve]' --group dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[clip,digits,hub,lora,onnx,serve]' --group dev
 	touch $@
 
 # Four runs on scikit-learn's digits, long-tailed, on nano, the backbone that comes with the package: no download.

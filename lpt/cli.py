@@ -10,7 +10,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from lpt.commands import data, library, listing, predicting, prompts, training
+from lpt.commands import data, library, listing, predicting, prompts, training, travel
 from lpt.commands.console import paragraphs, print
 from lpt.commands.serve import serve
 from lpt.errors import ConfigError, LptError, quoted, shortened
@@ -47,6 +47,9 @@ COMMANDS = {
     "serve": serve,
     "inspect": prompts.inspect,
     "soup": prompts.soup,
+    "export": travel.export,
+    "push": travel.push,
+    "pull": travel.pull,
     "report": training.report,
     "doctor": data.doctor,
     "pack": data.pack,

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from lpt.errors import DiskError, quoted
+from lpt.errors import DiskError, PromptFileError, quoted
 
 if TYPE_CHECKING:  # torch takes seconds to load, and what a file says of itself needs none of it
     from torch import Tensor
@@ -64,6 +65,29 @@ def to_bytes(tensors: "Mapping[str, Tensor]", **header: Any) -> bytes:
     for name, content in header.items():
         metadata[name] = json.dumps({**content, "sha256": seal(content, stored)})
     return save(stored, metadata=metadata or None)
+
+
+ON_THE_HUB = re.compile(r"hf:/{1,2}(?P<repo>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))?/(?P<file>[^/].*)")
+"""`hf://owner/name/file`, or `hf://owner/name@revision/file`; a `Path` of it has lost a slash."""
+
+
+def local_file(path: str | Path) -> Path:
+    """Where a file is on this machine: a path as it is, and of `hf://owner/name/file` the copy that the Hub's client
+    keeps, which is downloaded if it is new. Raises PromptFileError where it cannot be had."""
+    text = str(path)
+    if not text.startswith("hf:/"):
+        return Path(path)
+    named = ON_THE_HUB.fullmatch(text)
+    if named is None:
+        raise PromptFileError(f"{quoted(text)} names no file of the Hub: write hf://owner/name/file.safetensors")
+    from huggingface_hub import hf_hub_download
+
+    repo, file = named["repo"], named["file"]
+    try:
+        return Path(hf_hub_download(repo, file, revision=named["revision"]))
+    except Exception as error:  # of its client, of the network, of the disk: of any class
+        reason = why_not_downloaded(error)
+        raise PromptFileError(f"prompt file hf://{repo}/{file} could not be downloaded ({reason})") from None
 
 
 def read_tensors(path: Path) -> "tuple[dict[str, str], dict[str, Tensor]]":
@@ -143,8 +167,10 @@ def other_format(path: Path) -> str | None:
     return next((kind for beginning, kind in BEGINNINGS.items() if start.startswith(beginning)), None)
 
 
-def why_not_downloaded(error: BaseException) -> str:
-    """Why a file could not be had from the Hub, in few words, from the many exceptions of its client."""
+def why_not_downloaded(error: BaseException, *, cached: bool = True) -> str:
+    """Why a file could not be had from the Hub, in few words, from the many exceptions of its client. `cached` says
+    that a cache has been asked, too."""
+    in_no_cache = ", and it is in no cache on this machine" if cached else ""
     causes: list[BaseException] = []
     cause: BaseException | None = error
     while cause is not None and len(causes) < 20:
@@ -152,11 +178,21 @@ def why_not_downloaded(error: BaseException) -> str:
         cause = cause.__cause__ or cause.__context__
     kinds = " ".join(kind.__name__ for one in causes for kind in type(one).__mro__) + f" {error}"
     if "OfflineModeIsEnabled" in kinds:
-        return "HF_HUB_OFFLINE is set, and it is in no cache on this machine"
+        return f"HF_HUB_OFFLINE is set{in_no_cache}"
+    if "Invalid credentials" in kinds or "Invalid user token" in kinds:
+        return "the Hub does not know the token that it was given: hf auth login stores another one, as does HF_TOKEN"
+    if "RemoteEntryNotFound" in kinds:
+        return "the repository is there, without such a file"
+    if "RevisionNotFound" in kinds:
+        return "the repository is there, without such a revision"
+    if "401 Unauthorized" in kinds:
+        return "the Hub wants to know who asks: hf auth login, or HF_TOKEN"
+    if "403 Forbidden" in kinds:
+        return "the token that was given has no right to do this"
     if any(name in kinds for name in ("RepositoryNotFound", "DatasetNotFound", "GatedRepo")):
         return "the Hub has none of this name, or only for those who have logged in (hf auth login)"
     if any(name in kinds for name in ("LocalEntryNotFound", "ConnectionError", "ConnectError", "Timeout")):
-        return "the Hub cannot be reached, and it is in no cache on this machine"
+        return f"the Hub cannot be reached{in_no_cache}"
     return quoted(str(error).strip().partition(". ")[0], 300) or type(error).__name__  # a sentence, not cut within
 
 

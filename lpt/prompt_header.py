@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, field_validator, model_validator
 
 from lpt.errors import PromptFileError, check_kind, quoted
-from lpt.files import dtype_name, is_intact, read_arrays, read_names
+from lpt.files import dtype_name, is_intact, local_file, read_arrays, read_names
 from lpt.model.head_spec import HEAD_RANKS, Fused, HeadSpec, Space, head_problem, head_spec
 from lpt.settings import MAX_ADAPTER_WIDTH
 from lpt.terms import MAX_VIEW, NUM_SCORES, AdapterKind, GroupRule, Pixels, QueryMode, unpacked
@@ -181,7 +181,8 @@ def format_of(tensors: Iterable[str]) -> int:
 
 
 def read_header(path: str | Path) -> tuple[Header, dict[str, np.ndarray]]:
-    """(header, tensors as they are stored), checked against each other. Raises PromptFileError."""
+    """(header, tensors as they are stored) of a path or `hf://owner/name/file`, checked against each other. Raises
+    PromptFileError."""
     check_kind("prompt file", path, (str, Path), "give the path of a file")
     path = Path(path)
     fields, arrays = _opened(path, read_arrays)
@@ -206,10 +207,11 @@ Read = TypeVar("Read")
 
 def _opened(path: Path, read: Callable[[Path], tuple[dict[str, str], Read]]) -> tuple[dict[str, Any], Read]:
     """(fields of the header, what else `read` has read)."""
-    if not path.is_file():
+    local = local_file(path)
+    if not local.is_file():
         raise PromptFileError(f"prompt file {path} does not exist")
     try:
-        metadata, content = read(path)
+        metadata, content = read(local)
     except ValueError as error:
         raise PromptFileError(f"prompt file {path} is damaged or no safetensors file ({error})") from None
     if "lpt" not in metadata:

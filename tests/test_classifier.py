@@ -97,9 +97,9 @@ def test_the_constant_keys_and_values_of_a_frozen_prompt_are_never_stale():
     views = images(backbone)
     with torch.no_grad():
         before = model(views).logits
-        kept = model._shared_cache
+        kept = model._shared_answers._last
         model(views)
-        assert model._shared_cache is kept  # computed once
+        assert model._shared_answers._last is kept  # computed once
         model.shared.tokens.add_(torch.randn_like(model.shared.tokens))
         after = model(views).logits
     fresh = prompted(backbone, pool=False).only_train().eval()
@@ -157,7 +157,7 @@ def test_a_large_pool_is_searched_by_an_index_with_the_same_result(monkeypatch):
         in_torch = model(views)
         monkeypatch.setattr(classifier, "MIN_KEYS_FOR_INDEX", 5)
         by_index = model(views)
-        assert model._index_cache is not None and torch.equal(by_index.ids, in_torch.ids)
+        assert model._index._last is not None and torch.equal(by_index.ids, in_torch.ids)
         assert torch.equal(by_index.logits, in_torch.logits)
         model.pool.keys.copy_(model.pool.keys.flip(0))  # a stale index is never used
         assert torch.equal(model(views).ids.sort(1).values, (4 - in_torch.ids).sort(1).values)

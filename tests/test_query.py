@@ -10,6 +10,7 @@ from lpt.engine.query import RIDGES, fit_query_map, most_chosen, ridge
 from lpt.errors import LptError, PromptFileError
 from lpt.files import read_tensors
 from lpt.model.backbones import timm_vit
+from lpt.model.kept import Kept
 from lpt.model.prompts import summarized
 from lpt.prompt_file import read_prompt
 from tests.support.plain import plain_feature
@@ -106,9 +107,9 @@ def test_none_is_the_constant_pair_and_runs_no_query_tail(monkeypatch):
     assert blocks == [0, 1, 2, 3] and output.ids is None and output.similarity is None
     torch.testing.assert_close(output.feature, feature, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(output.feature, constant, rtol=1e-5, atol=1e-6)
-    kept = fixed._fixed_cache
+    kept = fixed._fixed_answers._last
     fixed(views)
-    assert fixed._fixed_cache is kept  # computed once, and never stale
+    assert fixed._fixed_answers._last is kept  # computed once, and never stale
     fixed.pool.tokens.add_(torch.randn_like(fixed.pool.tokens))
     assert not torch.allclose(fixed(views).feature, output.feature, atol=1e-3)
 
@@ -281,7 +282,7 @@ def test_constants_of_a_prompt_follow_what_is_learned_inside():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
         assert model.prefix_state != state
         after = model(views).logits
-        model._shared_cache = None
+        model._shared_answers = Kept()
         assert torch.equal(model(views).logits, after) and not torch.allclose(before, after, atol=1e-3)
     model.only_train("backbone.")
     assert model.prefix_state is None

@@ -3,6 +3,7 @@
 import inspect
 import json
 import logging
+import os
 import re
 import shlex
 import shutil
@@ -344,13 +345,24 @@ def test_a_link_that_leads_out_of_the_folder_is_not_opened(changing, tmp_path_fa
     outside = tmp_path_factory.mktemp("outside") / "secret.safetensors"
     write_task(outside, backbone, "deep", 5)
     (folder / "secret.safetensors").symlink_to(outside)
-    (folder / "again.safetensors").symlink_to("lamps.safetensors")
+    (folder / "again.safetensors").symlink_to("tables.safetensors")
+    (folder / "lamps.safetensors").rename(folder / "tables.safetensors")
+    (folder / "lamps.safetensors").symlink_to(outside)
     watcher.look()
     watcher.look()
     assert [r.message.count("leads out of the folder") for r in caplog.records if "secret" in r.message] == [1]
     listed = client.get("/v1/tasks").json()
     assert "leads out" in listed["refused"]["secret.safetensors"] and "again" in str(listed["tasks"])
-    assert form(client, [picture()], "secret").status_code == 404
+    for task in ("secret", "lamps"):
+        assert form(client, [picture()], task).status_code == 404
+
+
+def test_names_that_are_no_text_are_left_out(changing):
+    client, watcher, folder, _ = changing
+    shutil.copy(folder / "lamps.safetensors", os.fsdecode(os.fsencode(folder) + b"/\xff.safetensors"))
+    watcher.look()
+    listed = client.get("/v1/tasks").json()
+    assert len(listed["tasks"]) == 4 and "rename it" in listed["refused"]["\\xff.safetensors"]
 
 
 def test_a_folder_that_is_gone_ends_nothing(changing, caplog):
@@ -563,7 +575,7 @@ def test_a_process_answers_what_has_begun_and_ends(nano_library):
     assert (process.returncode, out, err) == (0, "", "")
 
 
-def test_connections_that_send_nothing_or_half_a_request_are_closed(library, backbone, monkeypatch):
+def test_connections_that_send_nothing_or_half_a_request_are_closed(library, backbone, monkeypatch, caplog):
     monkeypatch.setattr("lpt.server.running.HEADER_SECONDS", 0.3)
     app = served(library, backbone, limits=Limits(seconds=0.5))
     with in_thread(app) as address:
@@ -575,7 +587,12 @@ def test_connections_that_send_nothing_or_half_a_request_are_closed(library, bac
         with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
             connection.sendall(b"POST /v1/predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\nhalf")
             assert connection.recv(100).startswith(b"HTTP/1.1 408")
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+            connection.sendall(b"POST /v1/predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\nhalf")
+            until(lambda: app.state.service.room.questions == 1)
+        until(lambda: app.state.service.room.questions == 0)
         assert httpx2.get(f"{address}/healthz").status_code == 200
+    assert not [record for record in caplog.records if record.exc_info]
 
 
 def test_what_is_wrong_with_the_command_is_said_in_one_sentence(tmp_path, capsys):

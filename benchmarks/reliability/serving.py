@@ -1,8 +1,8 @@
 """A server that is killed under load, and one that strangers send anything to.
 
 Hypothesis draws what they send: bodies, headers, images, JSON, paths and requests that are none. Every answer is to be
-a refusal or an answer in JSON within seconds, and the server is to be as it was: alive, right, without a traceback in
-its log, and no larger than its limits say.
+a refusal or an answer in JSON within seconds, and the server is to be as it was: alive, right, silent in its log,
+and no larger than its limits say.
 """
 
 import asyncio
@@ -133,12 +133,13 @@ def hostile(folder: Path, asked: list[load.Question], expected: Expected, *, num
         @hypothesis.given(st.data())
         def attempt(data: st.DataObject) -> None:
             nonlocal tried
+            choose = Choose(data.draw)
+            kind = choose.one(senders.kinds)
+            raw = senders.kinds[kind](choose)
             if tried == number:
                 return
             tried += 1
-            choose = Choose(data.draw)
-            kind = choose.one(senders.kinds)
-            outcome, problem = sent(port, senders.kinds[kind](choose), PATIENCE.get(kind, SHORT))
+            outcome, problem = sent(port, raw, PATIENCE.get(kind, SHORT))
             outcomes[outcome] += 1
             most.append(load.memory_of(process))
             if not problem and tried % 20 == 0:
@@ -154,7 +155,7 @@ def hostile(folder: Path, asked: list[load.Question], expected: Expected, *, num
     said = errors.read_text()
     wrong = [] if alive else ["the server has ended"]
     wrong += [f"it grew by {grown / 1e6:.0f} MB"] * (grown > LIMIT)
-    wrong += [f"a traceback in its log: {said[said.index('Traceback') :][-300:]}"] * ("Traceback" in said)
+    wrong += [f"its log says {said[-300:]}"] * bool(said)
     wrong += ["a file of the folder has changed"] * (hashes(folder) != before)
     note = ", ".join(f"{count} {what}" for what, count in sorted(outcomes.items()))
     note += f"; memory grew by {grown / 1e6:.0f} MB at most, {LIMIT / 1e6:.0f} are allowed"

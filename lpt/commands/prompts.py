@@ -14,10 +14,11 @@ from lpt.errors import LptError, quoted
 
 def inspect(prompt: Annotated[Path, typer.Argument(help="a prompt file")]) -> None:
     """Show the contents of a prompt file: method, settings, backbone, classes, tensors and metrics."""
+    from lpt.files import local_file
     from lpt.prompt_header import read_header
 
     header, tensors = read_header(prompt)
-    print(f"{prompt}  format {header.format}, {prompt.stat().st_size:,} bytes")
+    print(f"{prompt}  format {header.format}, {local_file(prompt).stat().st_size:,} bytes")
     print(f"method    {quoted(header.method)}")
     _print_few("settings", _in_lines(f"{quoted(k, 60)}={quoted(json.dumps(v))}" for k, v in header.settings.items()))
     made_with = quoted(f"{header.backbone.name}, weights {header.backbone.fingerprint}")
@@ -91,12 +92,12 @@ def edit(
     computed from the training images.
     """
     from lpt.config import nested
+    from lpt.files import local_file
     from lpt.serve.editing import edit_prompt
 
     edit_prompt(prompt, out, nested(settings), say=print)
-    print(
-        f"prompt file  {out}  {out.stat().st_size:,} bytes, {prompt.stat().st_size:,} before; lpt evaluate measures it"
-    )
+    size = local_file(prompt).stat().st_size
+    print(f"prompt file  {out}  {out.stat().st_size:,} bytes, {size:,} before; lpt evaluate measures it")
 
 
 def soup(

@@ -62,7 +62,7 @@ def serve(
         local = is_loopback(listening)
         bank = open_bank(closed, **loading, memory=memory, batch_size=batch_size, accept=accept)
         app = create_app(bank, closed, limits=limits, token=token, local=local)
-        for sentence in [*closed.outside.values(), *bank.refused.values()]:
+        for sentence in [*closed.left_out.values(), *bank.refused.values()]:
             print(printable(f"warning: {quoted(sentence, 1000)}"), file=sys.stderr)
         if not local and token is None:
             print(f"warning: whoever can reach {quoted(host, 80)} is answered: set LPT_SERVE_TOKEN", file=sys.stderr)

@@ -14,6 +14,7 @@ from lpt.data.loader import Workers
 from lpt.data.task import Task
 from lpt.model.backbones.base import Backbone, KeyValue, Prompt
 from lpt.model.heads import Calibration, CosineHead, Head, LinearHead
+from lpt.model.kept import Kept, version
 from lpt.model.matching import KeyIndex, match
 from lpt.model.predicting import Predicted, Transform, predicted
 from lpt.model.prompts import DeepPrompt, PromptPool, ShallowPrompt
@@ -73,10 +74,8 @@ class PromptedClassifier(nn.Module):
         self.task_means: TaskMeans | None = None
         """Where its task lies among the features of the bare backbone; None where it is not known."""
         self._learned = [p for name, p in backbone.named_parameters() if name in backbone.learned]
-        # These caches are (state that they were computed from, result).
-        self._shared_cache: tuple[tuple[object, ...], list[KeyValue]] | None = None
-        self._fixed_cache: tuple[tuple[object, ...], list[KeyValue]] | None = None
-        self._index_cache: tuple[tuple[object, ...], KeyIndex] | None = None
+        self._shared_answers, self._fixed_answers = Kept[list[KeyValue]](), Kept[list[KeyValue]]()
+        self._index = Kept[KeyIndex]()
 
     # One forward, in three parts. LPT's query pass and prompted pass are the same up to the first block with
     # group prompts, so that prefix runs once; the two tails start from its tokens.
@@ -189,7 +188,7 @@ class PromptedClassifier(nn.Module):
         before = self._learned if self.shared is None else [self.shared.tokens, *self._learned]
         if self.pool is None or any(value.requires_grad for value in before):
             return None
-        query = () if self.pool.query_map is None else _version(self.pool.query_map)
+        query = () if self.pool.query_map is None else version(self.pool.query_map)
         return (self._prefix_blocks, self.backbone.dtype, self.pool.query, *query, *self._shared_version)
 
     @property
@@ -207,12 +206,10 @@ class PromptedClassifier(nn.Module):
         assert pool is not None
         query = query - pool.centre
         keys_train = pool.keys.requires_grad and torch.is_grad_enabled()
-        if len(pool.keys) < MIN_KEYS_FOR_INDEX or keys_train:
+        if len(pool.keys) < MIN_KEYS_FOR_INDEX or keys_train or torch.compiler.is_compiling():
             return match(query, pool.keys, pool.topk)
-        version = (pool.keys._version, pool.keys.data_ptr())
-        if self._index_cache is None or self._index_cache[0] != version:
-            self._index_cache = (version, KeyIndex(pool.keys))
-        similarity, ids = self._index_cache[1].match(query, pool.topk)
+        index = self._index.of([pool.keys], lambda: KeyIndex(pool.keys))
+        similarity, ids = index.match(query, pool.topk)
         return similarity.to(query.device), ids.to(query.device)
 
     def _after_prefix(self, tokens: Tensor, group: Sequence[Prompt] | None) -> Tensor:
@@ -248,34 +245,37 @@ class PromptedClassifier(nn.Module):
         if not isinstance(self.shared, DeepPrompt):
             return []
         tokens = self.shared.tokens
-        if torch.is_grad_enabled() and any(value.requires_grad for value in (tokens, *self._learned)):
-            return [tokens[i]]
-        return [self._shared_keys_values(tokens)[i]]
+        return [tokens[i]] if self._may_change(tokens) else [self._shared_keys_values(tokens)[i]]
+
+    def _may_change(self, tokens: Tensor) -> bool:
+        """Whether keys and values of `tokens` must be made anew: while they train, and in a graph that is traced."""
+        trains = torch.is_grad_enabled() and any(value.requires_grad for value in (tokens, *self._learned))
+        return trains or torch.compiler.is_compiling()
 
     @torch.no_grad()
     def _shared_keys_values(self, tokens: Tensor) -> list[KeyValue]:
-        version = (*self._shared_version, self.backbone.dtype)
-        if self._shared_cache is None or self._shared_cache[0] != version:
-            constants = [self.backbone.keys_values(i, prompt.detach()) for i, prompt in enumerate(tokens)]
-            self._shared_cache = (version, constants)
-        return self._shared_cache[1]
+        def constants() -> list[KeyValue]:
+            return [self.backbone.keys_values(i, prompt.detach()) for i, prompt in enumerate(tokens)]
+
+        return self._shared_answers.of([tokens, *self._learned], constants, beside=self.backbone.dtype)
 
     def _fixed_prompts(self, pool: PromptPool) -> Sequence[Prompt]:
         """The group prompts of each block where they are every image's: constant keys and values, unless they train."""
-        if torch.is_grad_enabled() and any(value.requires_grad for value in (pool.tokens, *self._learned)):
+        if self._may_change(pool.tokens):
             return _by_block(pool.fixed())
-        version = (*_version(pool.tokens), *map(_version, self._learned), self.backbone.dtype)
-        if self._fixed_cache is None or self._fixed_cache[0] != version:
-            with torch.no_grad():
-                prompts = enumerate(pool.fixed()[0], start=pool.prefix_blocks)
-                self._fixed_cache = (version, [self.backbone.keys_values(i, prompt) for i, prompt in prompts])
-        return self._fixed_cache[1]
+
+        @torch.no_grad()
+        def constants() -> list[KeyValue]:
+            prompts = enumerate(pool.fixed()[0], start=pool.prefix_blocks)
+            return [self.backbone.keys_values(i, prompt) for i, prompt in prompts]
+
+        return self._fixed_answers.of([pool.tokens, *self._learned], constants, beside=self.backbone.dtype)
 
     @property
     def _shared_version(self) -> tuple[object, ...]:
         """Changes with any write to the shared prompt or to the trainable parameters in the backbone."""
-        shared = () if self.shared is None else _version(self.shared.tokens)
-        return (*shared, *map(_version, self._learned))
+        shared = () if self.shared is None else version(self.shared.tokens)
+        return (*shared, *map(version, self._learned))
 
     # What trains, and what is stored.
 
@@ -317,11 +317,6 @@ class PromptedClassifier(nn.Module):
     def trainable_parameters(self) -> int:
         """Number of parameters that a phase may train: all but the backbone's frozen ones. Buffers are none."""
         return sum(parameter.numel() for name, parameter in self.named_parameters() if self._may_learn(name))
-
-
-def _version(tensor: Tensor) -> tuple[object, ...]:
-    """Changes with any write to it."""
-    return (tensor._version, tensor.data_ptr(), tensor.device)
 
 
 def _by_block(group: Tensor) -> list[Prompt]:

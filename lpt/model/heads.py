@@ -72,17 +72,22 @@ class NeighbourHead(nn.Module):
         self.num_classes = len(counts)
 
     def forward(self, feature: Tensor) -> Tensor:
+        cosines, nearest = self._nearest(F.normalize(feature.float(), dim=1, eps=1e-12))
+        votes = (cosines / self.temperature).softmax(dim=1)
+        shares = torch.zeros(feature.shape[0], self.num_classes, device=feature.device)
+        shares = shares.scatter_add(1, self.labels[nearest], votes)
+        return shares.clamp(min=1e-6).log()
+
+    def _nearest(self, unit: Tensor) -> tuple[Tensor, Tensor]:
+        """(cosines, rows of the bank) [B k] of unit features [B D'], the nearest first."""
+        if torch.compiler.is_compiling():  # an exported model has tensors alone
+            return torch.topk(unit @ self.bank.float().T, self.k, dim=1)
         import faiss
 
         index = faiss.IndexFlatIP(self.bank.shape[1])
         index.add(self.bank.float().cpu().numpy())
-        unit = F.normalize(feature.float(), dim=1, eps=1e-12)
         cosines, ids = index.search(unit.cpu().numpy(), self.k)
-        nearest = torch.from_numpy(ids).to(feature.device)
-        votes = (torch.from_numpy(cosines).to(feature.device) / self.temperature).softmax(dim=1)
-        shares = torch.zeros(len(feature), self.num_classes, device=feature.device)
-        shares.scatter_add_(1, self.labels[nearest], votes)
-        return shares.clamp(min=1e-6).log()
+        return torch.from_numpy(cosines).to(unit.device), torch.from_numpy(ids).to(unit.device)
 
 
 class FusedHead(nn.Module):

@@ -36,12 +36,12 @@ def match(queries: Tensor, keys: Tensor, topk: int) -> tuple[Tensor, Tensor]:
 def _scores(unit_queries: Tensor, unit_keys: Tensor) -> Tensor:
     """The cosines [B K]. Equal keys score equally to the bit, which columns of one matrix product need not: each has
     the score of the first that it is equal to."""
-    if len(unit_keys) > FEW_KEYS:
+    if len(unit_keys) > FEW_KEYS and not torch.compiler.is_compiling():  # a graph wants sizes that it knows
         distinct, column = unit_keys.unique(dim=0, return_inverse=True)
         return (unit_queries @ distinct.T)[:, column]
     # `unique` waits for a GPU, since its result may have any size; this is done in every step of a training.
-    equal = (unit_keys[:, None] == unit_keys).all(2)
-    first = equal.to(torch.uint8).argmax(1)
+    equal = [(rows[:, None] == unit_keys).all(2) for rows in unit_keys.split(FEW_KEYS)]
+    first = torch.cat(equal).to(torch.uint8).argmax(1)
     return (unit_queries @ unit_keys.T)[:, first]
 
 

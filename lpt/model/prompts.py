@@ -50,7 +50,7 @@ class ShallowPrompt(nn.Module):
 
     def appended(self, tokens: Tensor) -> Tensor:
         """[B N D] → [B N+n D]. The prompt comes last; attention has no order, so its place makes no difference."""
-        return torch.cat([tokens, self.tokens.to(tokens.dtype).expand(len(tokens), -1, -1)], dim=1)
+        return torch.cat([tokens, self.tokens.to(tokens.dtype).expand(tokens.shape[0], -1, -1)], dim=1)
 
     def removed(self, tokens: Tensor) -> Tensor:
         """The inverse of `appended`. [B N+n D] → [B N D]."""
@@ -115,7 +115,7 @@ class PromptPool(nn.Module):
     def ensemble(self, ids: Tensor) -> Tensor:
         """The unweighted mean of the chosen prompts. ids [B k] → [B L n D]."""
         # A product with a [B K] matrix of 1/k: on CPUs its backward is far cheaper than that of an index.
-        shares = torch.zeros(len(ids), len(self.tokens), dtype=self.tokens.dtype, device=ids.device)
+        shares = torch.zeros(ids.shape[0], len(self.tokens), dtype=self.tokens.dtype, device=ids.device)
         shares.scatter_(1, ids, 1 / ids.shape[1])
         return (shares @ self.tokens.flatten(1)).unflatten(1, self.tokens.shape[1:])
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from lpt.data.preprocess import File, Preprocess, made_in_threads, upright_rgb
 from lpt.engine.evaluate import no_answer
 from lpt.errors import DataError, LptError, PromptFileError, UnknownTask, check_kind, quoted, short
+from lpt.files import local_file
 from lpt.memory import naming_lack_of_memory
 from lpt.model import mixed
 from lpt.model.backbones.base import Backbone
@@ -37,7 +38,8 @@ from lpt.settings import Positive, checked_arguments
 Picture = Tensor | Image.Image | bytes | str | Path
 """An image: uint8 [3 h w], one of Pillow's, encoded bytes, or where it is."""
 Prompts = str | Path | Iterable[str | Path] | Mapping[str, str | Path]
-"""A file, a folder of them, a pattern such as `prompts/*.safetensors`, several of these, or files by task."""
+"""A file, one of the Hub (`hf://owner/name/file`), a folder of them, a pattern such as `prompts/*.safetensors`, several
+of these, or files by task."""
 AUTO = "auto"
 """In the place of a task, for the one that an image is routed to."""
 MOST_AT_ONCE = 256
@@ -488,10 +490,12 @@ class TaskBank:
 def named_files(prompts: Prompts) -> list[tuple[str, Path]]:
     """(name, path) of each file that `prompts` names, in order. Raises LptError for what names nothing."""
     if isinstance(prompts, Mapping):
-        return [(str(name), Path(path)) for name, path in prompts.items()]
+        return [(str(name), local_file(path)) for name, path in prompts.items()]
     if not isinstance(prompts, str | Path):
         return [pair for one in prompts for pair in named_files(one)]
-    path = Path(prompts)
+    path = local_file(prompts)
+    if path != Path(prompts):  # called as on the Hub
+        return [(task_name(Path(prompts)), path)]
     if path.is_dir():
         return [(task_of(file), file) for file in files_of(path)]  # may be empty, and filled later
     if path.exists() or not glob.has_magic(str(prompts)):

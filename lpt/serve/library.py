@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from lpt.errors import DiskError, LptError, PromptFileError, UnknownTask, printable, quoted
-from lpt.files import write_atomic
+from lpt.files import local_file, write_atomic
 from lpt.prompt_header import Header, read_fields, read_header
 
 SUFFIX = ".safetensors"
@@ -187,6 +187,7 @@ def add(folder: Path, source: Path, *, name: str | None = None, replace: bool = 
     called; returns the name. Who reads meanwhile finds the old file, or the new one. Raises PromptFileError for a file
     that is damaged, LptError for a name that cannot be, or is there already unless `replace` says so, DiskError."""
     name = _usual_name(source) if name is None else name
+    source = local_file(source)
     if not NAME.fullmatch(name) or name != name.strip(" .") or name.lower() == "auto":
         raise LptError(f"a task cannot be called {quoted(repr(name), 120)}: use letters, digits, spaces and .-_+=@")
     target = folder / f"{name}{SUFFIX}"

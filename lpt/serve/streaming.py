@@ -17,6 +17,7 @@ from lpt.data.preprocess import File
 from lpt.data.walk import as_text
 from lpt.engine.stopping import Stop
 from lpt.errors import DiskError, LptError, quoted
+from lpt.files import local_file
 from lpt.model.classifier import PromptedClassifier
 from lpt.serve.predicting import Answer, Met, answers, as_file, meet_images, said_of
 from lpt.serve.row_file import Row, RowFile
@@ -222,7 +223,7 @@ def images_of_job(paths: Sequence[Path], shard: Shard) -> dict[str, Any]:
 
 
 def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
+    with local_file(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

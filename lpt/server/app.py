@@ -4,15 +4,17 @@ import asyncio
 import base64
 import contextlib
 import hashlib
+import json
 import re
 from collections.abc import AsyncIterator
 from importlib.resources import files
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.responses import HTMLResponse, Response
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from lpt.errors import UnknownTask, short
 from lpt.serve.bank import TaskBank
@@ -21,6 +23,16 @@ from lpt.server.guard import Guard
 from lpt.server.limits import Limits, Place, Refusal
 from lpt.server.service import Service
 from lpt.server.watching import ClosedFolder, Watcher
+
+
+class JsonResponse(Response):
+    """In ASCII: names may hold what is no UTF-8."""
+
+    media_type = JSON
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content, allow_nan=False).encode("ascii")
+
 
 METRICS_KIND = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -180,54 +192,56 @@ def _add_predictions(app: FastAPI, service: Service) -> None:
                 raise Refusal(504, f"there was no answer within {seconds}: try again later", retry_after=5) from None
         times = content["milliseconds"]
         timing = ", ".join(f"{name};dur={value}" for name, value in times.items())
-        return JSONResponse(content, status_code=status, headers={"server-timing": timing})
+        return JsonResponse(content, status_code=status, headers={"server-timing": timing})
 
 
 async def _body(request: Request, place: Place) -> bytes:
-    """Raises Refusal (413, 429)."""
+    """Raises Refusal (400, 413, 429)."""
     length = request.headers.get("content-length", "0")
     limits = place.room.limits
     if length.isascii() and length.isdigit() and (len(length) > 15 or int(length) > limits.body):
         raise Refusal(413, f"the body is larger than {limits.body:,} bytes: send fewer or smaller images")
     parts = bytearray()
-    async for chunk in request.stream():
-        place.hold(len(chunk))
-        parts += chunk
+    try:
+        async for chunk in request.stream():
+            place.hold(len(chunk))
+            parts += chunk
+    except ClientDisconnect:
+        raise Refusal(400, "the body breaks off before its end") from None
     return bytes(parts)
 
 
 def _add_tasks(app: FastAPI, bank: TaskBank, watcher: Watcher) -> None:
-    def facts(name: str) -> TaskFacts:
+    def facts(name: str) -> dict[str, Any]:
+        """Raises UnknownTask."""
         header = bank.header(name)
-        return TaskFacts(
-            name=name,
-            classes=len(header.classes),
-            images=sum(header.counts),
-            method=short(header.method, 100),
-            accuracy=header.metrics.get("accuracy"),
-            routable=bank.routable(name),
-        )
+        return {
+            "name": name,
+            "classes": len(header.classes),
+            "images": sum(header.counts),
+            "method": short(header.method, 100),
+            "accuracy": header.metrics.get("accuracy"),
+            "routable": bank.routable(name),
+        }
 
-    @app.get("/v1/tasks", response_model=Tasks)
-    def tasks() -> Tasks:
+    @app.get("/v1/tasks", responses={200: {"model": Tasks}})
+    def tasks() -> Response:
         """The tasks by name, and files that are not served."""
         found = []
         for name in bank.tasks:
             with contextlib.suppress(UnknownTask):  # removed meanwhile
                 found.append(facts(name))
-        return Tasks(backbone=bank.backbone.name, tasks=found, refused=watcher.refused())
+        return JsonResponse({"backbone": bank.backbone.name, "tasks": found, "refused": watcher.refused()})
 
-    @app.get("/v1/tasks/{task}", response_model=TaskDetail, responses={404: {"model": Mistake}})
-    def task_detail(task: str) -> TaskDetail:
+    @app.get("/v1/tasks/{task}", responses={200: {"model": TaskDetail}, 404: {"model": Mistake}})
+    def task_detail(task: str) -> Response:
         """One task, with its classes and how many training images each had."""
         try:
             header, known = bank.header(task), facts(task)
         except UnknownTask as error:
             raise Refusal(404, str(error), near=error.near) from None
-        classes = [
-            TaskClass(name=short(name), count=count) for name, count in zip(header.classes, header.counts, strict=True)
-        ]
-        return TaskDetail(**known.model_dump(), class_list=classes)
+        pairs = zip(header.classes, header.counts, strict=True)
+        return JsonResponse({**known, "class_list": [{"name": short(name), "count": count} for name, count in pairs]})
 
 
 def _add_health(app: FastAPI, service: Service) -> None:
@@ -242,13 +256,13 @@ def _add_health(app: FastAPI, service: Service) -> None:
     async def healthz() -> Response:
         """200 as long as the process can answer."""
         alive = service.batcher.alive
-        return JSONResponse({"alive": alive}, status_code=200 if alive else 503)
+        return JsonResponse({"alive": alive}, status_code=200 if alive else 503)
 
     @app.get("/readyz")
     async def readyz() -> Response:
         """200 where there is a task to ask, and room for a request."""
         ready = service.batcher.alive and len(service.bank) > 0 and service.room.questions < service.limits.queue
-        return JSONResponse({"ready": ready, "tasks": len(service.bank)}, status_code=200 if ready else 503)
+        return JsonResponse({"ready": ready, "tasks": len(service.bank)}, status_code=200 if ready else 503)
 
     @app.get("/metrics")
     async def metrics() -> Response:
@@ -271,11 +285,11 @@ def content_policy(page: str) -> str:
 async def _refused(request: Request, error: Any) -> Response:
     headers = {} if error.retry_after is None else {"retry-after": str(error.retry_after)}
     content = {"error": str(error)} | ({"near": list(error.near)} if error.near else {})
-    return JSONResponse(content, status_code=error.status, headers=headers)
+    return JsonResponse(content, status_code=error.status, headers=headers)
 
 
 async def _no_such_path(request: Request, error: Any) -> Response:
     sentence = {404: "there is no such path: / is the page, /openapi.json says what there is"}.get(error.status_code)
-    return JSONResponse(
+    return JsonResponse(
         {"error": sentence or str(error.detail)}, status_code=error.status_code, headers=getattr(error, "headers", None)
     )

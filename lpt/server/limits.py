@@ -73,8 +73,6 @@ class Room:
         """Of a request, for as long as it is answered. Raises Refusal (429) where there is none."""
         place = Place(self)
         try:
-            if self.questions >= self.limits.queue:
-                raise self.busy(f"{self.questions} questions wait")
             place.ask(1)
             yield place
         finally:

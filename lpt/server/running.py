@@ -93,6 +93,7 @@ def run(app: Any, listening: socket.socket) -> None:
     0."""
     logs = copy.deepcopy(LOGGING_CONFIG)
     logs["loggers"]["lpt.server"] = {"handlers": ["default"], "level": "INFO", "propagate": False}
+    logs["loggers"]["python_multipart"] = {"level": "CRITICAL"}  # what is wrong with a form is for who has sent it
     logs["loggers"]["uvicorn"]["level"] = logs["loggers"]["uvicorn.error"]["level"] = "ERROR"
     config = uvicorn.Config(
         app,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lpt.data.preprocess import Preprocess
 from lpt.model.backbones.base import KeyValue, Prompt, with_memory
 from lpt.model.backbones.timm_vit import TimmViT, attend, project, split_heads
+from lpt.model.kept import Kept
 
 
 class Rotation(NamedTuple):
@@ -38,8 +39,8 @@ class EvaViT(TimmViT):
     def __init__(self, vit: Any, *, name: str, preprocess: Preprocess, fingerprint: str) -> None:
         super().__init__(vit, name=name, preprocess=preprocess, fingerprint=fingerprint)
         self._block_with_prompts = _block_with_prompts
-        # (state that they were computed from, angles of each block as timm gives them, the same as rotations)
-        self._turns: tuple[tuple[object, ...], list[Tensor], list[Rotation]] | None = None
+        # Angles of each block as timm gives them, and the same as rotations.
+        self._turns = Kept[tuple[list[Tensor], list[Rotation]]]()
 
     @property
     def projections(self) -> tuple[str, ...]:
@@ -83,17 +84,18 @@ class EvaViT(TimmViT):
         if rope is None:
             return None, None
         half: bool = self.vit.blocks[0].attn.rotate_half
-        if mixed and rope.freqs.requires_grad and torch.is_grad_enabled():
+        trains = mixed and rope.freqs.requires_grad and torch.is_grad_enabled()
+        if trains or (mixed and torch.compiler.is_compiling()):
             angles = _mixed(rope, i, self.vit.patch_embed.grid_size)
             return angles, _rotation(angles, self.prefix, half=half)
-        tensors = (*rope.parameters(), *rope.buffers())
-        state = tuple((tensor.device, tensor.dtype, tensor.data_ptr(), tensor._version) for tensor in tensors)
-        if self._turns is None or self._turns[0] != state:
-            with torch.no_grad():
-                made = self._angles()
-                self._turns = (state, made, [_rotation(angles, self.prefix, half=half) for angles in made])
-        _, made, rotations = self._turns
-        return made[i if mixed else 0], rotations[i if mixed else 0]
+
+        @torch.no_grad()
+        def turns() -> tuple[list[Tensor], list[Rotation]]:
+            made = self._angles()
+            return made, [_rotation(angles, self.prefix, half=half) for angles in made]
+
+        angles, rotations = self._turns.of((*rope.parameters(), *rope.buffers()), turns)
+        return angles[i if mixed else 0], rotations[i if mixed else 0]
 
     def _angles(self) -> list[Tensor]:
         """As in timm's `Eva._pos_embed`: one for all blocks, or one for each."""
@@ -122,7 +124,7 @@ def _block_with_prompts(
     """
     attn = block.attn
     normed, tokens = block.norm1(tokens), tokens[:, :keep]
-    asking, batch = normed[:, :keep], len(tokens)
+    asking, batch = normed[:, :keep], tokens.shape[0]
     query = _turned(attn.q_norm(_queries(attn, asking)), rotation)
     key, value = _keys_values(attn, normed)
     key = _turned(attn.k_norm(key), rotation)

@@ -31,7 +31,7 @@ class PlainViT(nn.Module):
 
     def _pos_embed(self, patches: Tensor) -> Tensor:
         """[B N D] → [B 1+N D], as timm calls it."""
-        return torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1) + self.pos_embed
+        return torch.cat([self.cls_token.expand(patches.shape[0], -1, -1), patches], dim=1) + self.pos_embed
 
     def forward_features(self, images: Tensor) -> Tensor:
         """[B 3 H W] → tokens after the last norm."""

@@ -59,6 +59,25 @@ def licence(backbone: str) -> str | None:
     return _licence_in_timm(model) if family == "timm" else None
 
 
+def hub_name(backbone: str) -> str | None:
+    """`owner/name` of a backbone's weights on the Hugging Face Hub; None where they are of no tag, or not there."""
+    family, _, model = backbone.partition(":")
+    if family == "open_clip":
+        import open_clip
+
+        published: Any = open_clip.get_pretrained_cfg(*model.split("/", 1)) if "/" in model else {}
+        return published.get("hf_hub", "").rstrip("/") or None
+    if family != "timm" or "." not in model:
+        return None
+    from timm.models import get_pretrained_cfg
+
+    try:
+        config = get_pretrained_cfg(model)
+    except RuntimeError:  # timm knows the architecture, but no such tag
+        return None
+    return config.hf_hub_id if config else None
+
+
 def forbids_commercial_use(name: str) -> bool:
     """Whether a licence of this name does."""
     return any(part in name for part in FORBIDDING)

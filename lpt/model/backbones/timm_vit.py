@@ -104,7 +104,7 @@ def _block_with_prompts(block: Any, tokens: Tensor, prompts: list[KeyValue], kee
     key, value = _keys_values(attn, normed)
     query, key = attn.q_norm(query), attn.k_norm(key)
     if prompts:
-        batch = len(tokens)
+        batch = tokens.shape[0]  # not `len`, which would be a constant of an exported graph
         key = torch.cat([key, *(prompt.key.expand(batch, -1, -1, -1) for prompt in prompts)], dim=2)
         value = torch.cat([value, *(prompt.value.expand(batch, -1, -1, -1) for prompt in prompts)], dim=2)
     mixed = attend(query, key, value).transpose(1, 2).reshape(*tokens.shape[:2], attn.attn_dim)
