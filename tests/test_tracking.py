@@ -104,7 +104,7 @@ def test_tensorboard_hears_everything_once_across_a_kill(untracked, tmp_path):
     start = [sys.executable, "-m", "lpt", "train", str(CONFIG), *words]
     process = subprocess.Popen(start, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     began = time.time()
-    while not _steps_told(out) > 4 and process.poll() is None and time.time() - began < 300:
+    while not _steps_logged(out) > 4 and process.poll() is None and time.time() - began < 300:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -125,9 +125,9 @@ def test_tensorboard_hears_everything_once_across_a_kill(untracked, tmp_path):
     assert {path: path.stat().st_size for path in (out / "tensorboard").rglob("*")} == written
 
 
-def _steps_told(out: Path) -> int:
+def _steps_logged(out: Path) -> int:
     try:
-        return json.loads((out / "tracking.json").read_text())["told"]["steps"]
+        return json.loads((out / "tracking.json").read_text())["logged"]["steps"]
     except (OSError, ValueError):
         return -1
 
@@ -206,8 +206,10 @@ def test_other_trackers_go_on_under_their_own_id(tmp_path, monkeypatch, name):
         first.step("all", step, 2, numbers)
     first.epoch("all", 2, {"loss": 1.0, "val": {"few": None, "many": 0.5}, "seconds": math.nan})
     first.close()
+    file = tmp_path / "tracking.json"
+    file.write_text(file.read_text().replace('"logged"', '"told"'))  # as lpt 0.1 wrote it
     second = tracker(True)
-    second.step("all", 2, 3, numbers)  # told before
+    second.step("all", 2, 3, numbers)  # logged before
     second.step("all", 3, 3, numbers)
     report = {"accuracy": 0.5, "few": None, "data": {"counts": [3, 9]}, "per_class": [0.2, None], "method": "m"}
     second.end(report, "| table |")
@@ -259,7 +261,7 @@ def test_a_tracker_that_fails_is_left_out_and_one_that_does_not_start_ends_the_r
     for step in (1, 2, 3):
         two.step("all", step, 3, numbers)
     two.close()
-    assert said == ["warning: wandb is told no more of this run (the server is gone)"]
+    assert said == ["warning: wandb logs no more of this run (the server is gone)"]
     assert [[step for step, _ in one.logged] for one in Heard.made] == [[1, 2], [1, 2, 3]]
     assert [one.ended for one in Heard.made] == [False, True]
     with pytest.raises(LptError, match=r"train\.track: tensorboard does not start \(log in first\): put that right"):

@@ -35,7 +35,7 @@ def check_trackers(names: Sequence[TrackerName]) -> None:
         require(name, extra=EXTRAS[name], gives=f"train.track=[{name}]")
 
 
-class Told(NamedTuple):
+class Logged(NamedTuple):
     """Up to which step of the run trackers know single steps and epochs, and whether they know its end."""
 
     steps: int = -1
@@ -49,7 +49,7 @@ class Tracking:
 
     `parameters` are said once, nested dicts as `section.key`; `costs` hold the steps of earlier phases, so that a step
     of the run is one number. A tracker that does not start ends the run with an LptError, before its first step is
-    told; one that fails later is left out, with a line to `say`: hours of training do not depend on its server.
+    logged; one that fails later is left out, with a line to `say`: hours of training do not depend on its server.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Tracking:
         self.names, self.out, self.parameters, self.costs, self.device = names, out, parameters, costs, device
         self.say = say
         self.file = out / "tracking.json"
-        self.ids, self.told = _stored(self.file) if resume else ({}, Told())
+        self.ids, self.logged = _stored(self.file) if resume else ({}, Logged())
         self._started: dict[str, Any] | None = None
 
     def step(self, phase: str, step: int, steps: int, values: Mapping[str, float]) -> None:
@@ -74,23 +74,23 @@ class Tracking:
         if step % -(-steps // POINTS) and step != steps:
             return
         at = self._step_of_run(phase, step)
-        if at > self.told.steps:
+        if at > self.logged.steps:
             memory = peak_memory(self.device)
             of_process = {"images_per_second": values["images_per_second"], "peak_memory_bytes": memory}
             rest = {f"{phase}/{key}": value for key, value in values.items() if key not in of_process}
-            self._log({**rest, **of_process}, at, self.told._replace(steps=at))
+            self._log({**rest, **of_process}, at, self.logged._replace(steps=at))
 
     def epoch(self, phase: str, step: int, line: Mapping[str, Any]) -> None:
         """What the history says of an epoch: means of losses, seconds, held-out groups, key usage."""
         at = self._step_of_run(phase, step)
-        if at > self.told.epochs:
+        if at > self.logged.epochs:
             of_model = {key: value for key, value in line.items() if isinstance(value, Mapping)}
             means = {f"{phase}/epoch/{key}": value for key, value in line.items() if key not in of_model}
-            self._log({**means, **of_model}, at, self.told._replace(epochs=at))
+            self._log({**means, **of_model}, at, self.logged._replace(epochs=at))
 
     def end(self, report: Mapping[str, Any], table: str) -> None:
         """The final numbers and their `table`, accuracy over class rank as a curve, and the files for people."""
-        if self.told.end:
+        if self.logged.end:
             return
         at = sum(cost.steps for cost in self.costs.values())
         final = {key: value for key, value in report.items() if _is_number(value)}
@@ -104,7 +104,7 @@ class Tracking:
             _log_end(name, tracker, curves, table, files)
 
         self._tell(tell)
-        self._remember(self.told._replace(end=True))
+        self._remember(self.logged._replace(end=True))
 
     def close(self) -> None:
         """Every tracker has stored what was logged."""
@@ -114,9 +114,9 @@ class Tracking:
     def _step_of_run(self, phase: str, step: int) -> int:
         return step + sum(cost.steps for name, cost in self.costs.items() if name != phase)
 
-    def _log(self, values: Mapping[str, Any], step: int, told: Told) -> None:
+    def _log(self, values: Mapping[str, Any], step: int, logged: Logged) -> None:
         self._tell(lambda name, tracker: tracker.log(_flat(values), step=step))
-        self._remember(told)
+        self._remember(logged)
 
     def _tell(self, tell: Callable[[str, Any], None], *, start: bool = True) -> None:
         """Calls `tell` with the name and the tracker of each that works."""
@@ -124,7 +124,7 @@ class Tracking:
             if not start:
                 return
             self._started = {name: self._start(name) for name in self.names}
-            self._remember(self.told)
+            self._remember(self.logged)
         for name, tracker in list(self._started.items()):
             try:
                 tell(name, tracker)
@@ -153,18 +153,20 @@ class Tracking:
             ) from error
         return tracker
 
-    def _remember(self, told: Told) -> None:
-        self.told = told
-        write_atomic(self.file, json.dumps({"ids": self.ids, "told": told._asdict()}).encode())
+    def _remember(self, logged: Logged) -> None:
+        self.logged = logged
+        write_atomic(self.file, json.dumps({"ids": self.ids, "logged": logged._asdict()}).encode())
 
 
-def _stored(file: Path) -> tuple[dict[str, str], Told]:
+def _stored(file: Path) -> tuple[dict[str, str], Logged]:
     """(the ids of before, what has been logged); nothing where the file is not there or damaged."""
     try:
         stored = json.loads(file.read_text())
-        return {name: str(text) for name, text in stored["ids"].items()}, Told(**stored["told"])
+        return {name: str(text) for name, text in stored["ids"].items()}, Logged(
+            **stored.get("logged", stored.get("told"))
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}, Told()
+        return {}, Logged()
 
 
 def _going_on(name: str, out: Path, run_id: str, *, is_new: bool) -> dict[str, Any]:

@@ -16,7 +16,7 @@ Application = Callable[
 OPEN = ("/", "/healthz", "/readyz", "/openapi.json")
 """Paths without secrets, which need no token: a browser cannot send one before it has the page."""
 PATHS = (*OPEN, "/metrics", "/v1/predict", "/v1/tasks", "/v1/tasks/{task}")
-"""As they are counted: a stranger may ask for any number of others."""
+"""As they are counted: a client may ask for any number of others."""
 HEADERS = [
     (b"x-content-type-options", b"nosniff"),
     (b"cache-control", b"no-store"),
