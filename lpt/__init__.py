@@ -103,7 +103,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *HOMES, "__version__"})
+    return sorted({*globals(), *__all__, "__version__"})
 
 
 moved.install()
