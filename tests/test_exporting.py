@@ -258,10 +258,10 @@ def tuned_by_lora(kind, head, folder, architecture="vit_tiny_patch16_224"):
     from safetensors.torch import save_file
 
     torch.manual_seed(0)
-    vit = timm.create_model(architecture, num_classes=0, img_size=48)
+    vit = timm.create_model(architecture, num_classes=0)
     weights = folder / "vit.safetensors"
     save_file({name: value.contiguous() for name, value in vit.state_dict().items()}, weights)
-    backbone = timm_vit.load(architecture, weights=weights, image_size=48)
+    backbone = timm_vit.load(architecture, weights=weights)
     model = adapted(backbone, kind, head)
     path = folder / "lora.safetensors"
     save_prompt(path, calibrated(model) if head == "linear" else model, method="fine_tune", counts=COUNTS)
@@ -296,13 +296,13 @@ def test_peft_loads_lora_on_the_timm_model(kind, head, tmp_path, capsys, monkeyp
     out = tmp_path / "adapter"
     assert code == 0 and "README.md in it loads it" in said, wrong
     assert json.loads((out / "lpt.json").read_text())["classes"] == list(CLASSES)
-    views = normal(3, 3, 48, 48)
+    views = normal(2, 3, 224, 224)
     with torch.no_grad():
         expected = model(views).logits
     logits, probabilities = logits_by_peft(out, weights)(views)
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
     torch.testing.assert_close(probabilities, model.probabilities(expected), atol=1e-4, rtol=0)
-    bare = classifier(timm_vit.load("vit_tiny_patch16_224", weights=weights, image_size=48), head)
+    bare = classifier(timm_vit.load("vit_tiny_patch16_224", weights=weights), head)
     assert (bare.feature(views) - model.feature(views)).abs().max() > 0.01  # what LoRA has learned is something
 
 
