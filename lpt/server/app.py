@@ -128,6 +128,7 @@ def create_app(
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        watcher.start()
         yield
         watcher.close()
         await asyncio.get_running_loop().run_in_executor(None, service.close)

@@ -59,6 +59,8 @@ class Watcher:
         self._said = ""
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="lpt folder", daemon=True)
+
+    def start(self) -> None:
         self._thread.start()
 
     def refused(self) -> dict[str, str]:
