@@ -10,7 +10,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from lpt.commands import audit, data, library, listing, predicting, prompts, training, travel
+from lpt.commands import audit, data, library, listing, predicting, prompts, sharing, training
 from lpt.commands.console import paragraphs, print
 from lpt.commands.serve import serve
 from lpt.errors import ConfigError, LptError, quoted, shortened
@@ -47,9 +47,9 @@ COMMANDS = {
     "serve": serve,
     "inspect": prompts.inspect,
     "soup": prompts.soup,
-    "export": travel.export,
-    "push": travel.push,
-    "pull": travel.pull,
+    "export": sharing.export,
+    "push": sharing.push,
+    "pull": sharing.pull,
     "report": training.report,
     "audit": audit.audit,
     "doctor": data.doctor,

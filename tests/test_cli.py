@@ -138,7 +138,7 @@ def test_inspect_and_list_say_what_there_is(run_folder, capsys):
             ["train", SMALL[0], "data.name=cifar100-lt", "data.root=nowhere", "data.imbalance_factor=10"],
             "nowhere holds",
         ),
-        (["train", SMALL[0], "backbone.name=timm:resnet18.a1_in1k"], "no prompt seam; supported"),
+        (["train", SMALL[0], "backbone.name=timm:resnet18.a1_in1k"], "cannot take prompts; supported"),
         (["train", SMALL[0], "backbone.name=timm:vit_tiny_patch16_224"], "bare name"),
         (["train", SMALL[0], "backbone.name=vit_tiny_patch16_224"], "no known family"),
         (["train", SMALL[0], "method.prefix_blocks=8"], "has 8 blocks, use 0 to 7"),

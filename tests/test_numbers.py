@@ -112,7 +112,7 @@ def test_an_answer_that_is_not_finite_is_said_with_its_image(tmp_path, picture, 
     assert len(answers) == 3 and "NaN" not in texts
     assert f"the model's prediction for image {picture} is not finite" in answers[0]["error"]
     assert "does not exist" in answers[1]["error"] or "no such file" in answers[1]["error"]
-    with pytest.raises(TrainingError, match=r"answer to image .* \(one of \d+ of \d+\) is not finite"):
+    with pytest.raises(TrainingError, match=r"prediction for image .* \(one of \d+ of \d+\) is not finite"):
         evaluate_prompt(path, {})
 
 
