@@ -163,10 +163,10 @@ def test_settings_narrow_the_candidates():
     def names(**given):
         return [one.name for one in narrowed(found, given)[0]]
 
-    assert names() == ["class-mean", "knn", "probe", "probe-larger", "vpt", "lora", "lpt-phase1", "lpt"]
-    assert names(name="lpt") == ["lpt-phase1", "lpt"] and names(name="lpt", epochs=[3, 1]) == ["lpt"]
+    assert names() == ["class-mean", "knn", "probe", "probe-larger", "vpt", "lora", "lpt"]
+    assert names(name="lpt") == ["lpt"] == names(name="lpt", epochs=[3, 1])
     assert names(epochs=3) == ["probe", "probe-larger", "vpt", "lora"]
-    assert names(tuning="lora") == ["lora"] and names(prompt_length=5) == ["vpt", "lora", "lpt-phase1", "lpt"]
+    assert names(tuning="lora") == ["lora"] and names(prompt_length=5) == ["vpt", "lora", "lpt"]
     assert narrowed(found, {"name": "knn"})[1] == [one.label for one in found if one.name != "knn"]
     (other,) = narrowed(found, {"tuning": "bias", "epochs": 2})[0]
     assert other.settings == {"name": "fine_tune", "tuning": "bias", "epochs": 2}
@@ -178,8 +178,9 @@ def test_settings_narrow_the_candidates():
 def test_epochs_are_as_the_method_takes_them():
     task = toy_task((30, 12, 5))
     by_name = {one.name: one for one in candidates(task, torch.device("cpu"), width=768)}
-    assert replace(by_name["lpt"], epochs=6).settings["epochs"] == [4, 2]
-    assert replace(by_name["lpt-phase1"], epochs=6).settings["epochs"] == [6, 0]
+    assert replace(by_name["lpt"], epochs=6).settings["epochs"] == [6, 0]
+    (given,) = narrowed(list(by_name.values()), {"epochs": [4, 2]})[0]
+    assert given.settings["epochs"] == [4, 2] and given.settings["pool_size"] == 3
     assert replace(by_name["lora"], epochs=6).settings["epochs"] == 6
     assert "epochs" not in by_name["knn"].settings
     assert by_name["vpt"].method["lr"] == pytest.approx(5e-3 / 4)  # a wider backbone, a lower rate
@@ -268,7 +269,7 @@ def test_what_is_timed_is_about_what_it_takes(tmp_path):
     """A real clock: steps of images cost more than steps of features, and none costs nothing."""
     real = planner(tmp_path, 60)
     by_name = {one.name: replace(one, image_size=32, epochs=3 * (one.name != "knn")) for one in real.found}
-    steps = {name: real._steps_seconds(by_name[name]) for name in ("knn", "probe", "vpt", "lpt-phase1")}
+    steps = {name: real._steps_seconds(by_name[name]) for name in ("knn", "probe", "vpt", "lpt")}
     assert steps["knn"] == 0 < steps["probe"] < steps["vpt"] and real.forward_seconds(32) > 0
 
 

@@ -41,11 +41,11 @@ TIMED_IMAGES = 24
 TIMED_STEPS = 2
 TIMING_SHARE = 0.01
 """Of the budget, that the timed steps of one candidate may take."""
-LEAST_STEPS, LEAST_TWO_PHASES = 100, 3
-"""Steps of a schedule below which a candidate is not tried, and epochs for LPT with two phases."""
-LAST_TO_GO = ("lora", "vpt", "lpt-phase1", "lpt")
-"""Which candidates are left out where time is short: the last first. LoRA is ahead at equal images seen, and phase 2 is
-not ahead of phase 1 (benchmarks/accuracy)."""
+LEAST_STEPS = 100
+"""Steps of a schedule below which a candidate is not tried."""
+LAST_TO_GO = ("lora", "vpt", "lpt")
+"""Which candidates are left out where time is short: the last first. LoRA is ahead at equal images seen
+(benchmarks/accuracy)."""
 
 
 @dataclass(frozen=True)
@@ -184,15 +184,13 @@ class Planner:
     def _timed(self, wanted: Sequence[Candidate]) -> list[tuple[Candidate, float]]:
         """(candidate, seconds of a step); those that need too much memory are left out."""
         timed: list[tuple[Candidate, float]] = []
-        for one in (replace(one, epochs=LEAST_TWO_PHASES) for one in wanted):
+        for one in (replace(one, epochs=1) for one in wanted):
             try:
                 check_fits(self.bench, one)
             except LptError as error:
                 self.left_out.append((one.label, str(error)))
                 continue
-            # A step of LPT's phase 2 costs less than one of phase 1, which has been timed just before.
-            is_timed = one.two_phases and timed and timed[-1][0].method["name"] == "lpt"
-            timed.append((one, timed[-1][1] if is_timed else self._steps_seconds(one)))
+            timed.append((one, self._steps_seconds(one)))
         return timed
 
     def _scheduled(self, timed: list[tuple[Candidate, float]], planned: float) -> tuple[list[Candidate], int, float]:
@@ -222,8 +220,8 @@ class Planner:
         held_out = len(self.bench.labels) / (len(self.bench.folds.held_out) or 1)
         asking = 1.3 * folds * trials * held_out / self.images * passes
         schedules = 1 + (folds * (kept + (SHORT * number if number > kept else 0)) if trials else 0)
-        # LPT makes such passes of its own: one before phase 1, one before phase 2.
-        own = {one.name: passes * (1 + one.two_phases) if one.method["name"] == "lpt" else 0.0 for one, _ in timed}
+        # LPT makes such a pass of its own before phase 1.
+        own = {one.name: passes if one.method["name"] == "lpt" else 0.0 for one, _ in timed}
         whole = (left - asking - max(own.values())) / schedules
         found: list[Candidate] = []
         longest = 0.0
@@ -236,7 +234,7 @@ class Planner:
 
     def _least_epochs(self, one: Candidate, folds: int) -> float:
         """Below which a candidate is not tried, or not in so many folds: a whole schedule comes before a second one."""
-        least = max(LEAST_TWO_PHASES if one.two_phases else 1, -(-LEAST_STEPS // self._steps_per_epoch(one)))
+        least = max(1, -(-LEAST_STEPS // self._steps_per_epoch(one)))
         return least if folds == 1 else max(least, self._most_epochs(one) / 2)
 
     def _most_epochs(self, one: Candidate) -> int:

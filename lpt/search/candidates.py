@@ -30,7 +30,7 @@ WIDTH = 192
 @dataclass(frozen=True)
 class Candidate:
     """A method with its settings but for the epochs, which are of `epochs` where they are given and else follow from
-    the budget. `larger` is on images larger than the backbone's own, `two_phases` are LPT's, for its epochs."""
+    the budget. `larger` is on images larger than the backbone's own."""
 
     name: str
     label: str
@@ -38,7 +38,6 @@ class Candidate:
     batch_size: int
     epochs: int = 0
     larger: bool = False
-    two_phases: bool = False
     seconds: float = field(default=0.0, compare=False)
     """That its training on all images takes, by the plan."""
     image_size: int = 0
@@ -62,8 +61,7 @@ def _epochs(candidate: Candidate) -> dict[str, Any]:
         return {}
     if candidate.method["name"] != "lpt":
         return {"epochs": epochs}
-    second = max(1, epochs // 3) if candidate.two_phases else 0
-    return {"epochs": [epochs - second, second]}
+    return {"epochs": [epochs, 0]}
 
 
 def candidates(task: Task, device: torch.device, *, width: int, batch_size: int | None = None) -> list[Candidate]:
@@ -77,8 +75,13 @@ def candidates(task: Task, device: torch.device, *, width: int, batch_size: int 
     # AdamW moves each number by its rate, whatever the gradient: rates go down with the width (Yang 2022, muP).
     rate = min(1.0, WIDTH / width)
     tuned = {"name": "fine_tune", "loss": "la", "optimizer": "adamw", "weight_decay": 0.01}
-    lpt = {"name": "lpt", "optimizer": "adamw", "lr": [5e-3 * rate, 5e-3 * rate], "head_init": "class_mean"}
-    pool = {
+    # Phase 2 is not tried: it buys nothing over phase 1 for as many steps (benchmarks/accuracy/README.md). What follows
+    # the head is for `method.epochs` with a second number.
+    lpt = {
+        "name": "lpt",
+        "optimizer": "adamw",
+        "lr": [5e-3 * rate, 5e-3 * rate],
+        "head_init": "class_mean",
         "pool_size": max(2, min(20, len(task.classes), images // 10)),
         "query_centering": "mean",
         "key_init": "kmeans",
@@ -91,8 +94,7 @@ def candidates(task: Task, device: torch.device, *, width: int, batch_size: int 
         Candidate("probe-larger", "linear probe, larger images", probe, for_probe, probe_epochs, larger=True),
         Candidate("vpt", "VPT-deep, logit-adjusted", {**tuned, "tuning": "vpt_deep", "lr": 5e-3 * rate}, for_images),
         Candidate("lora", "LoRA, logit-adjusted", {**tuned, "tuning": "lora", "lr": 3e-3 * rate}, for_images),
-        Candidate("lpt-phase1", "LPT, phase 1 alone", lpt, for_images),
-        Candidate("lpt", "LPT, two phases", {**lpt, **pool}, for_images, two_phases=True),
+        Candidate("lpt", "LPT, phase 1 alone", lpt, for_images),
     ]
 
 
@@ -114,9 +116,9 @@ def narrowed(found: Sequence[Candidate], given: Mapping[str, Any]) -> tuple[list
         settings = {key: value for key, value in method.items() if key != "name"}
         wrong = validated("method", settings_of(METHODS[method["name"]].build), settings)[1]
         mistakes += wrong
-        if wrong or ("epochs" in given and one.name == "lpt-phase1"):  # which is LPT with other epochs
+        if wrong:
             continue
-        label = described("lpt", method) if one.two_phases and "epochs" in given else one.label
+        label = described("lpt", method) if one.name == "lpt" and "epochs" in given else one.label
         kept.append(replace(one, method=method, label=label))
     if not kept:
         raise ConfigError(list(dict.fromkeys(mistakes)))
