@@ -173,10 +173,10 @@ def test_tasks_with_other_views_are_compared_by_their_own(coloured, tmp_path):
     save_prompt(tmp_path / "darker.safetensors", model, method="class_mean", counts=toy_task().counts)
     backbone.preprocess = was
     bank = TaskBank(backbone, tmp_path)
-    assert len(bank._routers()) == 2
+    assert len(bank.routers()) == 2
     image = toy_task().train.pixels[0]
     best = {}
-    for preprocess, router in bank._routers():
+    for preprocess, router in bank.routers():
         feature = bare_classifier(backbone, ("a", "b")).feature(preprocess.test(image[None]))
         best[router.names[0]] = router.routes(feature.detach())[0].score
     (route,) = bank.route(image)
