@@ -327,7 +327,7 @@ def test_a_file_damaged_while_it_is_served_goes_on_as_it_was(changing, bank, cap
         watcher.look()
     (record,) = caplog.records  # said once
     assert record.levelname == "WARNING" and "lamps.safetensors" in record.message
-    assert record.message.endswith("what it was goes on")
+    assert record.message.endswith("the file of before is served")
     same(form(client, [picture()], "lamps").json()["results"][0], bank.predict(picture(), "lamps")[0])
     refused = client.get("/v1/tasks").json()["refused"]
     assert list(refused) == ["lamps.safetensors"] and str(folder) not in refused["lamps.safetensors"]

@@ -46,6 +46,6 @@ def test_an_answer_is_right_if_it_is_one_of_those_expected():
 
     assert is_right(reply(("x", 0.6), ("y", 0.4)), answers) and is_right(reply(("y", 0.7), ("x", 0.3)), answers)
     assert not is_right(reply(("x", 0.7), ("y", 0.3)), answers) and not is_right(reply(("y", 0.7), ("z", 0.3)), answers)
-    replies = [reply()._replace(seconds=k / 1000) for k in range(1, 101)]
-    assert times(replies) == {"p50_ms": 50.5, "p95_ms": 95.0, "p99_ms": 99.0}
+    replies = [reply()._replace(seconds=k / 1000) for k in range(1, 102)]
+    assert times(replies) == {"p50_ms": 51.0, "p95_ms": 96.0, "p99_ms": 100.0}
     assert times([reply()._replace(status=429)] * 5) == {}
