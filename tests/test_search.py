@@ -231,7 +231,13 @@ def test_the_budget_is_kept_and_more_of_it_buys_more(tmp_path, monkeypatch):
         assert {label for label, _ in plan.left_out}.isdisjoint({one.label for one in plan.candidates})
         assert len(plan.left_out) + len(plan.candidates) == 7
     assert tried == sorted(tried) and tried[0] == 3 and tried[-1] == 6  # toy images are too small for the larger probe
-    assert epochs == sorted(epochs) and folds[1:] == sorted(folds[1:]) and folds[1] < folds[-1] == 5
+    bought = [epochs_of_it * number for epochs_of_it, number in zip(epochs, folds, strict=True)]
+    assert (
+        bought == sorted(bought)
+        and epochs[-1] == max(epochs)
+        and folds[1:] == sorted(folds[1:])
+        and folds[1] < folds[-1] == 5
+    )
     assert folds[0] == 5 and epochs[0] == 0  # features alone: folds cost next to nothing
 
 
