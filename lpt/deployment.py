@@ -122,7 +122,7 @@ class Replica:
 def build(settings: Deployment) -> Any:
     """The application for `ray.serve.run`. Raises NotInstalled without Ray."""
     require("ray", extra="ray", gives="lpt.deployment")
-    from ray import serve
+    from ray import serve  # pyright: ignore[reportMissingImports]
 
     class Tasks(Replica):
         @serve.batch(max_batch_size=settings.batch_size, batch_wait_timeout_s=settings.wait)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 
@@ -19,7 +18,7 @@ from tests.support.shared import ROOT
 
 @pytest.mark.parametrize("columns", [60, 100])
 def test_lists_fit_a_terminal_and_cut_nothing(monkeypatch, capsys, columns):
-    monkeypatch.setattr(shutil, "get_terminal_size", lambda: os.terminal_size((columns, 24)))
+    monkeypatch.setenv("COLUMNS", str(columns))
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     code, out, _ = lpt(capsys, "list")
     assert code == 0
