@@ -53,9 +53,11 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for seed in [0] if given.quick else [int(word) for word in given.seeds.split(",")]:
         began = time.perf_counter()
-        found, labels, classes, rule = _subject(given, seed)
+        of_images, labels, classes, rule = _subject(given, seed)
         for kind in KINDS:
-            rows += [{"seed": seed, "kind": kind, **row} for row in measured(found, labels, classes, rule, kind, seed)]
+            rows += [
+                {"seed": seed, "kind": kind, **row} for row in measured(of_images, labels, classes, rule, kind, seed)
+            ]
         print(f"seed {seed}: {time.perf_counter() - began:.0f} s", flush=True)
     print(table(rows))
     if given.json:
@@ -73,8 +75,8 @@ def _subject(given: argparse.Namespace, seed: int) -> tuple[Tensor, Tensor, int,
         task = lpt.load_task("cifar100-lt", root=given.data, seed=seed)
         backbone = lpt.load_backbone("timm:deit_tiny_patch16_224", weights=given.weights, image_size=112)
         backbone = backbone.to(torch.bfloat16)
-    found = features(bare_classifier(backbone, task.classes), task.train, folder=given.features)
-    return found, task.train.labels, len(task.classes), task.group_rule
+    of_images = features(bare_classifier(backbone, task.classes), task.train, folder=given.features)
+    return of_images, task.train.labels, len(task.classes), task.group_rule
 
 
 def planted(labels: Tensor, num_classes: int, kind: str, seed: int) -> tuple[Tensor, np.ndarray]:
@@ -100,7 +102,7 @@ def planted(labels: Tensor, num_classes: int, kind: str, seed: int) -> tuple[Ten
 
 
 def measured(
-    found: Tensor, right: Tensor, num_classes: int, rule: str, kind: str, seed: int
+    of_images: Tensor, right: Tensor, num_classes: int, rule: str, kind: str, seed: int
 ) -> Iterator[dict[str, Any]]:
     """A row for each way and group. Groups are of the labels as they are after planting: nobody knows better."""
     labels, wrong = planted(right, num_classes, kind, seed)
@@ -108,8 +110,8 @@ def measured(
     group_of = np.empty(num_classes, dtype=object)
     for name, classes in shot_groups(counts, rule).items():
         group_of[classes.numpy()] = name
-    plain = probe(found, labels, num_classes, seed=seed)
-    both = agreed(plain, discriminants(found, labels, num_classes, seed=seed))
+    plain = probe(of_images, labels, num_classes, seed=seed)
+    both = agreed(plain, discriminants(of_images, labels, num_classes, seed=seed))
     own = plain.gather(1, labels[:, None]).squeeze(1).numpy()
     ways: dict[str, Callable[[], Suspicion]] = {
         "plain": lambda: Suspicion(own < np.sort(own)[wrong.sum()], own, own),
@@ -117,16 +119,16 @@ def measured(
         "audit": lambda: suspicions(both, labels, certain=CERTAIN),
     }
     for way, ask in ways.items():
-        said = ask()
+        suspicion = ask()
         for group in ("many", "medium", "few", "all"):
             here = np.full(len(wrong), True) if group == "all" else group_of[labels.numpy()] == group
-            yield {"way": way, "group": group, **scored(said, wrong, here)}
+            yield {"way": way, "group": group, **scored(suspicion, wrong, here)}
 
 
-def scored(said: Suspicion, wrong: np.ndarray, here: np.ndarray) -> dict[str, Any]:
+def scored(suspicion: Suspicion, wrong: np.ndarray, here: np.ndarray) -> dict[str, Any]:
     """The numbers of one group."""
-    order = np.argsort(said.quality[here], kind="stable")
-    hits, listed = wrong[here][order], said.is_issue[here]
+    order = np.argsort(suspicion.quality[here], kind="stable")
+    hits, listed = wrong[here][order], suspicion.is_issue[here]
     number = int(hits.sum())
     precisions = np.cumsum(hits) / np.arange(1, len(hits) + 1)
     return {
@@ -147,12 +149,15 @@ def table(rows: list[dict[str, Any]]) -> str:
     for kind in KINDS:
         for group in ("many", "medium", "few", "all"):
             for way in ("plain", "cleanlab", "audit"):
-                some = [row for row in rows if (row["kind"], row["group"], row["way"]) == (kind, group, way)]
-                if not some:
+                over_seeds = [row for row in rows if (row["kind"], row["group"], row["way"]) == (kind, group, way)]
+                if not over_seeds:
                     continue
-                size = f"{_mean(some, 'planted'):.0f} of {_mean(some, 'images'):.0f}"
-                cells = [_percent(some, key) for key in ("at_planted", "average_precision")]
-                cells += [f"{_mean(some, 'listed'):.0f}", *(_percent(some, key) for key in ("precision", "recall"))]
+                size = f"{_mean(over_seeds, 'planted'):.0f} of {_mean(over_seeds, 'images'):.0f}"
+                cells = [_percent(over_seeds, key) for key in ("at_planted", "average_precision")]
+                cells += [
+                    f"{_mean(over_seeds, 'listed'):.0f}",
+                    *(_percent(over_seeds, key) for key in ("precision", "recall")),
+                ]
                 lines.append(f"| {kind} | {group} ({size}) | {way} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -94,8 +94,8 @@ def killed(folder: Path, asked: list[load.Question], expected: Expected, *, kill
             survived += bool(good) and bool(replies[-1].status) and hashes(folder) == before
     finally:
         process.kill()
-    if said := errors.read_text():
-        wrong.append(f"the log says {said[:200]}")
+    if server_log := errors.read_text():
+        wrong.append(f"the log says {server_log[:200]}")
     note = (
         f"{answered} answers were right, before and after; {CLIENTS} clients; ready again within "
         f"{max(recovery):.1f} s, start-up included; no file of the folder has changed"
@@ -152,10 +152,10 @@ def hostile(folder: Path, asked: list[load.Question], expected: Expected, *, num
             attempt()
         alive = process.poll() is None
         grown = max(most) - start
-    said = errors.read_text()
+    server_log = errors.read_text()
     wrong = [] if alive else ["the server has ended"]
     wrong += [f"it grew by {grown / 1e6:.0f} MB"] * (grown > LIMIT)
-    wrong += [f"its log says {said[-300:]}"] * bool(said)
+    wrong += [f"its log says {server_log[-300:]}"] * bool(server_log)
     wrong += ["a file of the folder has changed"] * (hashes(folder) != before)
     note = ", ".join(f"{count} {what}" for what, count in sorted(outcomes.items()))
     note += f"; memory grew by {grown / 1e6:.0f} MB at most, {LIMIT / 1e6:.0f} are allowed"
@@ -166,27 +166,27 @@ def hostile(folder: Path, asked: list[load.Question], expected: Expected, *, num
 
 def sent(port: int, raw: bytes, patience: float) -> tuple[str, str]:
     """(status, problem) of bytes that somebody sends, and after `patience` seconds without an answer sends no more."""
-    began, found = time.perf_counter(), b""
+    began, response = time.perf_counter(), b""
     with socket.create_connection(("127.0.0.1", port), timeout=patience) as connection:
         try:
             connection.sendall(raw)
         except OSError:  # it was refused before it had sent all
             connection.settimeout(SECONDS)
         try:
-            while not whole(found) and (part := received(connection)):
-                found += part
+            while not whole(response) and (part := received(connection)):
+                response += part
         except TimeoutError:
             return "no answer", f"no end of its answer within {SECONDS:.0f} s"
         except OSError:
             pass
     seconds = time.perf_counter() - began
-    if not found:
+    if not response:
         return "closed", "" if seconds < SECONDS else "closed late"
-    head, _, body = found.partition(b"\r\n\r\n")
+    head, _, body = response.partition(b"\r\n\r\n")
     status = head[9:12].decode("latin-1")
     if not status.isdigit() or not 200 <= int(status) < 500:
         return status, f"status {status}: {body[:150]!r}"
-    if b"Traceback" in found or b"/prompts/" in found:
+    if b"Traceback" in response or b"/prompts/" in response:
         return status, f"it tells what is inside: {body[:150]!r}"
     if b"application/json" in head and b"HTTP/1." not in body and not raw.startswith(b"HEAD"):
         try:
@@ -210,9 +210,9 @@ def received(connection: socket.socket) -> bytes:
     return connection.recv(65536)
 
 
-def whole(found: bytes) -> bool:
+def whole(response: bytes) -> bool:
     """Whether it is an answer to its end."""
-    head, blank, body = found.lower().partition(b"\r\n\r\n")
+    head, blank, body = response.lower().partition(b"\r\n\r\n")
     length = head.partition(b"content-length: ")[2].split(b"\r\n")[0]
     return bool(blank) and length.isdigit() and len(body) >= int(length)
 
@@ -320,12 +320,14 @@ class Senders:
         )
 
     def bytes(self, choose: Choose) -> bytes:
-        whole = load.post(self._form([self.images["JPEG RGB"]], [self.tasks[0]]), "multipart/form-data; boundary=x")
-        return choose.one([damage.damaged_bytes(whole, choose), choose(st.binary(max_size=300)), whole + whole])
+        request = load.post(self._form([self.images["JPEG RGB"]], [self.tasks[0]]), "multipart/form-data; boundary=x")
+        return choose.one([damage.damaged_bytes(request, choose), choose(st.binary(max_size=300)), request + request])
 
     def length(self, choose: Choose) -> bytes:
         body = b"x" * choose.one([0, 1, 1000, 2**20, 17 * 2**20])
-        said = choose.one([len(body), len(body) + 1, max(0, len(body) - 1), 0, 2**24, 2**24 + 1, 10**30])
+        claimed = choose.one([len(body), len(body) + 1, max(0, len(body) - 1), 0, 2**24, 2**24 + 1, 10**30])
         kind = choose.one(["application/json", "multipart/form-data; boundary=x", "text/plain"])
-        head = f"POST /v1/predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\nContent-Length: {said}\r\n\r\n"
+        head = (
+            f"POST /v1/predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\nContent-Length: {claimed}\r\n\r\n"
+        )
         return head.encode() + body

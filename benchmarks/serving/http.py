@@ -88,7 +88,7 @@ def overload(*, quick: bool) -> list[dict[str, Any]]:
             replies = load.at_rate(
                 port, asked, rate=rate, seconds=seconds, watch=lambda: memory.append(load.memory_of(process))
             )
-        said = errors.read_text()
+        server_log = errors.read_text()
     statuses = Counter(reply.status for reply in replies)
     accepted = [reply for reply in replies if reply.status == 200]
     right = sum(load.is_right(reply, [expected[reply.question.task, reply.question.image]]) for reply in accepted)
@@ -98,7 +98,7 @@ def overload(*, quick: bool) -> list[dict[str, Any]]:
     problems += ["nothing was refused: that was no overload"] * (not refused)
     problems += ["a 429 without Retry-After"] * (not all("retry-after: " in reply.headers for reply in refused))
     problems += [f"memory grew by {(most - early) / 1e6:.0f} MB"] * (most - early > GROWTH)
-    problems += [f"the log says: {said[:200]}"] * bool(said)
+    problems += [f"the log says: {server_log[:200]}"] * bool(server_log)
     return [{
         "check": "overload",
         "value": round(right / max(1, len(accepted)), 6),
@@ -138,18 +138,18 @@ def replace(*, quick: bool) -> list[dict[str, Any]]:
                 replies += load.in_turn(port, asked, clients=8, seconds=2)
             time.sleep(3)
             after = load.in_turn(port, asked, clients=8, seconds=1)
-        said = errors.read_text().splitlines()
+        server_log = errors.read_text().splitlines()
     for number, (part, known) in enumerate(((replies, each), (after, [each[turns % 2]]))):
         for reply in part:
             key = reply.question.task, reply.question.image
             if reply.status != 200 or not load.is_right(reply, [answer[key] for answer in known]):
                 wrong.append(f"{'while' if not number else 'after'}: {reply.status} {str(reply.content)[:200]}")
-    amiss = [line for line in said if not line.endswith("is replaced")]
+    amiss = [line for line in server_log if not line.endswith("is replaced")]
     return [{
         "check": "replace",
         "value": len(wrong),
         "unit": f"wrong answers of {len(replies) + len(after)} while files were replaced {turns * len(names)} times",
-        "seen": sum(line.endswith("is replaced") for line in said),
+        "seen": sum(line.endswith("is replaced") for line in server_log),
         "problems": [*wrong[:5], *amiss[:5]],
         **load.times(replies),
     }]  # fmt: skip
@@ -177,5 +177,5 @@ def change(versions: list[Path], folder: Path, names: list[str], turns: int, eve
 def answers(bank: TaskBank, names: list[str], images: list[bytes]) -> dict[tuple[str, int], Any]:
     """What is right, by task and number of the image."""
     pairs = [(task, number) for task in names for number in range(len(images))]
-    found = bank.predict([images[number] for _, number in pairs], [task for task, _ in pairs], topk=TOPK)
-    return dict(zip(pairs, found, strict=True))
+    predicted = bank.predict([images[number] for _, number in pairs], [task for task, _ in pairs], topk=TOPK)
+    return dict(zip(pairs, predicted, strict=True))

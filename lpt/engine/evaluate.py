@@ -134,7 +134,7 @@ def predict(
     `cache` and `folder` save what earlier calls have computed: prefixes of a model with a pool in memory, `features`
     of one without in files, and `say` is given a warning of those that are damaged. With `tta="five_crop"` logits are
     means over five crops of each image; group prompts and single heads are not returned then, and nothing is kept.
-    `beside` is asked for more of each batch, and `show` is given how many images are done.
+    `beside` is asked for more of each batch, and `show` is given the number of batches that are done, and of all.
     """
     model.eval()
     if tta != "none":
@@ -154,7 +154,7 @@ def predict(
         logits = model.classify(cached).float().cpu()
         return _checked(Predictions(logits, images.labels, None, each_head), model, images)
     gathered = GatheredRows(len(images), next(model.parameters()).device)
-    number = len(_local_rows(images).split(batch_size))
+    number = -(-len(_local_rows(images)) // batch_size)
     for batch, (rows, tokens, query, output) in enumerate(_outputs(model, images, batch_size, cache, workers), start=1):
         show(batch, number)
         heads = {f"head/{name}": logits for name, logits in _head_logits(model, output.feature).items()}
